@@ -1,0 +1,5 @@
+"""`python -m mmssl` is the command `mmssl`."""
+
+from mmssl.cli import main
+
+main()

@@ -1,0 +1,264 @@
+"""The command `mmssl`. Nothing heavy is imported before a command needs it: the help answers in under a second."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec
+
+import typer
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="mmssl",
+    help="Self-supervised learning across modalities: from files on disk to encoders, embeddings and scores.",
+    epilog="Each command shows an example: mmssl pretrain --help. MMSSL_TRACEBACK=1 shows where an error came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Short name (see `mmssl recipes`) or a YAML file.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as trainer.steps=2000.", show_default=False),
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run.", show_default="runs/ and the recipe's name")
+]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Folder of a run, or an exported encoder.", show_default=False)
+]
+
+
+def command(example: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Make a function a command that says what is wrong in one sentence, and shows an example in its help."""
+
+    def decorate(function: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                function(*args, **kwargs)
+            except (ValueError, OSError, RuntimeError) as error:
+                if os.environ.get("MMSSL_TRACEBACK") == "1" or not _is_for_the_user(error):
+                    raise
+                print(f"mmssl: {_sentence(error)}", file=sys.stderr)
+                raise typer.Exit(2) from None
+
+        return app.command(epilog=f"Example: {example}")(run)
+
+    return decorate
+
+
+@command("mmssl pretrain speech/wav2vec2_base data.train=train.jsonl data.valid=valid.jsonl --out runs/mine")
+def pretrain(recipe: RecipeName, overrides: Overrides = None, out: RunFolder = None) -> None:
+    """Train an encoder without labels.
+
+    The same command goes on where a run was cut off. With 8 GPUs: torchrun --nproc-per-node 8 -m mmssl pretrain ...
+    """
+    from mmssl.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    from mmssl.assemble import pretrain
+
+    _done(pretrain(loaded, out))
+
+
+@command("mmssl finetune speech/ctc_base init=runs/wav2vec2_base data.train=labelled.jsonl data.valid=valid.jsonl")
+def finetune(recipe: RecipeName, overrides: Overrides = None, out: RunFolder = None) -> None:
+    """Train with labels: from the encoder of the run that init=FOLDER names, or from new weights without it.
+
+    Rows of the manifests need "label" (classify) or "text" (ctc). The same command goes on where a run was cut off.
+    """
+    from mmssl.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    from mmssl.assemble import finetune
+
+    _done(finetune(loaded, out))
+
+
+@command("mmssl embed runs/wav2vec2_base clips/ --layer 8 --pool mean+std --out clips.npz")
+def embed(
+    model: Model,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="CLIP", help="Files, folders, patterns in quotes, or manifests.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="File to write, for numpy.load.")] = Path("embeddings.npz"),
+    layer: Annotated[
+        str, typer.Option(help="-1 is the output, 0 the input of the first block, i the output of block i; or all.")
+    ] = "-1",
+    pool: Annotated[str, typer.Option(help="mean, class, slices:4, grid:2x2; +std adds deviations.")] = "mean",
+    tokens: Annotated[bool, typer.Option("--tokens", help="Keep every token, not only one vector a clip.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
+    precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of products.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
+    on_bad_clip: Annotated[
+        Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or name it and go on.")
+    ] = "raise",
+) -> None:
+    """Write the embeddings of files: one vector a clip and, if asked for, one a token.
+
+    The file holds `ids` and `scene` (clips, width), with --tokens `tokens`, `valid` and for sound `time_ms`; with
+    several layers an axis of layers in front, which `layers` names.
+    """
+    from mmssl.embed import load, write_npz
+
+    embedder = load(model, device=device, precision=precision)
+    layers = (
+        list(range(embedder.depth + 1)) if layer == "all" else [_number("--layer", part) for part in layer.split(",")]
+    )
+    found = embedder.embed(
+        inputs,
+        layer=layers,
+        pool=pool,
+        tokens=tokens,
+        batch_size=batch_size,
+        on_bad_clip=on_bad_clip,
+        progress=sys.stderr.isatty(),
+    )
+    for name, reason in found[0].bad.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    written = write_npz(out, found if len(layers) > 1 else found[0], layers=layers)
+    clips, width = found[0].scene.shape
+    print(f"{written}: {clips} clips, width {width}, layer {layer}")
+
+
+@command("mmssl manifest digits/ --label-from -1 --split train=0.9,valid=0.1 --by speaker --out manifests/digits")
+def manifest(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of files, and of uncompressed tar files.")],
+    modality: Annotated[str, typer.Option(help="speech or image: which files to look for.")] = "speech",
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, or with splits a folder for one file each.", show_default="DIR")
+    ] = None,
+    label_from: Annotated[
+        int | None, typer.Option(help="Folder level whose name is the label: 1 is the first below DIR, -1 the last.")
+    ] = None,
+    split_from: Annotated[int | None, typer.Option(help="Folder level whose name is the split.")] = None,
+    text_from: Annotated[int | None, typer.Option(help="Folder level whose name is the transcript.")] = None,
+    tsv: Annotated[
+        Path | None, typer.Option(help="Table of the clips with column names (.tsv, .csv), or fairseq's manifest.")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=COLUMN", help="Column of the table for a key: text=sentence.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME=SHARE,...", help="Draw splits: train=0.9,valid=0.1.")
+    ] = None,
+    by: Annotated[str, typer.Option(help="With --split: rows that agree in this key stay on one side.")] = "id",
+    workers: Annotated[int, typer.Option(help="Threads that read headers.")] = 4,
+) -> None:
+    """Write a JSON-lines manifest of a folder: one row a clip, with durations, labels, transcripts and splits.
+
+    Labels, splits and transcripts come from folder names or from a table. Files that cannot be read are named and left
+    out.
+    """
+    from mmssl.data.manifest import scan, split_rows, write_manifest
+    from mmssl.modalities import MODALITIES
+
+    shares = None if split is None else {name: float(share) for name, share in _pairs("--split", split.split(","))}
+    columns = dict(_pairs("--column", column or []))
+    if modality not in MODALITIES:
+        raise ValueError(f"--modality {modality}: one of {', '.join(MODALITIES)}")
+    kind = MODALITIES[modality]
+    found = scan(
+        folder,
+        media=kind.media,
+        probe=kind.probe,
+        suffixes=kind.suffixes,
+        label_from=label_from,
+        split_from=split_from,
+        text_from=text_from,
+        tsv=tsv,
+        columns=columns,
+        workers=workers,
+    )
+    for path, reason in found.bad:
+        print(f"left out: {path}: {reason}", file=sys.stderr)
+    if found.unlisted:
+        print(f"left out: {len(found.unlisted)} files that {tsv} does not name", file=sys.stderr)
+    if not found.rows:
+        raise ValueError(f"{folder}: none of the {len(found.bad)} files can be read")
+    place = folder if out is None else out
+    if shares is not None or all("split" in row for row in found.rows):
+        parts = split_rows(found.rows, shares=shares, by=by)
+        files = {place / f"{name}.jsonl": rows for name, rows in sorted(parts.items())}
+    else:
+        files = {place if place.suffix == ".jsonl" else place / "manifest.jsonl": found.rows}
+    for file, rows in files.items():
+        print(f"{file}: {write_manifest(file, rows)} clips")
+
+
+@command("mmssl recipes image/mae_base > mine.yaml")
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Print this one.", show_default=False)] = None,
+) -> None:
+    """List the recipes that come with mmssl, or print one, to start your own from."""
+    from mmssl.recipe import find, header, shipped
+
+    if name is not None:
+        print(find(name).read_text(encoding="utf-8"), end="")
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "what", "result", box=box.SIMPLE_HEAD)
+    for short, path in shipped().items():
+        said = header(path.read_text(encoding="utf-8"))
+        table.add_row(short, said["title"].partition(". ")[0], said.get("result", "not yet run"))
+    console = Console()
+    console.print(table)
+    console.print("Run one: mmssl pretrain RECIPE data.train=FILE   See one: mmssl recipes RECIPE", highlight=False)
+
+
+def main() -> None:
+    """The entry point of the command."""
+    app()
+
+
+def _done(run: Path) -> None:
+    from mmssl import distributed
+
+    if distributed.is_main():
+        print(f"{run}: done; use it with mmssl.load({str(run)!r}), `mmssl embed {run}` or `mmssl evaluate {run}`")
+    distributed.shutdown()
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether an error is a sentence about what the user gave, rather than a mistake of the program."""
+    if isinstance(error, RuntimeError):
+        from mmssl.training.loop import RunStopped
+
+        return isinstance(error, RunStopped)
+    return True
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}" if error.filename else error.strerror
+    return str(error)
+
+
+def _number(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{option} {text}: expected a whole number") from None
+
+
+def _pairs(option: str, texts: list[str]) -> list[tuple[str, Any]]:
+    """ "key=value" of a command line option."""
+    for text in texts:
+        if not text.partition("=")[0] or not text.partition("=")[2]:
+            raise ValueError(f"{option} {text}: expected NAME=VALUE")
+    return [(text.partition("=")[0], text.partition("=")[2]) for text in texts]

@@ -1,0 +1,1 @@
+"""From a manifest to a batch; readers and augmentations are handed in."""

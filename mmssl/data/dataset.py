@@ -1,0 +1,256 @@
+"""Manifest rows to samples. What is random depends on (seed, epoch, id) alone, never on a worker or on order."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmssl.data.manifest import Manifest, read_slice
+from mmssl.types import BadClip
+
+Label = int | list[int] | None
+ATTEMPTS = 20  # substitutes tried for one bad clip; so many in a row do not happen below a share worth going on with
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip.
+
+    inputs: modality -> (L,) waveform | (C, H, W) picture.
+    rates: modality -> units along time per second, None where there is no time.
+    seed: a function of run seed, epoch and id; masks are drawn from it.
+    bad: what was met on the way to this clip and could not be read.
+    """
+
+    id: str
+    inputs: dict[str, Tensor]
+    rates: dict[str, float | None]
+    label: Label
+    seed: int
+    bad: list[dict[str, Any]] = field(default_factory=list)
+
+
+class ManifestDataset(Dataset[Sample]):
+    """The clips of a manifest, read, augmented and labelled.
+
+    An item is asked for as (row, epoch).
+
+    Args:
+        media: modality -> the key of a row that names its file.
+        readers: modality -> (path or binary file, **{start, duration} where the row has them) -> the raw clip.
+        augments: modality -> (clip, generator) -> clip.
+        rates: modality -> what `Sample.rates` says.
+        shortest: modality -> units along time that a clip must have after augmentation; shorter ones are bad clips.
+        label: row -> label; a ValueError of it makes the clip a bad one.
+        seed: of the run.
+        on_bad_clip: "raise" stops at the first one; "skip" puts another clip, always the same one, in its place.
+        max_bad_share: of the manifest's clips, beyond which "skip" stops too.
+        cache: keep decoded clips, not yet augmented, in memory: once for every loader worker.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        media: Mapping[str, str],
+        readers: Mapping[str, Callable[..., Tensor]],
+        augments: Mapping[str, Callable[[Tensor, np.random.Generator], Tensor]] | None = None,
+        rates: Mapping[str, float | None] | None = None,
+        shortest: Mapping[str, int] | None = None,
+        label: Callable[[dict[str, Any]], Label] | None = None,
+        seed: int = 0,
+        on_bad_clip: Literal["raise", "skip"] = "raise",
+        max_bad_share: float = 0.01,
+        cache: bool = False,
+    ) -> None:
+        if on_bad_clip not in ("raise", "skip"):
+            raise ValueError(f"on_bad_clip: expected raise or skip, got {on_bad_clip!r}")
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"max_bad_share: expected a share of the clips from 0 to 1, got {max_bad_share}")
+        self.manifest = manifest
+        self.media = dict(media)
+        self.readers = dict(readers)
+        self.augments = dict(augments or {})
+        self.rates = {name: (rates or {}).get(name) for name in media}
+        self.shortest = dict(shortest or {})
+        self.label = label
+        self.seed = seed
+        self.on_bad_clip = on_bad_clip
+        self.max_bad_share = max_bad_share
+        self._cache: dict[int, dict[str, Tensor]] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        """The clip of (row, epoch), or with "skip" another one in its place, which names the bad one.
+
+        Raises:
+            BadClip: with "raise", or when `ATTEMPTS` substitutes are bad as well.
+        """
+        index, epoch = item
+        bad: list[dict[str, Any]] = []
+        place = index
+        for attempt in range(ATTEMPTS):
+            try:
+                sample = self.read(place, epoch)
+            except BadClip as error:
+                if self.on_bad_clip == "raise":
+                    raise
+                bad.append(self.describe(place, epoch, error))
+                last = error
+                place = _hash(self.seed, epoch, index, attempt) % len(self.manifest)
+                continue
+            return Sample(sample.id, sample.inputs, sample.rates, sample.label, sample.seed, bad)
+        raise BadClip(last.path, f"{last.reason}; and so were {ATTEMPTS - 1} clips taken at random in its place")
+
+    def read(self, index: int, epoch: int) -> Sample:
+        """Exactly this clip.
+
+        Raises:
+            BadClip: it cannot be read, is not what its row says, or has a label that does not fit.
+            ValueError: its row has no file of a modality.
+        """
+        row = self.manifest[index]
+        seed = _hash(self.seed, epoch, row["id"])
+        # spawned from the seed, not equal to it: masks are drawn from the seed too
+        generator = np.random.default_rng([seed, 1])
+        raw = self._raw(index, row)
+        inputs = {}
+        for name, clip in raw.items():
+            inputs[name] = self.augments[name](clip, generator) if name in self.augments else clip
+            need = self.shortest.get(name, 1)
+            if clip.ndim == 1 and len(inputs[name]) < need:
+                raise BadClip(
+                    row["id"], f"{len(inputs[name])} samples long, and shorter than the {need} that one token needs"
+                )
+        try:
+            label = None if self.label is None else self.label(row)
+        except ValueError as error:
+            raise BadClip(self.manifest.place(index), str(error)) from None
+        return Sample(row["id"], inputs, self.rates, label, seed)
+
+    def describe(self, index: int, epoch: int, error: BadClip) -> dict[str, Any]:
+        """What `bad_clips.jsonl` says of a bad clip."""
+        row = self.manifest[index]
+        return {
+            "id": row["id"],
+            "path": error.path,
+            "reason": error.reason,
+            "epoch": epoch,
+            "manifest": str(self.manifest.path),
+        }
+
+    def _raw(self, index: int, row: dict[str, Any]) -> dict[str, Tensor]:
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        raw = {}
+        for name, key in self.media.items():
+            if key not in row:
+                raise ValueError(
+                    f"{self.manifest.place(index)}: no {key!r}, which {name} reads; the row has "
+                    f"{', '.join(sorted(row))}"
+                )
+            value = row[key]
+            parts = value if isinstance(value, list) else [value]
+            clips = [self._read_part(index, name, row, part) for part in parts]
+            raw[name] = clips[0] if len(clips) == 1 else torch.cat(clips, dim=-1)
+            self._check_length(index, name, row, raw[name])
+        if self._cache is not None:
+            self._cache[index] = raw
+        return raw
+
+    def _read_part(self, index: int, name: str, row: dict[str, Any], part: Any) -> Tensor:
+        place = part if isinstance(part, dict) else {**row, "path": part}
+        path = place.get("path")
+        if not isinstance(path, str):
+            raise ValueError(f"{self.manifest.place(index)}: {self.media[name]!r} must be a path, got {part!r}")
+        segment = {key: float(place[key]) for key in ("start", "duration") if key in place}
+        if "offset" not in place:
+            return self.readers[name](path, **segment)
+        try:
+            return self.readers[name](read_slice(path, int(place["offset"]), place.get("size")), **segment)
+        except BadClip as error:
+            raise BadClip(f"{path}#{place['offset']}", error.reason) from None
+
+    def _check_length(self, index: int, name: str, row: dict[str, Any], clip: Tensor) -> None:
+        """A clip much longer than its row says would break the bound that the batch was planned by."""
+        rate, stated = self.rates[name], row.get("seconds", math.inf)
+        if rate is not None and clip.shape[-1] / rate > 1.1 * stated + 0.5:
+            raise BadClip(
+                row["id"],
+                f"{clip.shape[-1] / rate:.2f} s long where {self.manifest.place(index)} says {stated:g} s; "
+                "write the manifest again",
+            )
+
+
+class BadClips:
+    """The bad clips of a run: each is counted and named once, and too many of them end it.
+
+    Args:
+        path: a .jsonl file that is appended to, and read at the start so that resuming goes on counting; None to keep
+            the list in memory only. Several ranks may share it.
+        manifest: the count is a share of its clips, and other manifests' clips in the same file do not count.
+        max_share: see `ManifestDataset`.
+    """
+
+    def __init__(self, path: str | Path | None, *, manifest: Manifest, max_share: float) -> None:
+        self.path = None if path is None else Path(path)
+        self.manifest = manifest
+        self.max_share = max_share
+        self._ids: set[str] = set()
+        self._read()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, found: list[dict[str, Any]]) -> None:
+        """Note bad clips.
+
+        Raises:
+            ValueError: they are now more than `max_share` of the manifest.
+        """
+        new = {bad["id"]: bad for bad in found if bad["id"] not in self._ids}
+        if not new:
+            return
+        self._ids |= set(new)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as handle:
+                handle.write("".join(json.dumps(bad) + "\n" for bad in new.values()))
+            self._read()  # other ranks write here too
+        share = len(self._ids) / len(self.manifest)
+        if share > self.max_share:
+            bad = next(reversed(new.values()))
+            raise ValueError(
+                f"{self.manifest.path}: {len(self._ids)} of {len(self.manifest)} clips cannot be read ({share:.2%}), "
+                f"more than max_bad_share allows ({self.max_share:.2%}); the last is {bad['path']} ({bad['reason']})"
+                + (f", all are in {self.path}" if self.path else "")
+            )
+
+    def _read(self) -> None:
+        if self.path is None or not self.path.is_file():
+            return
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                bad = json.loads(line)
+            except ValueError:
+                continue  # a line that a killed run left half written; its clip is met again
+            if bad.get("manifest") == str(self.manifest.path):
+                self._ids.add(bad["id"])
+
+
+def _hash(*parts: int | str) -> int:
+    """A stable 63-bit hash: the same on every machine and in every process."""
+    text = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,134 @@
+"""One process or several: ranks, sums over them, and a gather whose gradient is exact.
+
+Every function does the obvious nothing on one process, so callers never ask which it is. Several processes are started
+by `torchrun`, and `setup` reads the environment variables that it sets.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def setup(device: str = "auto") -> torch.device:
+    """Join the other processes, if there are any, and say which device this one works on. May be called again.
+
+    Args:
+        device: "auto" (a GPU if there is one), or a name that torch knows; each process takes the GPU of its own rank.
+
+    Raises:
+        ValueError: a GPU is asked for and torch sees none.
+    """
+    chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"trainer.device={device}: torch sees no GPU here; use cpu, or auto to take what there is")
+        if chosen.index is None:
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _together():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen
+
+
+def shutdown() -> None:
+    """Leave the other processes; the last call of a program."""
+    if _together():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if _together() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _together() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and speaks to the user."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all."""
+    if _together():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, on the tensor's own device; a new tensor without gradient, except on one process."""
+    if not _together():
+        return tensor
+    total = _sendable(tensor).clone()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def all_gather(tensor: Tensor) -> list[Tensor]:
+    """Every rank's tensor, in the order of ranks; first dimensions may differ, the others not. No gradient."""
+    if not _together():
+        return [tensor]
+    sizes = torch.zeros(world_size(), dtype=torch.int64)
+    sizes[rank()] = len(tensor)
+    counts = all_reduce_sum(sizes).tolist()
+    own = _sendable(tensor)
+    padded = own.new_zeros(max(counts), *own.shape[1:])
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return [part[:count].to(tensor.device) for part, count in zip(parts, counts, strict=True)]
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, in the order of ranks, with an exact gradient.
+
+    Every rank's loss may depend on every row, so a row's gradient is the sum of what all ranks' losses send back to
+    it. `torch.distributed.all_gather` sends nothing back, and putting a rank's own rows into its result loses what the
+    other ranks' losses say about them.
+
+    Args:
+        tensor: (B, ...) the rows of this rank; B may differ between ranks.
+
+    Returns:
+        (sum of B, ...).
+    """
+    return _Gather.apply(tensor) if _together() else tensor
+
+
+def gather_text(text: str) -> list[str]:
+    """Every rank's text."""
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    return [bytes(part.tolist()).decode() for part in all_gather(own)]
+
+
+def broadcast_text(text: str) -> str:
+    """The main process's text, on every rank."""
+    return gather_text(text)[0]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = all_gather(tensor)
+        ctx.start = sum(len(part) for part in parts[: rank()])
+        ctx.size = len(tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return all_reduce_sum(gradients[0])[ctx.start : ctx.start + ctx.size]
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    """The tensor as the backend takes it: contiguous, and on the GPU for nccl."""
+    tensor = tensor.detach().contiguous()
+    return tensor.cuda() if dist.get_backend() == "nccl" else tensor

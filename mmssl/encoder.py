@@ -1,0 +1,113 @@
+"""The encoder: frontend -> tokens -> hide -> positions -> drop -> Transformer.
+
+This is the one place where the parts meet. It is modality-blind: no loss, no teacher, no drawing of masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mmssl.nn.masking import take
+from mmssl.nn.transformer import Transformer
+from mmssl.types import Encoded, Frontend, Hide, MaskPlan, Raw, Tokens, valid_mask
+
+
+class Encoder(nn.Module):
+    """A modality's frontend and positions in front of a Transformer.
+
+    Several encoders may hold the same Transformer object: that is what a shared backbone is.
+
+    Args:
+        prefix: learned vectors put before the tokens; the first is the class token, others are registers.
+        mask_token: whether there is a learned vector for hidden tokens, for objectives that replace rather than drop.
+    """
+
+    def __init__(
+        self,
+        frontend: Frontend,
+        transformer: Transformer,
+        positions: nn.Module,
+        *,
+        prefix: int = 0,
+        mask_token: bool = False,
+    ) -> None:
+        super().__init__()
+        if frontend.dim != transformer.dim:
+            raise ValueError(f"frontend.dim={frontend.dim}: must equal transformer.dim={transformer.dim}")
+        self.frontend = frontend
+        self.transformer = transformer
+        self.positions = positions
+        self.dim, self.depth = transformer.dim, transformer.depth
+        self.prefix = nn.Parameter(torch.randn(prefix, self.dim) * 0.02) if prefix else None
+        # U[0, 1), as wav2vec 2.0 draws it
+        self.mask_token = nn.Parameter(torch.rand(self.dim)) if mask_token else None
+
+    @property
+    def n_prefix(self) -> int:
+        return 0 if self.prefix is None else len(self.prefix)
+
+    def tokens(self, raw: Raw) -> Tokens:
+        """What the frontend makes of a batch."""
+        return self.frontend(raw)
+
+    def forward(
+        self, tokens: Tokens, plan: MaskPlan | None = None, hide: Hide = "none", *, layers: Sequence[int] = ()
+    ) -> Encoded:
+        """Encode tokens, hiding what `plan` names.
+
+        Args:
+            tokens: of B clips.
+            plan: R masked copies of them; needed unless `hide` is "none".
+            hide: "replace" puts the mask token in the place of hidden tokens; "drop" leaves them out, so that the
+                Transformer works on visible tokens only.
+            layers: see `Encoded.layers`.
+
+        Raises:
+            ValueError: `hide` without a plan, or "replace" in an encoder without a mask token.
+        """
+        if (hide == "none") != (plan is None):
+            raise ValueError(f"hide={hide!r}: a mask plan is needed exactly when something is to be hidden")
+        if plan is not None:
+            plan = plan.to(tokens.x.device)
+            tokens = _copies(tokens, plan)
+        x, lengths = tokens.x, tokens.lengths
+        if plan is not None and hide == "replace":
+            if self.mask_token is None:
+                raise ValueError("encoder.mask_token is false: this objective replaces hidden tokens, set it to true")
+            x = torch.where(plan.masked[..., None], self.mask_token.to(x.dtype), x)
+        # Where tokens are dropped, positions that read content must not see them either.
+        seen = x.masked_fill(plan.masked[..., None], 0.0) if plan is not None and hide == "drop" else x
+        added = self.positions(seen, tokens).to(x.dtype)
+        x = x + added
+        if plan is not None and hide == "drop":
+            x, lengths = take(x, plan.keep), plan.keep_lengths
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.to(x.dtype).expand(len(x), -1, -1), x], 1)
+            lengths = lengths + self.n_prefix
+        if int(lengths.min()) < x.shape[1]:
+            x = x * valid_mask(lengths, x.shape[1], x.device)[..., None]
+        x, kept = self.transformer(x, lengths, layers=layers)
+        return Encoded(x=x, lengths=lengths, layers=kept, n_prefix=self.n_prefix)
+
+
+def _copies(tokens: Tokens, plan: MaskPlan) -> Tokens:
+    """The tokens of each masked copy: (B, ...) -> (R, ...)."""
+    if plan.is_identity:
+        return tokens
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[plan.rows]
+
+    x = tokens.x[plan.rows]
+    return replace(
+        tokens,
+        x=x,
+        lengths=tokens.lengths[plan.rows.cpu()],
+        coords=tokens.coords[:1].expand(len(x), -1, -1) if tokens.coords.stride(0) == 0 else tokens.coords[plan.rows],
+        feat=rows(tokens.feat),
+        pre_norm=rows(tokens.pre_norm),
+    )

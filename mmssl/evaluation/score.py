@@ -1,0 +1,102 @@
+"""A measured value with its interval and the one line that says how it was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of an evaluation, fit to be printed, compared and stored.
+
+    task: "linear", "knn", "ctc", ...
+    value: a share between 0 and 1 (an error rate may pass 1); the mean where there are several draws of labels.
+    low, high: 95 % interval of `value`; `protocol` says what it covers.
+    n: test clips.
+    protocol: how it was measured, in one line.
+    deviation: of one draw of labels from another; None where there is only one.
+    details: what was chosen and on what, as plain values.
+    """
+
+    task: str
+    value: float
+    low: float
+    high: float
+    n: int
+    protocol: str
+    metric: str = "accuracy"
+    deviation: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        deviation = "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
+        return (
+            f"{self.task}: {self.metric} {100 * self.value:.1f}{deviation} % "
+            f"(95 % interval {100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.n:,})\n  {self.protocol}"
+        )
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The score as JSON text, written to `path` where one is given."""
+        text = json.dumps(asdict(self), ensure_ascii=False, indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+
+def wilson(correct: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of `n` independent trials; within 0 and 1, and no point even at 0 or n correct.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22.
+
+    Raises:
+        ValueError: there is no trial.
+    """
+    if n < 1:
+        raise ValueError(f"an interval needs at least one trial, got n = {n}")
+    share, scale = correct / n, 1 + Z95**2 / n
+    middle = (share + Z95**2 / (2 * n)) / scale
+    half = Z95 / scale * np.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of a few independent draws, by Student's t distribution."""
+    from scipy.special import stdtrit  # type: ignore[import-untyped]  # here, because it costs a third of a second
+
+    if len(values) < 2:
+        raise ValueError(f"the spread over draws needs at least two draws, got {len(values)}")
+    half = stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(len(values))
+    mean = np.mean(values)
+    return float(mean - half), float(mean + half)
+
+
+def bootstrap_rate(errors: Sequence[float], sizes: Sequence[float], *, draws: int = 1000) -> tuple[float, float]:
+    """95 % interval of sum(errors) / sum(sizes) when the clips, not their words, are drawn anew.
+
+    Words of one clip fail together, so an interval over words alone would be too narrow. The draws are seeded: the
+    same errors give the same interval.
+
+    Source: Bisani and Ney 2004, "Bootstrap estimates for confidence intervals in ASR performance evaluation".
+
+    Args:
+        errors: of each clip, such as wrong words.
+        sizes: of each clip, such as words said.
+        draws: of as many clips, with replacement.
+    """
+    if len(errors) == 0 or sum(sizes) <= 0:
+        raise ValueError(f"an error rate needs something to count, got {len(errors)} clips of size {sum(sizes)}")
+    pairs = np.stack([np.asarray(errors, dtype=np.float64), np.asarray(sizes, dtype=np.float64)], axis=1)
+    rng = np.random.default_rng(0)
+    # one draw at a time: all at once would hold draws x clips
+    sums = np.stack([pairs[rng.integers(len(pairs), size=len(pairs))].sum(0) for _ in range(draws)])
+    rates = sums[:, 0] / np.maximum(sums[:, 1], np.finfo(np.float64).tiny)
+    low, high = np.quantile(rates, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,1 @@
+"""Parts with tensors in and tensors out; none of them knows a modality or an objective."""

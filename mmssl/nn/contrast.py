@@ -1,0 +1,87 @@
+"""Comparing predictions with their own target and with other targets of the same clip."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmssl.nn.seeds import uniform
+from mmssl.types import valid_mask
+
+# a stream of its own for the negatives of a clip: masks take the small ones
+_NEGATIVES = 1001
+
+
+def draw_negatives(counts: Tensor, k: int, seeds: Tensor) -> Tensor:
+    """k of the other hidden tokens of the same clip for each, all equally likely, with replacement.
+
+    Args:
+        counts: (B,) hidden tokens of each clip, 0 or at least 2.
+        seeds: (B,) int64.
+
+    Returns:
+        (M, k) int64, places among the clip's hidden tokens, never a token's own.
+    """
+    size = int(counts.max())
+    noise = uniform(seeds, size * k, stream=_NEGATIVES).view(len(counts), size, k)
+    others = (counts - 1).clamp_min(1)[:, None, None]
+    drawn = (noise * others).long().minimum(others - 1)
+    drawn += drawn >= torch.arange(size)[:, None]  # skips the token's own place
+    return drawn[valid_mask(counts, size)]
+
+
+def contrast(prediction: Tensor, target: Tensor, same: Tensor, negatives: Tensor, counts: Tensor) -> Tensor:
+    """Cosine similarity of each prediction with its own target and with its negatives.
+
+    All targets of a clip are compared with all its predictions, and what was drawn is picked from that table: a
+    product of M_b x D x M_b costs less than to gather M_b x K x D numbers as long as M_b is below some tens of K,
+    because it reads each vector once.
+
+    Args:
+        prediction, target: (M, D).
+        same: (M,) int64, equal where two targets are.
+        negatives: (M, K), see `draw_negatives`.
+        counts: (B,) on the CPU.
+
+    Returns:
+        (M, 1 + K) float32, the positive first; -inf for a negative that equals the positive.
+    """
+    device = prediction.device
+    clips, size = len(counts), int(counts.max())
+    clip = torch.arange(clips).repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts)[clip]
+    own = torch.arange(len(clip)) - first
+    place = (clip * size + own).to(device)
+    candidates = torch.cat([own[:, None], negatives], 1)
+    codes = same[(first[:, None] + candidates).to(device)]
+
+    def rows(x: Tensor) -> Tensor:
+        x = F.normalize(x.float(), dim=-1)
+        return x.new_zeros(clips * size, x.shape[1]).index_copy(0, place, x).view(clips, size, x.shape[1])
+
+    with torch.autocast(device.type, enabled=False):
+        table = rows(prediction) @ rows(target).transpose(1, 2)  # (B, size, size)
+        picked = table.flatten(0, 1).index_select(0, place).gather(1, candidates.to(device))
+    equal = codes == codes[:, :1]
+    equal[:, 0] = False
+    return picked.masked_fill(equal, -torch.inf)
+
+
+def contrast_metrics(logits: Tensor) -> dict[str, Tensor]:
+    """Sums over frames that tell learning from chance and from collapse.
+
+    accuracy counts a frame whose positive is above *all* negatives: where everything ties, or where no negative is
+    left that differs from the positive, the loss is small and nothing was learned. chance and chance_accuracy are the
+    loss and accuracy of equal guesses among what is left: ln(1 + K) and 1 / (1 + K) while the codes are diverse.
+
+    Args:
+        logits: (M, 1 + K), -inf for negatives that do not count.
+    """
+    positive, negatives = logits[:, 0], logits[:, 1:]
+    left = (negatives > -torch.inf).sum(1)
+    return {
+        "accuracy": ((positive > negatives.amax(1)) & (left > 0)).sum(),
+        "chance_accuracy": (left > 0).div(left + 1).sum(),
+        "chance": left.float().log1p().sum(),
+    }

@@ -1,0 +1,117 @@
+"""From tokens to one vector a clip, and from that to classes. All of them read real tokens only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl.types import valid_mask
+
+
+def mean_pool(x: Tensor, lengths: Tensor, n_prefix: int = 0) -> Tensor:
+    """The mean of a clip's real tokens, without class token and registers.
+
+    Args:
+        x: (B, prefix + N, D).
+        lengths: (B,) int64 on the CPU, real positions including the prefix, as `Encoded` has them.
+
+    Returns:
+        (B, D) in the type of x; summed in float32.
+    """
+    x, lengths = x[:, n_prefix:], lengths - n_prefix
+    if int(lengths.min()) < x.shape[1]:
+        x = x.masked_fill(~valid_mask(lengths, x.shape[1], x.device)[..., None], 0.0)
+    total = x.sum(1, dtype=torch.float32)
+    return (total / lengths.to(x.device, non_blocking=True)[:, None]).to(x.dtype)
+
+
+def first_pool(x: Tensor, lengths: Tensor, n_prefix: int = 0) -> Tensor:
+    """The class token: (B, prefix + N, D) -> (B, D).
+
+    Raises:
+        ValueError: there is none.
+    """
+    if n_prefix < 1:
+        raise ValueError(
+            "pooling='class': this encoder has no class token (encoder.prefix=0), use 'mean' or 'attention'"
+        )
+    return x[:, 0]
+
+
+class AttentionPool(nn.Module):
+    """One learned query looks at all real tokens of a clip.
+
+    Source: Lee et al. 2019 (arXiv:1810.00825), section 3.2, "pooling by multihead attention" with one seed vector;
+    for frozen masked image models, Chen et al. 2022 (arXiv:2202.03026), section 4.1.
+    """
+
+    def __init__(self, dim: int, heads: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"heads={heads}: must divide dim={dim}")
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.query = nn.Parameter(torch.randn(dim) * 0.02)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        for linear in (self.kv, self.out):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, lengths: Tensor, n_prefix: int = 0) -> Tensor:
+        """(B, prefix + N, D) -> (B, D), as `mean_pool`."""
+        x, lengths = x[:, n_prefix:], lengths - n_prefix
+        batch, size, dim = x.shape
+        mask = None
+        if int(lengths.min()) < size:
+            mask = valid_mask(lengths, size, x.device)
+            # A weight of zero does not silence NaN or infinity in the padding.
+            x = x.masked_fill(~mask[..., None], 0.0)
+            mask = mask[:, None, None, :]
+        k, v = self.kv(self.norm(x)).view(batch, size, 2, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        q = self.query.to(k.dtype).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).reshape(batch, dim))
+
+
+class ClassifierHead(nn.Module):
+    """A norm and a linear map to classes.
+
+    Source: He et al. 2022 (arXiv:2111.06377), appendix A: fine-tuning puts a LayerNorm on the pooled tokens; linear
+    probing a BatchNorm without weights, which is the same as standardizing each feature.
+
+    Args:
+        norm: "batch" makes a clip's logits in training depend on the others of its micro-batch, as everywhere.
+        std: of the initial weights: He et al. take .01 for probes and 2e-5 for fine-tuning.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_classes: int,
+        *,
+        norm: Literal["layer", "batch", "none"] = "layer",
+        dropout: float = 0.0,
+        std: float = 0.01,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        norms = {
+            "layer": nn.LayerNorm(dim, eps=eps),
+            "batch": nn.BatchNorm1d(dim, affine=False, eps=eps),
+            "none": nn.Identity(),
+        }
+        if norm not in norms:
+            raise ValueError(f"head_norm={norm!r}: choose one of {', '.join(norms)}")
+        self.norm = norms[norm]
+        self.dropout = dropout
+        self.linear = nn.Linear(dim, n_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=std)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, classes) logits."""
+        return self.linear(F.dropout(self.norm(x), self.dropout, self.training))

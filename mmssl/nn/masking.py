@@ -1,0 +1,120 @@
+"""Where to hide: plain functions from lengths and seeds to a MaskPlan.
+
+Every function hides real tokens only, counts its ratio in each row's real tokens, and draws from the clips' own seeds
+(see `nn.seeds`), so a clip has the same mask in whatever batch it comes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmssl.nn.seeds import uniform
+from mmssl.types import MaskPlan, valid_mask
+
+
+def random_mask(lengths: Tensor, *, ratio: float, seeds: Tensor, clones: int = 1) -> MaskPlan:
+    """Hide a random share of each row's tokens.
+
+    Source: He et al. 2022 (arXiv:2111.06377), section 3. The share is rounded to the nearest token, and at least one
+    token stays visible and one is hidden wherever a row has two.
+
+    Args:
+        lengths: (B,) int64, real tokens.
+        ratio: share of tokens to hide, in (0, 1).
+        seeds: (B,) int64.
+        clones: masked copies of each clip, each with a mask of its own.
+
+    Raises:
+        ValueError: ratio outside (0, 1).
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"mask_ratio={ratio}: the share of tokens to hide must lie between 0 and 1")
+    lengths = lengths.cpu()
+    size = int(lengths.max())
+    noise = torch.cat([uniform(seeds, size, stream=2 * clone) for clone in range(clones)], 1).view(-1, size)
+    rows, lengths = _clone(lengths, clones)
+    valid = valid_mask(lengths, size)
+    hidden = (lengths * ratio).round().long()
+    hidden = torch.minimum(hidden.clamp_min(1), lengths - 1).clamp_min(0)
+    # the `hidden` smallest of a row's noise; padding sorts last and is never reached
+    rank = noise.masked_fill(~valid, 2.0).argsort(1).argsort(1)
+    return plan_of(rank < hidden[:, None], lengths, rows=rows)
+
+
+def span_mask(
+    lengths: Tensor, *, prob: float, span: int, seeds: Tensor, min_spans: int = 2, clones: int = 1
+) -> MaskPlan:
+    """Hide runs of consecutive tokens; runs may overlap.
+
+    Source: Baevski et al. 2020 (arXiv:2006.11477), section 3.1, with `prob` as its released code has it: the share of
+    tokens drawn as hidden *before* overlap (.65 hides about half), not the paper's share of starting points (.065).
+    The number of runs is prob * length / span, rounded up or down at random; their starts are drawn without
+    replacement.
+
+    A row too short for `min_spans` runs gets shorter runs, and always keeps a visible token: no clip is refused and
+    none is hidden whole.
+
+    Args:
+        lengths: (B,) int64, real tokens.
+        prob: expected share of hidden tokens before overlap.
+        span: tokens in a run.
+        min_spans: least number of runs in a row.
+        seeds: (B,) int64.
+        clones: masked copies of each clip, each with a mask of its own.
+    """
+    if prob <= 0 or span < 1:
+        raise ValueError(f"mask_prob={prob}, mask_span={span}: both must be greater than 0")
+    lengths = lengths.cpu()
+    size = int(lengths.max())
+    noise = torch.cat([uniform(seeds, size + 1, stream=2 * clone + 1) for clone in range(clones)], 1)
+    # the first number of a row, not its last: where the last stands depends on what else is in the batch
+    chance, noise = noise.view(-1, size + 1).split([1, size], 1)
+    rows, lengths = _clone(lengths, clones)
+    # a run may cover half of a short row at most, so that something is left to predict from
+    width = torch.full_like(lengths, span).minimum((lengths // 2).clamp_min(1))
+    starts = lengths - width + 1
+    count = (prob * lengths / width + chance[:, 0]).floor().long()
+    count = torch.minimum(count.clamp_min(min_spans), starts)
+    place = torch.arange(size)
+    rank = noise.masked_fill(place >= starts[:, None], 2.0).argsort(1).argsort(1)
+    begins = (rank < count[:, None]).long()
+    # a token is hidden when a run began within the last `width` places: a difference of running sums
+    total = torch.nn.functional.pad(begins.cumsum(1), (1, 0))
+    masked = total[:, 1:] > total.gather(1, (place + 1 - width[:, None]).clamp_min(0))
+    masked &= valid_mask(lengths, size)
+    whole = masked.sum(1) >= lengths
+    if whole.any():
+        first = noise.masked_fill(~valid_mask(lengths, size), 2.0).argmin(1)
+        masked[whole, first[whole]] = False
+    return plan_of(masked, lengths, rows=rows)
+
+
+def plan_of(masked: Tensor, lengths: Tensor, *, rows: Tensor | None = None) -> MaskPlan:
+    """The plan of an explicit mask: (R, N) bool, True = hidden, and the (R,) real tokens of each row."""
+    visible = valid_mask(lengths, masked.shape[1]) & ~masked
+    keep_lengths = visible.sum(1)
+    # a stable sort puts the visible places first and leaves them in ascending order
+    keep = visible.int().sort(dim=1, descending=True, stable=True).indices[:, : max(int(keep_lengths.max()), 1)]
+    keep = keep.masked_fill(~valid_mask(keep_lengths, keep.shape[1]), 0)
+    rows = torch.arange(len(masked)) if rows is None else rows
+    return MaskPlan(rows=rows, masked=masked, keep=keep, keep_lengths=keep_lengths)
+
+
+def channel_mask(batch: int, channels: int, *, prob: float, span: int, seeds: Tensor) -> Tensor:
+    """Hide runs of channels of whole clips, for fine-tuning: (B, C) bool, True = to be zeroed.
+
+    Source: Baevski et al. 2020, appendix B (after SpecAugment, Park et al. 2019). `prob` as in `span_mask`.
+    """
+    lengths = torch.full((batch,), channels)
+    return span_mask(lengths, prob=prob, span=span, min_spans=0, seeds=seeds + 1).masked
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of each row: (R, N, D) at (R, K) -> (R, K, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _clone(lengths: Tensor, clones: int) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(len(lengths)).repeat_interleave(clones)
+    return rows, lengths[rows]

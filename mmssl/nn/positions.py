@@ -1,0 +1,121 @@
+"""Positions to add to tokens: functions of coordinates, never of a place in a packed sequence.
+
+Each is a module called as `positions(x, tokens)` that returns what to *add*: (B, N, D), or (1, N, D) where it is the
+same for all clips. Only `Convolutional` reads the content `x`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl.types import Tokens, valid_mask
+
+
+def sincos(coords: Tensor, dim: int, *, base: float = 10_000.0) -> Tensor:
+    """Sines, then cosines, of each axis, the fastest-moving axis first.
+
+    Source: Vaswani et al. 2017, section 3.5, in the arrangement of He et al. 2022: the first half of the width tells
+    the column and the second the row, so that released weights fit.
+
+    Args:
+        coords: (..., A) numbers; fractions are fine.
+        dim: width of the result; what does not divide by 2A stays zero at the end.
+
+    Returns:
+        (..., dim) float32.
+    """
+    axes = coords.shape[-1]
+    part = dim // (2 * axes)
+    rates = base ** (-torch.arange(part, device=coords.device, dtype=torch.float64) / part)
+    angles = coords.flip(-1).unsqueeze(-1).double() * rates  # (..., A, part)
+    waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
+    return F.pad(waves, (0, dim - waves.shape[-1])).float()
+
+
+class SinCos(nn.Module):
+    """Fixed sine and cosine positions on a grid of any number of axes and any size.
+
+    With `train_grid` the coordinates of another grid are scaled to span the same range, which is interpolation;
+    without, they count on.
+    """
+
+    def __init__(self, dim: int, *, train_grid: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.dim = dim
+        self.train_grid = train_grid
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        coords = _shared(tokens.coords)
+        if self.train_grid is not None and tuple(self.train_grid) != tuple(tokens.grid):
+            scale = torch.tensor([old / new for old, new in zip(self.train_grid, tokens.grid, strict=True)])
+            coords = coords * scale.to(coords.device)
+        return sincos(coords, self.dim)
+
+
+class Learned(nn.Module):
+    """A table of one vector for each cell of a grid, interpolated for a grid of another size.
+
+    Source: Dosovitskiy et al. 2021 (arXiv:2010.11929), section 3.2.
+    """
+
+    def __init__(self, dim: int, *, grid: Sequence[int]) -> None:
+        super().__init__()
+        self.grid = tuple(grid)
+        self.table = nn.Parameter(torch.empty(math.prod(grid), dim))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        table = self.table
+        if self.grid != tuple(tokens.grid):
+            if len(self.grid) > 2:
+                raise ValueError(
+                    f"positions: a learned table of {self.grid} cells cannot be stretched to {tuple(tokens.grid)}; "
+                    "use sincos positions for clips of other sizes"
+                )
+            mode = "bicubic" if len(self.grid) == 2 else "linear"
+            grid = table.T.reshape(1, -1, *self.grid)
+            table = F.interpolate(grid, size=tuple(tokens.grid), mode=mode, align_corners=False).flatten(2)[0].T
+        place = torch.zeros_like(tokens.coords[:1, :, 0])
+        for axis, size in enumerate(tokens.grid):
+            place = place * size + tokens.coords[:1, :, axis]
+        return table[place]
+
+
+class Convolutional(nn.Module):
+    """Positions that a grouped convolution along time reads off the content.
+
+    Source: Baevski et al. 2020 (arXiv:2006.11477), section 2: kernel 128, 16 groups, weight norm
+    over the kernel axis, GELU.
+    Padding and hidden tokens read as silence: without that a clip's embedding would depend on its neighbors' length.
+    """
+
+    def __init__(self, dim: int, *, kernel: int = 128, groups: int = 16) -> None:
+        super().__init__()
+        self.kernel, self.groups = kernel, groups
+        # The direction of each kernel tap and its length, as weight norm has them. They are drawn before they are
+        # split: initializing the weight of a module that already has weight norm changes nothing.
+        weight = torch.empty(dim, dim // groups, kernel).normal_(std=math.sqrt(4.0 / (kernel * dim)))
+        self.weight_g = nn.Parameter(weight.norm(dim=(0, 1), keepdim=True))
+        self.weight_v = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
+        out = F.conv1d(x.transpose(1, 2), weight.to(x.dtype), self.bias, padding=self.kernel // 2, groups=self.groups)
+        out = F.gelu(out[..., : x.shape[1]]).transpose(1, 2)
+        if int(tokens.lengths.min()) < x.shape[1]:
+            out = out * valid_mask(tokens.lengths, x.shape[1], x.device)[..., None]
+        return out
+
+
+def _shared(coords: Tensor) -> Tensor:
+    """(1, N, A) where all clips have the same coordinates because they are one expanded view."""
+    return coords[:1] if coords.stride(0) == 0 or len(coords) == 1 else coords
+
+
+POSITIONS: dict[str, type[nn.Module]] = {"sincos": SinCos, "learned": Learned, "conv": Convolutional}

@@ -1,0 +1,81 @@
+"""Fills in what was dropped: from the encoded visible tokens to a value for each hidden one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl.nn.positions import sincos
+from mmssl.nn.transformer import Transformer
+from mmssl.types import Encoded, MaskPlan, Tokens, valid_mask
+
+
+class Predictor(nn.Module):
+    """MAE's decoder: visible tokens and mask vectors, each with its position, through a narrow Transformer.
+
+    Source: He et al. 2022 (arXiv:2111.06377), section 3, "MAE decoder".
+
+    Args:
+        dim_in: width of the encoder.
+        dim, depth, heads: of the decoder's own Transformer.
+        mlp_dim: hidden width of its MLPs; 4 * dim by default.
+        out_dim: values to predict for each hidden token.
+        eps: of its norms.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim_in: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        out_dim: int,
+        mlp_dim: int | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(dim_in, dim)
+        self.mask_vector = nn.Parameter(torch.randn(dim) * 0.02)
+        self.transformer = Transformer(dim=dim, depth=depth, heads=heads, mlp_dim=mlp_dim, eps=eps)
+        self.out = nn.Linear(dim, out_dim)
+        for linear in (self.embed, self.out):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, encoded: Encoded, tokens: Tokens, plan: MaskPlan) -> Tensor:
+        """Predict the hidden tokens.
+
+        Args:
+            encoded: what the encoder gave for the tokens that `plan` keeps, with `hide="drop"`.
+            tokens: all tokens of the B clips; only their coordinates and lengths are read.
+            plan: on the CPU, so that no place has to be fetched from a device.
+
+        Returns:
+            (M, out_dim), one row for each True of `plan.masked`, in its row-major order.
+        """
+        prefix = encoded.n_prefix
+        device = encoded.x.device
+        rows, size = plan.masked.shape
+        lengths = tokens.lengths[plan.rows]
+        visible = valid_mask(lengths, size) & ~plan.masked
+
+        seen = self.embed(encoded.x).flatten(0, 1)
+        if int(encoded.lengths.min()) < encoded.x.shape[1]:
+            seen = seen.index_select(0, places(valid_mask(encoded.lengths, encoded.x.shape[1]), device))
+        # Both the encoder's rows and the grid are read in ascending order, so the n-th real row is the n-th True here.
+        taken = places(F.pad(visible, (prefix, 0), value=True), device)
+        filled = self.mask_vector.to(seen.dtype).expand(rows * (prefix + size), -1).index_copy(0, taken, seen)
+
+        coords = tokens.coords[:1] if tokens.coords.stride(0) == 0 else tokens.coords[plan.rows]
+        # A class token has no place: its position is zero.
+        added = F.pad(sincos(coords, filled.shape[-1]), (0, 0, prefix, 0)).to(seen.dtype)
+        h, _ = self.transformer(filled.view(rows, prefix + size, -1) + added, lengths + prefix)
+        hidden = places(F.pad(plan.masked, (prefix, 0), value=False), device)
+        return self.out(h.flatten(0, 1).index_select(0, hidden))
+
+
+def places(mask: Tensor, device: torch.device) -> Tensor:
+    """Flat indices of the True places of a mask on the CPU, on `device`."""
+    return mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)

@@ -1,0 +1,117 @@
+"""Vectors to a product of codebooks, and back, with a gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What became of M vectors.
+
+    vectors: (M, dim) the chosen codewords, the groups' end to end.
+    codes: (M, G) int64, which codeword each group chose.
+    soft: (M, G, V) float32, how likely each codeword was, without noise and at temperature 1.
+    """
+
+    vectors: Tensor
+    codes: Tensor
+    soft: Tensor
+
+
+class GumbelQuantizer(nn.Module):
+    """Choose one of `codes` codewords in each of `groups` groups; the gradient goes straight through the choice.
+
+    Source: Baevski et al. 2020 (arXiv:2006.11477), section 2; Jang et al. 2017 (arXiv:1611.01144). There is no random
+    number in here: the noise is handed in.
+
+    Args:
+        dim_in: width of the vectors to quantize.
+        groups: G codebooks, each of which gives dim / G of the result.
+        codes: V codewords in each.
+        dim: width of the result.
+        temperature: of the softmax whose gradient is used: (at the start, least, factor for one optimizer update).
+
+    Raises:
+        ValueError: dim is not a multiple of groups, or there are more combinations of codes than 64 bits can count.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim_in: int,
+        groups: int,
+        codes: int,
+        dim: int,
+        temperature: tuple[float, float, float] = (2.0, 0.5, 0.999995),
+    ) -> None:
+        super().__init__()
+        if dim % groups:
+            raise ValueError(f"quantizer.dim={dim}: must be a multiple of groups={groups}")
+        if codes**groups >= 2**63:
+            raise ValueError(f"quantizer.codes={codes}, groups={groups}: codes to the power of groups must fit 63 bits")
+        self.groups, self.codes, self.dim = groups, codes, dim
+        self.temperature = temperature
+        self.logits = nn.Linear(dim_in, groups * codes)
+        self.codebook = nn.Parameter(torch.rand(groups, codes, dim // groups))
+        # Logits as wide as this start from choices that differ; at PyTorch's own width all start near one code.
+        nn.init.normal_(self.logits.weight)
+        nn.init.zeros_(self.logits.bias)
+
+    def temperature_at(self, updates: Tensor) -> Tensor:
+        """The temperature after so many optimizer updates: () int64 -> () float32, on the device of `updates`.
+
+        A function of updates rather than of calls, so that neither accumulation nor resuming changes it.
+        """
+        start, least, factor = self.temperature
+        return (start * torch.exp(updates.float() * math.log(factor))).clamp_min(least)
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """(M, dim_in) -> (M, G, V) float32: `Quantized.soft` alone."""
+        return self._scores(x).softmax(-1)
+
+    def forward(self, x: Tensor, temperature: Tensor | float = 1.0, noise: Tensor | None = None) -> Quantized:
+        """Quantize.
+
+        Args:
+            x: (M, dim_in).
+            temperature: see `temperature_at`; it changes the gradient only.
+            noise: (M, G, V) Gumbel noise, -log(-log(u)); None for the likeliest codeword.
+        """
+        scores = self._scores(x)
+        noisy = scores if noise is None else scores + noise
+        codes = noisy.argmax(-1)
+        slope = (noisy / temperature).softmax(-1)
+        # The difference is zero to the bit, so equal codes give equal vectors; (hard - slope) + slope would not.
+        chosen = torch.zeros_like(slope).scatter(-1, codes[..., None], 1.0) + (slope - slope.detach())
+        vectors = torch.einsum("mgv,gvd->mgd", chosen.to(self.codebook.dtype), self.codebook).flatten(1)
+        return Quantized(vectors=vectors, codes=codes, soft=scores.softmax(-1))
+
+    def combined(self, codes: Tensor) -> Tensor:
+        """(M, G) codes -> (M,) one number for each combination: two vectors are equal where it is."""
+        weights = torch.tensor([self.codes**g for g in range(self.groups)], device=codes.device)
+        return (codes * weights).sum(-1)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        return self.logits(x).float().unflatten(-1, (self.groups, self.codes))
+
+
+def perplexity(probabilities: Tensor) -> Tensor:
+    """exp of the entropy: how many codewords are in use, as if all were used alike. (..., V) -> (...)."""
+    # clamped inside the logarithm: at zero, x log x is zero, but its gradient would be infinite
+    tiny = torch.finfo(probabilities.dtype).tiny
+    return (-(probabilities * probabilities.clamp_min(tiny).log()).sum(-1)).exp()
+
+
+def code_perplexity(codes: Tensor, size: int) -> Tensor:
+    """How many codewords of each group are in use: (M, G) codes below `size` -> (G,), from 1 to min(M, size).
+
+    It is that of one micro-batch and is averaged for the log: many small parts show less than one large one.
+    """
+    seen = torch.zeros(codes.shape[1], size, device=codes.device)
+    seen.scatter_add_(1, codes.T, torch.ones_like(codes.T, dtype=seen.dtype))
+    return perplexity(seen / len(codes))

@@ -1,0 +1,47 @@
+"""Random numbers that depend on a seed and a place, not on what was drawn before.
+
+A mask drawn from a clip's own seed is the same in whatever batch, worker, rank or order the clip comes, and drawing one
+for a whole batch is a few integer operations instead of one generator a clip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+
+def seed_of(*parts: int | str) -> int:
+    """A stable 63-bit hash of its arguments: the same on every machine and in every process."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def uniform(seeds: Tensor, n: int, *, stream: int = 0) -> Tensor:
+    """n numbers for each seed, uniform in [0, 1).
+
+    Source: the finalizer of SplitMix64 (Steele, Lea and Flood 2014), used as a hash of (seed, stream, place).
+
+    Args:
+        seeds: (B,) int64.
+        stream: another number gives independent draws for the same seed.
+
+    Returns:
+        (B, n) float32 on the CPU.
+    """
+    with np.errstate(over="ignore"):
+        state = _mix(seeds.cpu().numpy().astype(np.uint64) + np.uint64(stream + 1) * _MIX1)
+        bits = _mix(state[:, None] + _STEP * np.arange(1, n + 1, dtype=np.uint64))
+    return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24))
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * _MIX1
+    z = (z ^ (z >> np.uint64(27))) * _MIX2
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,250 @@
+"""The shared Transformer: it sees vectors and how many of them are real, and nothing of where they came from.
+
+Source: Vaswani et al. 2017 (arXiv:1706.03762); pre-norm as in Dosovitskiy et al. 2021, post-norm as in the base model
+of wav2vec 2.0.
+
+A ragged batch is packed: rows are laid end to end without their padding, so that every product works on real tokens
+only and a clip's result is the same alone as beside a longer one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl.nn.seeds import seed_of, uniform
+from mmssl.types import valid_mask
+
+# On the CPU, rows at least this long are attended to one by one: the square of their padding would cost more than the
+# calls do. Shorter ones go as one padded call with a mask.
+_ROW_BY_ROW = 128
+
+
+class Layout:
+    """How the rows of a batch lie in memory: (B, N, D) where all are full, else (M, D) end to end."""
+
+    def __init__(self, x: Tensor, lengths: Tensor | None) -> None:
+        self.batch, self.size = x.shape[:2]
+        self.ragged = lengths is not None and int(lengths.min()) < self.size
+        if not self.ragged or lengths is None:
+            return
+        self.sizes = lengths.tolist()
+        self.longest = max(self.sizes)
+        self.index = valid_mask(lengths, self.size).flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
+        self.row_by_row = x.device.type == "cpu" and self.longest >= _ROW_BY_ROW
+        if not self.row_by_row:
+            self.valid = valid_mask(lengths, self.longest, x.device)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (M, D) real tokens."""
+        return x.flatten(0, 1)[self.index] if self.ragged else x
+
+    def unpack(self, h: Tensor) -> Tensor:
+        """(M, D) -> (B, N, D), zero past each length."""
+        if not self.ragged:
+            return h
+        rows = h.new_zeros(self.batch * self.size, h.shape[-1])
+        return rows.index_copy(0, self.index, h).view(self.batch, self.size, -1)
+
+    def per_clip(self, value: Tensor) -> Tensor:
+        """(B,) values in the shape that multiplies packed or padded tokens."""
+        if not self.ragged:
+            return value[:, None, None]
+        return value[torch.div(self.index, self.size, rounding_mode="floor")][:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each clip."""
+
+    def __init__(self, dim: int, heads: int, *, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, h: Tensor, layout: Layout) -> Tensor:
+        qkv = self.qkv(h)
+        if not layout.ragged:
+            mixed = self._attend(qkv)
+        elif layout.row_by_row:
+            mixed = torch.cat([self._attend(row[None])[0] for row in qkv.split(layout.sizes)])
+        else:
+            rows = qkv.new_zeros(layout.batch, layout.longest, qkv.shape[-1])
+            rows[layout.valid] = qkv
+            mixed = self._attend(rows, layout.valid[:, None, None, :])[layout.valid]
+        return self.out(mixed)
+
+    def _attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, N, 3D) -> (B, N, D)."""
+        batch, size, width = qkv.shape
+        q, k, v = qkv.view(batch, size, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
+        rate = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+        return mixed.transpose(1, 2).reshape(batch, size, width // 3)
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU between."""
+
+    def __init__(self, dim: int, hidden: int, *, dropout: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+        self.dropout = dropout
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.down(F.dropout(F.gelu(self.up(h)), self.dropout, self.training))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with a residual; the norm before the branch (pre) or after the sum (post)."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_dim: int,
+        *,
+        norm: Literal["pre", "post"],
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+        drop_path: float,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.pre = norm == "pre"
+        self.dropout = dropout
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attention = Attention(dim, heads, dropout=attention_dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = MLP(dim, mlp_dim, dropout=activation_dropout)
+
+    def forward(self, h: Tensor, layout: Layout) -> Tensor:
+        if self.pre:
+            h = h + self._branch(self.attention(self.norm1(h), layout), layout)
+            return h + self._branch(self.mlp(self.norm2(h)), layout)
+        h = self.norm1(h + self._branch(self.attention(h, layout), layout))
+        return self.norm2(h + self._branch(self.mlp(h), layout))
+
+    def _branch(self, branch: Tensor, layout: Layout) -> Tensor:
+        branch = F.dropout(branch, self.dropout, self.training)
+        if not self.training or self.drop_path == 0:
+            return branch
+        # Stochastic depth, Huang et al. 2016 (arXiv:1603.09382): a clip's branch is left out whole.
+        keep = 1 - self.drop_path
+        alive = torch.rand(layout.batch, device=branch.device) < keep
+        return branch * layout.per_clip(alive.to(branch.dtype) / keep)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks over ragged rows.
+
+    Args:
+        dim: width.
+        depth: blocks.
+        heads: attention heads; must divide dim.
+        mlp_dim: hidden width of each MLP; 4 * dim by default.
+        norm: "pre" puts a norm before each branch and one at the end; "post" puts one after each sum and one at the
+            start, as wav2vec 2.0 base has it.
+        dropout: after the input and after each branch.
+        attention_dropout, activation_dropout: on attention weights, and after the GELU.
+        drop_path: chance to leave out a clip's branch, growing linearly from 0 at the first block.
+        layer_drop: chance to leave out a whole block (Fan et al. 2020, arXiv:1909.11556). Drawn from a counter, so
+            that every rank leaves out the same ones.
+        eps: of the norms.
+        init: "xavier" (He et al. 2022) or "normal" with deviation .02 (wav2vec 2.0).
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_dim: int | None = None,
+        norm: Literal["pre", "post"] = "pre",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        layer_drop: float = 0.0,
+        eps: float = 1e-6,
+        init: Literal["xavier", "normal"] = "xavier",
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"transformer.heads={heads}: must divide dim={dim}")
+        self.dim, self.depth = dim, depth
+        self.pre = norm == "pre"
+        self.dropout = dropout
+        self.layer_drop = layer_drop
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                heads,
+                mlp_dim or 4 * dim,
+                norm=norm,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                activation_dropout=activation_dropout,
+                drop_path=drop_path * i / max(depth - 1, 1),
+                eps=eps,
+            )
+            for i in range(depth)
+        )
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                if init == "xavier":
+                    nn.init.xavier_uniform_(part.weight)
+                else:
+                    nn.init.normal_(part.weight, std=0.02)
+                nn.init.zeros_(part.bias)
+
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None, *, layers: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Encode rows of which the first `lengths[b]` places are real.
+
+        Args:
+            x: (B, N, D).
+            lengths: (B,) int64 on the CPU; None where all rows are full.
+            layers: which to return as well: 0 is the input to the first block, i the output of block i, both
+                without the final norm.
+
+        Returns:
+            (B, N, D) after the final norm (of "pre"), zero past each length; and the layers asked for.
+        """
+        wrong = [i for i in layers if not 0 <= i <= self.depth]
+        if wrong:
+            raise ValueError(f"layer={wrong[0]}: this Transformer has layers 0 (its input) to {self.depth}")
+        layout = Layout(x, lengths)
+        h = layout.pack(x)
+        if not self.pre:
+            h = self.norm(h)
+        h = F.dropout(h, self.dropout, self.training)
+        left_out = self._left_out()
+        kept = {0: layout.unpack(h)} if 0 in layers else {}
+        for i, block in enumerate(self.blocks, start=1):
+            if i not in left_out:
+                h = block(h, layout)
+            if i in layers:
+                kept[i] = layout.unpack(h)
+        if self.pre:
+            h = self.norm(h)
+        return layout.unpack(h), kept
+
+    def _left_out(self) -> set[int]:
+        if not self.training or self.layer_drop == 0:
+            return set()
+        seed = torch.tensor([seed_of("layer_drop", int(self.draws))])
+        self.draws += 1
+        return {i for i, chance in enumerate(uniform(seed, self.depth)[0].tolist(), 1) if chance < self.layer_drop}

@@ -1,0 +1,10 @@
+"""Objectives: a loss and the parts it owns, one paper a file. None of them knows a modality."""
+
+from torch import nn
+
+from mmssl.objectives.classify import Classify
+from mmssl.objectives.ctc import CTC
+from mmssl.objectives.mae import MAE
+from mmssl.objectives.wav2vec2 import Wav2Vec2
+
+OBJECTIVES: dict[str, type[nn.Module]] = {"wav2vec2": Wav2Vec2, "mae": MAE, "ctc": CTC, "classify": Classify}

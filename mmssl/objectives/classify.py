@@ -1,0 +1,165 @@
+"""Classification of whole clips: fine-tuning, or a linear probe when the encoder is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl.encoder import Encoder
+from mmssl.nn.heads import AttentionPool, ClassifierHead, first_pool, mean_pool
+from mmssl.nn.spread import token_spread
+from mmssl.types import Batch, Hide, Loss, Raw, valid_mask
+
+
+class Classify(nn.Module):
+    """Pool a clip's tokens and tell its class.
+
+    Source: He et al. 2022 (arXiv:2111.06377), appendix A.1, "end-to-end fine-tuning" and "linear probing"; mixup is
+        Zhang et al. 2018 (arXiv:1710.09412).
+    Differs from the paper: tokens are pooled after the encoder's final norm; each clip has a mixing share of its own,
+        drawn from its seed; no cutmix.
+    Target: the manifest's label.
+
+    Args:
+        n_classes: labels are 0 to n_classes - 1.
+        pooling: "mean" of the tokens, the "class" token (the encoder's first prefix vector), or "attention" with
+            `pool_heads` heads. All over real tokens only.
+        label_smoothing: share of the target spread evenly over the classes.
+        mixup: alpha of the Beta distribution that the share is drawn from; 0 mixes nothing. Clip i is mixed with clip
+            B - 1 - i of its micro-batch.
+        freeze_encoder: train the head only; the encoder is in evaluation mode and gets no gradient.
+        head_norm, head_dropout, head_std: see `ClassifierHead`.
+    """
+
+    label: ClassVar[str | None] = "label"
+    hide: ClassVar[Hide] = "none"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        n_classes: int,
+        pooling: Literal["mean", "class", "attention"] = "mean",
+        pool_heads: int = 8,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        freeze_encoder: bool = False,
+        head_norm: Literal["layer", "batch", "none"] = "layer",
+        head_dropout: float = 0.0,
+        head_std: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if n_classes < 2:
+            raise ValueError(
+                f"n_classes={n_classes}: there must be at least two classes to tell apart; check the labels"
+            )
+        if pooling not in ("mean", "class", "attention"):
+            raise ValueError(f"objective.pooling={pooling!r}: choose one of mean, class, attention")
+        if pooling == "class" and encoder.n_prefix == 0:
+            raise ValueError(
+                "objective.pooling=class: this encoder has no class token (encoder.prefix=0); choose mean or attention"
+            )
+        self.encoder = encoder
+        self.n_classes = n_classes
+        self.label_smoothing = label_smoothing
+        self.mixup = mixup
+        self.freeze_encoder = freeze_encoder
+        # nothing is hidden here, so a mask token that the encoder may have gets no gradient
+        self.skips_parameters = encoder.mask_token is not None or encoder.transformer.layer_drop > 0
+        self.pool: Callable[[Tensor, Tensor, int], Tensor]
+        if pooling == "attention":
+            self.pool = AttentionPool(encoder.dim, pool_heads)
+        else:
+            self.pool = mean_pool if pooling == "mean" else first_pool
+        self.head = ClassifierHead(encoder.dim, n_classes, norm=head_norm, dropout=head_dropout, std=head_std)
+        if freeze_encoder:
+            encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Classify:
+        super().train(mode)
+        if self.freeze_encoder:
+            # dropout would make frozen features noisy, and a batch norm would move
+            self.encoder.eval()
+        return self
+
+    def forward(self, batch: Batch) -> Loss:
+        """Sum of the clips' cross-entropies in nats; the count is clips."""
+        raw, labels = batch.raw, self._labels(batch)
+        share = None
+        if self.training and self.mixup > 0:
+            raw, share = mix(raw, batch.seeds, alpha=self.mixup)
+        logits, spread = self._logits(raw)
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+            if share is not None:
+                share = share.to(losses.device)
+                others = F.cross_entropy(logits, labels.flip(0), reduction="none", label_smoothing=self.label_smoothing)
+                losses = share * losses + (1 - share) * others
+        total = losses.sum()
+        likeliest = labels if share is None else torch.where(share >= 0.5, labels, labels.flip(0))
+        right = (logits.argmax(1) == likeliest).sum()
+        n = len(batch)
+        return Loss(total, n, {"loss": (total.detach(), n), "accuracy": (right, n), "feature_std": (spread * n, n)})
+
+    def predict(self, batch: Batch) -> Tensor:
+        """(B, classes) float32 logits."""
+        return self._logits(batch.raw)[0].float()
+
+    def after_step(self, step: int) -> None:
+        """Nothing here changes with time."""
+
+    def _logits(self, raw: Raw) -> tuple[Tensor, Tensor]:
+        """The logits, and how far the encoder's tokens lie apart."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            encoded = self.encoder(self.encoder.tokens(raw))
+        pooled = self.pool(encoded.x, encoded.lengths, encoded.n_prefix)
+        return self.head(pooled), token_spread(encoded)
+
+    def _labels(self, batch: Batch) -> Tensor:
+        labels = batch.labels
+        if labels is None or labels.ndim != 1:
+            raise ValueError("Classify: every clip needs one label; give each manifest row a 'label'")
+        if labels.device.type == "cpu":  # elsewhere a look would wait for the device
+            wrong = ((labels < 0) | (labels >= self.n_classes)).nonzero()[:, 0].tolist()
+            if wrong:
+                raise ValueError(
+                    f"{batch.ids[wrong[0]]}: label {int(labels[wrong[0]])} is none of the {self.n_classes} classes "
+                    f"0 to {self.n_classes - 1}; correct the manifest"
+                )
+        return labels
+
+
+def mix(raw: Raw, seeds: Tensor, *, alpha: float) -> tuple[Raw, Tensor]:
+    """Mix each clip with its counterpart in the reversed batch.
+
+    Source: Zhang et al. 2018 (arXiv:1710.09412), section 2. Clips of different length are mixed where they overlap;
+    past the other's end a clip stays as it is, and its share of the label grows accordingly: silence has no label.
+
+    Args:
+        seeds: (B,) int64, one for each clip's draw.
+        alpha: shares are drawn from Beta(alpha, alpha).
+
+    Returns:
+        the mixed clips, each as long as before, and (B,) on the CPU the share that each clip has of itself.
+
+    Raises:
+        ValueError: clips of different length that are not waveforms.
+    """
+    draws = [np.random.default_rng(seed & (2**63 - 1)).beta(alpha, alpha) for seed in seeds.tolist()]
+    own = torch.tensor(draws, dtype=torch.float32)
+    data = raw.data
+    overlap = torch.minimum(raw.lengths, raw.lengths.flip(0))
+    weight = own.to(data.device, data.dtype).view(-1, *[1] * (data.ndim - 1))
+    mixed = weight * data + (1 - weight) * data.flip(0)
+    if int(raw.lengths.min()) < int(raw.lengths.max()):
+        if data.ndim != 2:
+            raise ValueError(f"objective.mixup: cannot mix clips of different length of shape {tuple(data.shape[1:])}")
+        mixed = torch.where(valid_mask(overlap, data.shape[1], data.device), mixed, data)
+    return replace(raw, data=mixed), 1 - (1 - own) * overlap / raw.lengths

@@ -1,0 +1,182 @@
+"""CTC: transcribe speech with characters, without knowing when each is spoken."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl.encoder import Encoder
+from mmssl.nn.ctc import BLANK, best_path, frames_needed
+from mmssl.nn.masking import channel_mask, span_mask
+from mmssl.types import Batch, Hide, Loss, Raw, Tokens
+
+log = logging.getLogger(__name__)
+
+
+class CTC(nn.Module):
+    """The sum of the probabilities of all ways to spell a transcript over the frames must be high.
+
+    Source: Graves, Fernandez, Gomez and Schmidhuber 2006 (ICML); for fine-tuning Baevski et al. 2020
+    (arXiv:2006.11477), section 4.3 and appendix B; defaults of its 10 hour split.
+    Differs from the paper: masked channels are zeroed before hidden frames are replaced, so the mask token keeps all
+    of its channels. Clips too short for their transcript are left out, named once and counted, instead of getting an
+    infinite loss or, silently, none.
+    The target is the batch's labels: the characters of each transcript, without blanks.
+
+    Args:
+        encoder: with a mask token unless mask_prob is 0; its tokens must lie on time alone.
+        n_characters: size of the vocabulary with the blank, which is number 0.
+        freeze_updates: optimizer updates during which only the new layer is trained, with masks and dropout on.
+        freeze_frontend: never train what a learned frontend does before its last norm.
+        mask_prob, mask_span, min_spans: time masking while training, see `span_mask`.
+        channel_mask_prob, channel_mask_span: channels of the tokens zeroed while training, see `channel_mask`.
+        dropout: on what the encoder gives.
+
+    Raises:
+        ValueError: the tokens do not lie on time alone, there is no character beside the blank, or the mask token is
+            missing.
+    """
+
+    label: ClassVar[str | None] = "text"
+    hide: ClassVar[Hide] = "replace"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        n_characters: int,
+        freeze_updates: int = 10_000,
+        freeze_frontend: bool = True,
+        mask_prob: float = 0.65,
+        mask_span: int = 10,
+        min_spans: int = 2,
+        channel_mask_prob: float = 0.5,
+        channel_mask_span: int = 64,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        frontend = encoder.frontend
+        if tuple(frontend.axes) != ("t",):
+            raise ValueError(
+                f"CTC spells along time, but the tokens of {type(frontend).__name__} lie on {tuple(frontend.axes)}; "
+                "use a frontend whose only axis is t"
+            )
+        if n_characters < 2:
+            raise ValueError(f"objective.n_characters={n_characters}: needs the blank and at least one character")
+        if mask_prob and encoder.mask_token is None:
+            raise ValueError("encoder.mask_token=false: time masking needs it; set it to true, or mask_prob to 0")
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.dim, n_characters)
+        self.n_characters = n_characters
+        self.freeze_updates = freeze_updates
+        self.mask_prob, self.mask_span, self.min_spans = mask_prob, mask_span, min_spans
+        self.channel_mask_prob, self.channel_mask_span = channel_mask_prob, channel_mask_span
+        self.dropout = dropout
+        if freeze_frontend and frontend.learned:
+            frontend.grad_mult = 0.0
+        # whether an update may leave parameters without a gradient, which the loop must tell DDP
+        self.skips_parameters = True
+        self.infeasible_ids: set[str] = set()
+        self.updates: Tensor
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the encoder is not trained yet."""
+        # the first test spares runs without a frozen start a wait for the device at every step
+        return self.freeze_updates > 0 and int(self.updates) < self.freeze_updates
+
+    def forward(self, batch: Batch) -> Loss:
+        """The loss in nats, summed over the clips that are long enough for their transcripts."""
+        labels, label_lengths = self._labels(batch)
+        frozen = self.frozen
+        with torch.no_grad() if frozen else nullcontext():
+            tokens = self.encoder.tokens(batch.raw)
+            x = self._encode(tokens, batch.seeds if self.training else None)
+        log_probs = self._log_probs(x)
+        feasible = frames_needed(labels, label_lengths) <= tokens.lengths
+        self._name([name for name, fits in zip(batch.ids, feasible.tolist(), strict=True) if not fits])
+        # An infeasible clip is given an empty transcript, whose loss is finite, and then left out: zero_infinity
+        # would hide every other infinite loss as well.
+        losses = F.ctc_loss(
+            log_probs.transpose(0, 1),
+            labels.to(x.device),
+            tokens.lengths,
+            label_lengths * feasible,
+            blank=BLANK,
+            reduction="none",
+        )
+        total = losses.masked_fill(~feasible.to(x.device), 0.0).sum()
+        n, clips, frames = int(feasible.sum()), len(batch), int(tokens.lengths.sum())
+        blanks = ((log_probs.detach().argmax(-1) == BLANK) & tokens.valid).sum()
+        metrics: dict[str, tuple[float | Tensor, float]] = {
+            "loss": (total.detach(), n),
+            "infeasible": (clips - n, clips),
+            "blank": (blanks, frames),
+            "characters": (int((label_lengths * feasible).sum()), n),
+            "frozen": (float(frozen), 1),
+        }
+        return Loss(total, n, metrics)
+
+    def after_step(self, step: int) -> None:
+        self.updates.fill_(step)
+
+    @torch.no_grad()
+    def log_probs(self, raw: Raw) -> tuple[Tensor, Tensor]:
+        """Of each character at each frame, nothing masked: (B, N, V) float32 and the (B,) real frames of each clip."""
+        tokens = self.encoder.tokens(raw)
+        return self._log_probs(self._encode(tokens, None)), tokens.lengths
+
+    def predict(self, batch: Batch) -> list[list[int]]:
+        """The characters of each clip, by the best path."""
+        return best_path(*self.log_probs(batch.raw))
+
+    def _encode(self, tokens: Tokens, seeds: Tensor | None) -> Tensor:
+        """(B, N, D); masked by the clips' seeds, or not at all where there are none."""
+        if seeds is None:
+            return self.encoder(tokens).tokens
+        if self.channel_mask_prob:
+            hidden = channel_mask(
+                len(tokens.x),
+                tokens.x.shape[-1],
+                prob=self.channel_mask_prob,
+                span=self.channel_mask_span,
+                seeds=seeds,
+            )
+            tokens = replace(tokens, x=tokens.x.masked_fill(hidden.to(tokens.x.device)[:, None], 0.0))
+        if not self.mask_prob:
+            return self.encoder(tokens).tokens
+        plan = span_mask(
+            tokens.lengths, prob=self.mask_prob, span=self.mask_span, min_spans=self.min_spans, seeds=seeds
+        )
+        return self.encoder(tokens, plan, self.hide).tokens
+
+    def _log_probs(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(x, self.dropout, self.training)).float().log_softmax(-1)
+
+    def _labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if batch.labels is None or batch.label_lengths is None:
+            raise ValueError("CTC needs the transcript of every clip: add `text` to the rows of the manifest")
+        labels, lengths = batch.labels.cpu(), batch.label_lengths.cpu()
+        real = torch.arange(labels.shape[1]) < lengths[:, None]
+        wrong = (((labels <= BLANK) | (labels >= self.n_characters)) & real).nonzero().tolist()
+        if wrong:
+            clip, place = wrong[0]
+            raise ValueError(
+                f"{batch.ids[clip]}: character {int(labels[clip, place])} at place {place} is not one of the "
+                f"{self.n_characters - 1} after the blank; encode with the vocabulary the model was built with"
+            )
+        return labels, lengths
+
+    def _name(self, ids: list[str]) -> None:
+        """Tell of each infeasible clip once."""
+        for name in ids:
+            if name not in self.infeasible_ids:
+                self.infeasible_ids.add(name)
+                log.warning("%s: shorter than its transcript can be spelled in; left out of the loss", name)

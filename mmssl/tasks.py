@@ -1,0 +1,282 @@
+"""What `mmssl evaluate` measures: an encoder, or a baseline in its place, on the clips of manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmssl.assemble import build_encoder
+from mmssl.data.manifest import Manifest
+from mmssl.data.text import Classes
+from mmssl.embed import Embedder, Precision, load
+from mmssl.evaluation.knn import fit_knn
+from mmssl.evaluation.probe import fit_linear
+from mmssl.evaluation.protocol import Fit, Split, hold_out, measure
+from mmssl.evaluation.score import Score, wilson
+from mmssl.evaluation.speech import error_rates
+from mmssl.modalities import MODALITIES
+from mmssl.types import Encoded, Raw, Tokens
+
+Clips = str | Path | Manifest
+Task = Literal["linear", "knn", "classify", "ctc"]
+Baseline = Literal["random", "pixels", "logmel"]
+
+
+def evaluate(
+    run: str | Path | Embedder,
+    *,
+    task: Task = "linear",
+    test: Clips,
+    train: Clips | None = None,
+    valid: Clips | None = None,
+    layer: int | Sequence[int] | Literal["select"] = "select",
+    pool: str = "mean",
+    label: str = "label",
+    labels_per_class: int | None = None,
+    label_share: float | None = None,
+    draws: int = 5,
+    k: int | Sequence[int] = 20,
+    beam: int | None = None,
+    baseline: Baseline | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: Precision = "float32",
+    batch_size: int = 16,
+    on_bad_clip: Literal["raise", "skip"] = "raise",
+    progress: bool = False,
+) -> dict[str, Score]:
+    """Measure a run by one protocol, which the score states.
+
+    "linear" and "knn" fit a logistic regression or a nearest-neighbor classifier on frozen features of `train`; layer
+    and settings are chosen on `valid`, and `test` is touched once. "classify" and "ctc" measure what a fine-tuned run
+    says of the clips of `test`, and fit nothing.
+
+    Args:
+        run: see `mmssl.load`; or an `Embedder`.
+        train, valid, test: manifests. Where something is to be chosen and there is no `valid`, a fifth of the training
+            clips is set aside for it, drawn by class; once chosen, what is fitted sees them too, unless `train` is to
+            be used with few labels.
+        layer: see `Embedder.embed`; "select" chooses among all of them, the output after the final norm included.
+        pool: see `Pool.named`.
+        label: the key of a row that holds its class.
+        labels_per_class, label_share: fit on a few labels only, in `draws` random draws.
+        k: of "knn"; of several the best on validation.
+        beam: of "ctc", see `Embedder.predict`.
+        baseline: measure this in place of the encoder: "random", the same network with new weights (from `seed`);
+            "pixels", the raw picture; "logmel", log-mel energies every 10 ms. Read and pooled as for the encoder.
+        device, precision: see `mmssl.load`.
+        batch_size, on_bad_clip, progress: see `Embedder.embed`. Clips that are skipped are not measured; the protocol
+            line counts them.
+
+    Returns:
+        {"accuracy": Score}, or {"wer": Score, "cer": Score} for "ctc".
+
+    Raises:
+        ValueError: something that this task needs is missing, or manifests that do not fit each other.
+    """
+    embedder = run if isinstance(run, Embedder) else load(run, device=device, precision=precision)
+    if baseline is not None:
+        embedder = as_baseline(embedder, baseline, seed=seed)
+    settings: dict[str, Any] = {"batch_size": batch_size, "on_bad_clip": on_bad_clip, "progress": progress}
+    if task in ("classify", "ctc"):
+        if baseline is not None:
+            raise ValueError(f"baseline={baseline}: {task} measures what a fine-tuned run says; leave the baseline out")
+        return _fine_tuned(embedder, task, _manifest(test), label, beam, settings)
+    if task not in ("linear", "knn"):
+        raise ValueError(f"task={task!r}: choose linear, knn, classify or ctc")
+    if train is None:
+        raise ValueError(f"task={task}: is fitted on labelled clips, give their manifest as train")
+
+    layers: list[int]
+    if layer == "select":
+        layers = [-1, *range(embedder.depth + 1)] if embedder.depth else [-1]
+    else:
+        layers = [layer] if isinstance(layer, int) else [int(i) for i in layer]
+    few = labels_per_class is not None or label_share is not None
+    classes = Classes.from_labels(_manifest(train).column(label))
+
+    def collect(clips: Clips) -> tuple[Split, int]:
+        return labelled(embedder, _manifest(clips), classes=classes, label=label, layers=layers, pool=pool, **settings)
+
+    fitting, skipped = collect(train)
+    chosen_on: Split | None = None
+    refit: Literal["train", "train+valid"] = "train"
+    aside = ""
+    if valid is not None:
+        chosen_on, also = collect(valid)
+        skipped += also
+    elif len(layers) > 1 or task == "linear" or not isinstance(k, int):
+        rest, held = hold_out(fitting.labels)
+        fitting, chosen_on = fitting.pick(rest), fitting.pick(held)
+        refit = "train" if few else "train+valid"
+        aside = "; validation is a fifth of the training clips"
+    testing, also = collect(test)
+    skipped += also
+
+    fit: Fit = partial(fit_linear, refit=refit) if task == "linear" else partial(fit_knn, refit=refit, k=k)
+    note = f"{embedder.name}, pool {pool}{aside}" + (f"; {skipped} clips could not be read" if skipped else "")
+    score = measure(
+        fit,
+        fitting,
+        chosen_on,
+        testing,
+        task=task,
+        per_class=labels_per_class,
+        share=label_share,
+        draws=draws,
+        note=note,
+    )
+    return {"accuracy": replace(score, details={**score.details, "pool": pool, "encoder": embedder.name})}
+
+
+def labelled(
+    embedder: Embedder,
+    manifest: Manifest,
+    *,
+    classes: Classes,
+    label: str = "label",
+    layers: Sequence[int] = (-1,),
+    pool: str = "mean",
+    **settings: Any,
+) -> tuple[Split, int]:
+    """Scenes of a manifest's clips with the numbers of their classes, and how many clips could not be read.
+
+    Args:
+        settings: see `Embedder.embed`.
+
+    Raises:
+        ValueError: a row without label, or with one that is no class, by its place in the manifest.
+    """
+    numbers = []
+    for place, name in enumerate(manifest.column(label)):
+        try:
+            numbers.append(classes.encode(name))
+        except ValueError as error:
+            raise ValueError(f"{manifest.place(place)}: {error}") from None
+    found = embedder.embed(manifest, layer=list(layers), pool=pool, tokens=False, **settings)
+    read = torch.isfinite(found[0].scene).all(1)
+    features = {layer: one.scene[read] for layer, one in zip(layers, found, strict=True)}
+    return Split(features, torch.tensor(numbers)[read]), int((~read).sum())
+
+
+def as_baseline(embedder: Embedder, baseline: Baseline, *, seed: int = 0) -> Embedder:
+    """The same reading, cropping and pooling, with other features: see `evaluate`.
+
+    Raises:
+        ValueError: there is no such baseline for this modality.
+    """
+    config, frontend = embedder.config, embedder.encoder.frontend
+    encoder: Any
+    if baseline == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder = build_encoder(config)
+        name = f"{embedder.name} with random weights (seed {seed})"
+    elif baseline == "pixels" and MODALITIES[embedder.modality].media == "image":
+        encoder, name = Pixels(frontend.reader_settings), "raw pixels"
+    elif baseline == "logmel" and MODALITIES[embedder.modality].media == "audio":
+        encoder, name = LogMel(frontend.reader_settings), "log-mel energies"
+    else:
+        raise ValueError(
+            f"baseline={baseline!r}: choose random, or pixels for pictures, or logmel for sound; this encoder is for "
+            f"{embedder.modality}"
+        )
+    return Embedder(encoder, config, device=str(embedder.device), precision=embedder.precision, name=name)
+
+
+class Pixels(nn.Module):
+    """In place of an encoder and its frontend: a picture is one token, all its pixels in a row."""
+
+    depth = 0
+    min_length = 1
+
+    def __init__(self, reader_settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.reader_settings = reader_settings
+
+    @property
+    def frontend(self) -> Pixels:
+        return self
+
+    def lengths(self, raw: Raw) -> Tensor:
+        return torch.ones(len(raw), dtype=torch.int64)
+
+    def tokens(self, raw: Raw) -> Tokens:
+        x = raw.data.flatten(1)[:, None]
+        coords = torch.zeros(len(x), 1, 2, dtype=torch.int64, device=x.device)
+        return Tokens(x, self.lengths(raw), coords, axes=("h", "w"), grid=(1, 1))
+
+    def forward(self, tokens: Tokens, *, layers: Sequence[int] = ()) -> Encoded:
+        return Encoded(tokens.x, tokens.lengths, dict.fromkeys(layers, tokens.x), n_prefix=0)
+
+
+class LogMel(nn.Module):
+    """In place of an encoder and its frontend: log-mel energies of 25 ms, one token every 10 ms."""
+
+    depth = 0
+    step_ms = 10.0
+
+    def __init__(self, reader_settings: dict[str, Any]) -> None:
+        from mmssl.modalities.speech.targets import WINDOW_MS
+
+        super().__init__()
+        self.reader_settings = reader_settings
+        self.hop = round(reader_settings["rate"] * self.step_ms / 1000)
+        self.min_length = round(reader_settings["rate"] * WINDOW_MS / 1000)
+
+    @property
+    def frontend(self) -> LogMel:
+        return self
+
+    def lengths(self, raw: Raw) -> Tensor:
+        # a clip shorter than a window still has one, filled up with silence
+        return (torch.div(raw.lengths - self.min_length, self.hop, rounding_mode="floor") + 1).clamp_min(1)
+
+    def tokens(self, raw: Raw) -> Tokens:
+        from mmssl.modalities.speech.targets import log_mel
+
+        lengths = self.lengths(raw)
+        size = int(lengths.max())
+        coords = torch.arange(size, device=raw.data.device)[None, :, None].expand(len(raw), -1, -1)
+        bare = Tokens(raw.data.new_zeros(len(raw), size, 0), lengths, coords, ("t",), (size,), step_ms=self.step_ms)
+        return replace(bare, x=log_mel(raw, bare))
+
+    def forward(self, tokens: Tokens, *, layers: Sequence[int] = ()) -> Encoded:
+        return Encoded(tokens.x, tokens.lengths, dict.fromkeys(layers, tokens.x), n_prefix=0)
+
+
+def _manifest(clips: Clips) -> Manifest:
+    return clips if isinstance(clips, Manifest) else Manifest(clips)
+
+
+def _fine_tuned(
+    embedder: Embedder, task: str, manifest: Manifest, label: str, beam: int | None, settings: dict[str, Any]
+) -> dict[str, Score]:
+    """What a fine-tuned run says of clips, against what their rows say."""
+    wanted = "vocabulary" if task == "ctc" else "classes"
+    if embedder.config.get(wanted) is None:
+        raise ValueError(f"task={task}: {embedder.name} has no {wanted}; give a run that was fine-tuned for it")
+    truth = [str(value) for value in manifest.column("text" if task == "ctc" else label)]
+    if task == "classify":
+        classes = Classes(embedder.config["classes"])
+        for place, name in enumerate(truth):
+            if name not in classes.names:
+                raise ValueError(f"{manifest.place(place)}: the label {name!r} is none that {embedder.name} knows")
+    said = embedder.predict(manifest, beam=beam, **settings)
+    pairs = [(right, guess) for right, guess in zip(truth, said, strict=True) if guess is not None]
+    skipped = len(truth) - len(pairs)
+    note = f"{embedder.name}" + (f"; {skipped} clips could not be read" if skipped else "")
+    if task == "ctc":
+        decoding = "best path" if beam is None else f"prefix beam of {beam}"
+        rates = error_rates([right for right, _ in pairs], [guess for _, guess in pairs], decoding=decoding)
+        return {name: replace(rate, protocol=f"{rate.protocol}; {note}") for name, rate in rates.items()}
+    right = sum(one == other for one, other in pairs)
+    low, high = wilson(right, len(pairs))
+    protocol = f"the fine-tuned run's own classes; test touched once; {note}"
+    return {"accuracy": Score("classify", right / len(pairs), low, high, len(pairs), protocol)}

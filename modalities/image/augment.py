@@ -1,0 +1,140 @@
+"""What may be done to a picture before it is embedded. Every function is (x (C, H, W), rng, **settings) -> (C, H', W').
+
+All are pure, take values in [0, 1] and give values in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Size = int | Sequence[int]
+
+
+def resize(x: Tensor, rng: np.random.Generator, *, size: Size) -> Tensor:
+    """To [height, width]; one number is the shorter side, and the other follows. Bicubic, antialiased."""
+    height, width = x.shape[-2:]
+    if isinstance(size, int):
+        scale = size / min(height, width)
+        wanted = (size, max(1, round(width * scale))) if height <= width else (max(1, round(height * scale)), size)
+    else:
+        wanted = _pair(size, "resize")
+    return _interpolate(x, wanted)
+
+
+def center_crop(x: Tensor, rng: np.random.Generator, *, size: Size) -> Tensor:
+    """The middle [height, width]; one number is a square.
+
+    Raises:
+        ValueError: the picture is smaller.
+    """
+    height, width = _pair(size, "center_crop")
+    if x.shape[-2] < height or x.shape[-1] < width:
+        raise ValueError(
+            f"center_crop: the picture is {x.shape[-2]} x {x.shape[-1]}, smaller than the crop of {height} x {width}; "
+            "resize before it"
+        )
+    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+    return x[:, top : top + height, left : left + width]
+
+
+def random_resized_crop(
+    x: Tensor,
+    rng: np.random.Generator,
+    *,
+    size: Size,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """A random part of the picture, brought to [height, width]; one number is a square.
+
+    Source: Szegedy et al. 2015 (arXiv:1409.4842), section 6, with MAE's scale (He et al. 2022, table 8).
+
+    Args:
+        scale: least and most of the picture's area.
+        ratio: least and most of width / height, drawn evenly in its logarithm.
+    """
+    height, width = x.shape[-2:]
+    if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(
+            f"random_resized_crop: expected 0 < scale <= 1 and 0 < ratio, low to high, got {scale}, {ratio}"
+        )
+    wanted = _pair(size, "random_resized_crop")
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        tall, wide = round(math.sqrt(area / shape)), round(math.sqrt(area * shape))
+        if 0 < tall <= height and 0 < wide <= width:
+            break
+    else:  # too long or too high a picture: the largest middle part of an allowed shape
+        tall, wide = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
+    return _interpolate(x[:, top : top + tall, left : left + wide], wanted)
+
+
+def flip(x: Tensor, rng: np.random.Generator, *, p: float = 0.5) -> Tensor:
+    """Left to right, with probability `p`."""
+    return x.flip(-1) if rng.random() < p else x
+
+
+def shift(x: Tensor, rng: np.random.Generator, *, pixels: int, fill: float = 0.0) -> Tensor:
+    """Moved by up to `pixels` each way; what comes in is `fill`."""
+    if pixels < 0:
+        raise ValueError(f"shift: pixels must be at least 0, got {pixels}")
+    top, left = rng.integers(2 * pixels + 1, size=2).tolist()
+    wider = F.pad(x, (pixels, pixels, pixels, pixels), value=fill)
+    return wider[:, top : top + x.shape[-2], left : left + x.shape[-1]]
+
+
+def color_jitter(
+    x: Tensor,
+    rng: np.random.Generator,
+    *,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+    p: float = 1.0,
+) -> Tensor:
+    """Brightness, contrast and saturation each scaled by 1 - s to 1 + s, in a share `p` of pictures.
+
+    Source: Krizhevsky et al. 2012 in the form of torchvision's ColorJitter, in a fixed order and without hue.
+    """
+    if min(brightness, contrast, saturation) < 0 or max(brightness, contrast, saturation) > 1:
+        raise ValueError(
+            f"color_jitter: brightness, contrast and saturation must be from 0 to 1, got {brightness}, {contrast}, "
+            f"{saturation}"
+        )
+    if rng.random() >= p:
+        return x
+    light, spread, vivid = (float(rng.uniform(1 - s, 1 + s)) for s in (brightness, contrast, saturation))
+    x = (x * light).clamp(0, 1)
+    x = _blend(x, _gray(x).mean(), spread)
+    return _blend(x, _gray(x), vivid) if len(x) == 3 else x
+
+
+def _interpolate(x: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(x.shape[-2:]) == size:
+        return x
+    # bicubic overshoots at edges
+    return F.interpolate(x[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
+
+
+def _gray(x: Tensor) -> Tensor:
+    """(1, H, W) luma (ITU-R BT.601)."""
+    return (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True) if len(x) == 3 else x
+
+
+def _blend(x: Tensor, other: Tensor, share: float) -> Tensor:
+    return (share * x + (1.0 - share) * other).clamp(0, 1)
+
+
+def _pair(size: Size, place: str) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    if height < 1 or width < 1:
+        raise ValueError(f"{place}: the size must be at least 1 x 1, got {height} x {width}")
+    return height, width

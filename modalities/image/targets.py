@@ -1,0 +1,119 @@
+"""What of a picture can be reconstructed, and how to look at it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmssl.modalities.image.frontend import Patches
+from mmssl.modalities.modality import Target
+from mmssl.types import Raw, Tokens
+
+_EPS = 1e-6  # of the variance, as He et al. have it
+
+
+def pixels(raw: Raw, tokens: Tokens) -> Tensor:
+    """The patches as the frontend reads them, in deviations of the training data: (B, N, P)."""
+    return _patches(tokens)
+
+
+def normalized_pixels(raw: Raw, tokens: Tokens) -> Tensor:
+    """Each patch brought to mean 0 and deviation 1: (B, N, P).
+
+    Source: He et al. 2022 (arXiv:2111.06377), section 4.1, "reconstruction target". All channels of a patch share one
+    mean and one (unbiased) variance.
+    """
+    patches = _patches(tokens)
+    size = patches.shape[-1]
+    if size < 2:
+        raise ValueError(
+            "objective.target=normalized_pixels: a patch of one value has no deviation; choose pixels, or larger "
+            "patches with frontend.size"
+        )
+    # A layer norm is the quickest way over the patches, but takes the biased variance.
+    bias = (size - 1) / size
+    return F.layer_norm(patches, (size,), eps=_EPS * bias) * bias**0.5
+
+
+def unpatch(values: Tensor, grid: tuple[int, int], size: tuple[int, int], channels: int) -> Tensor:
+    """Patches back to pictures, the inverse of what `Patches` does.
+
+    Args:
+        values: (B, N, P), each patch ordered row, column, channel.
+        grid: patches down and across.
+        size: height and width of a patch.
+
+    Returns:
+        (B, C, H, W).
+    """
+    (down, across), (tall, wide) = grid, size
+    picture = values.reshape(len(values), down, across, tall, wide, channels).permute(0, 5, 1, 3, 2, 4)
+    return picture.reshape(len(values), channels, down * tall, across * wide)
+
+
+def pixel_pictures(frontend: Patches, tokens: Tokens, masked: Tensor, values: Tensor) -> dict[str, Any]:
+    """Pictures of a reconstruction of `pixels`.
+
+    Args:
+        tokens: (B, N) of the input.
+        masked: (B, N) bool, True = hidden.
+        values: (B, N, P), predictions where hidden and the target elsewhere.
+
+    Returns:
+        "input", "masked" (hidden patches gray), "reconstruction": (B, C, H, W) in [0, 1]; "note": "".
+    """
+
+    def lay(patches: Tensor) -> Tensor:
+        down, across = tokens.grid
+        return unpatch(patches, (down, across), frontend.size, frontend.channels)
+
+    def draw(patches: Tensor) -> Tensor:
+        return (lay(patches) * frontend.std + frontend.mean).clamp(0, 1)
+
+    source = draw(_patches(tokens))
+    hidden = lay(masked[..., None].expand_as(values))
+    return {
+        "input": source,
+        "masked": torch.where(hidden, 0.5, source),
+        "reconstruction": draw(values),
+        "note": "",
+    }
+
+
+def normalized_pixel_pictures(frontend: Patches, tokens: Tokens, masked: Tensor, values: Tensor) -> dict[str, Any]:
+    """Pictures of a reconstruction of `normalized_pixels`; see `pixel_pictures`.
+
+    The model never predicts a patch's mean and deviation, so they can only be taken from the hidden patch itself: the
+    picture shows more than the model knows, and its note says so.
+    """
+    mean, deviation = _moments(_patches(tokens))
+    pictures = pixel_pictures(frontend, tokens, masked, values * deviation + mean)
+    note = "the mean and deviation of each hidden patch are the true ones, which the model does not know (a leak)"
+    return pictures | {"note": note}
+
+
+def _patches(tokens: Tokens) -> Tensor:
+    if tokens.feat is None:
+        raise ValueError(
+            "objective.target: pixels can only be had from a frontend that hands on its patches as features"
+        )
+    return tokens.feat.float()
+
+
+def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N, P) -> mean and deviation of each patch, (B, N, 1)."""
+    variance, mean = torch.var_mean(patches, -1, keepdim=True)
+    return mean, (variance + _EPS).sqrt()
+
+
+def _width(frontend: Patches) -> int:
+    return frontend.feature_dim
+
+
+TARGETS: dict[str, Target] = {
+    "pixels": Target(values=pixels, dim=_width, pictures=pixel_pictures),
+    "normalized_pixels": Target(values=normalized_pixels, dim=_width, pictures=normalized_pixel_pictures),
+}

@@ -1,0 +1,48 @@
+"""What a modality offers to the rest of the toolkit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mmssl.types import Frontend
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an objective may reconstruct.
+
+    values: (raw, tokens) -> (B, N, P) float32, aligned with the tokens.
+    dim: the P of a frontend.
+    learned: whether the values are learned features of the frontend itself.
+    pictures: (frontend, tokens, masked, values) -> what to look at, where there is something to see.
+    """
+
+    values: Callable[..., Tensor]
+    dim: Callable[[Any], int]
+    learned: bool = False
+    pictures: Callable[..., dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One row of the table `MODALITIES`.
+
+    media: the manifest key that names its files: speech and sound are both "audio".
+    suffixes: of the files that `mmssl manifest` looks for.
+    frontends, augments, targets: what a recipe may name.
+    read: (source, **frontend.reader_settings) -> the raw clip.
+    probe: source -> what a manifest row says of a file.
+    """
+
+    name: str
+    media: str
+    suffixes: frozenset[str]
+    frontends: dict[str, type[Frontend]]
+    read: Callable[..., Tensor]
+    probe: Callable[..., dict[str, Any]]
+    augments: dict[str, Callable[..., Tensor]]
+    targets: dict[str, Target]

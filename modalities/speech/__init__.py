@@ -1,0 +1,23 @@
+"""Speech: a waveform, one token every 20 ms."""
+
+from mmssl.modalities.modality import Modality
+from mmssl.modalities.speech import augment, reader
+from mmssl.modalities.speech.frontend import Waveform
+from mmssl.modalities.speech.targets import TARGETS
+
+SPEECH = Modality(
+    name="speech",
+    media="audio",
+    suffixes=frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff"}),
+    frontends={"waveform": Waveform},
+    read=reader.read,
+    probe=reader.probe,
+    augments={
+        "random_crop": augment.random_crop,
+        "center_crop": augment.center_crop,
+        "gain": augment.gain,
+        "noise": augment.noise,
+        "speed": augment.speed,
+    },
+    targets=TARGETS,
+)

@@ -1,0 +1,64 @@
+"""What may be done to a waveform before it is embedded. Every function is (x (T,), rng, **settings) -> (T',), and pure.
+
+A setting called `rate` is filled in from the frontend; recipes do not repeat it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmssl.modalities.speech.reader import resample
+
+
+def random_crop(x: Tensor, rng: np.random.Generator, *, seconds: float, rate: int) -> Tensor:
+    """A piece of at most `seconds`, from anywhere; shorter clips stay whole."""
+    size = _samples(seconds, rate)
+    if len(x) <= size:
+        return x
+    start = int(rng.integers(len(x) - size + 1))
+    return x[start : start + size]
+
+
+def center_crop(x: Tensor, rng: np.random.Generator, *, seconds: float, rate: int) -> Tensor:
+    """The middle `seconds`; shorter clips stay whole. The same every time: for evaluation."""
+    size = _samples(seconds, rate)
+    start = max(0, (len(x) - size) // 2)
+    return x[start : start + size]
+
+
+def gain(x: Tensor, rng: np.random.Generator, *, decibels: float) -> Tensor:
+    """Louder or softer by up to `decibels`."""
+    if decibels < 0:
+        raise ValueError(f"gain: decibels is how far up and down, so at least 0, got {decibels}")
+    return x * 10.0 ** (rng.uniform(-decibels, decibels) / 20.0)
+
+
+def noise(x: Tensor, rng: np.random.Generator, *, snr: tuple[float, float] = (10.0, 40.0), p: float = 1.0) -> Tensor:
+    """White noise in a share `p` of clips, `snr` decibels below the clip's own power; silence stays silent."""
+    low, high = snr
+    if low > high or not 0 <= p <= 1:
+        raise ValueError(f"noise: expected snr from low to high and p from 0 to 1, got {snr} and {p}")
+    if rng.random() >= p:
+        return x
+    power = x.square().mean() * 10.0 ** (-rng.uniform(low, high) / 10.0)
+    return x + power.sqrt() * torch.from_numpy(rng.standard_normal(len(x), dtype=np.float32))
+
+
+def speed(x: Tensor, rng: np.random.Generator, *, factors: tuple[float, ...] = (0.9, 1.0, 1.1)) -> Tensor:
+    """Played faster or slower, by one of `factors` at random: T becomes ceil(T / factor), and the pitch moves along.
+
+    Source: Ko et al. 2015, "Audio augmentation for speech recognition", section 2.1.
+    """
+    if not factors or min(factors) <= 0:
+        raise ValueError(f"speed: factors must be above 0, got {factors}")
+    factor = float(rng.choice(np.asarray(factors)))
+    return torch.from_numpy(resample(x.numpy(), factor, 1.0))
+
+
+def _samples(seconds: float, rate: int) -> int:
+    size = round(seconds * rate)
+    if size < 1:
+        raise ValueError(f"crop: {seconds} s at {rate} Hz is less than one sample")
+    return size

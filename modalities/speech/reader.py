@@ -1,0 +1,238 @@
+"""Sound files to mono waveforms. What a file is, its content decides; what its header promises is not believed."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmssl.types import BadClip
+
+_BLOCK = 1 << 20  # frames decoded at a time: a header that promises an hour costs no memory before the hour is there
+_SLACK = 0.1  # seconds that a segment may be shorter than asked for: MP3 encoders pad and cut by some 50 ms
+_UNKNOWN = 1 << 62  # frames: libsndfile says 2^63 - 1 where a header leaves the length open, as encoders in a pipe do
+# libsndfile 1.2.2 finds a place in these to the sample; in Ogg Vorbis it now and then lands elsewhere
+_SEEKS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC"}
+
+
+def read(source: str | Path | BinaryIO, *, rate: int, start: float = 0.0, duration: float | None = None) -> Tensor:
+    """A mono waveform at `rate`, from wav, flac, ogg, opus, aiff (soundfile) or mp3, m4a, webm, mp4 ... (PyAV).
+
+    Channels are averaged. n samples at another rate become ceil(n * rate / own rate), as torchaudio and librosa count
+    them. A wav, ogg or mp3 file that was cut off gives what is there; a flac or m4a file is refused.
+
+    Args:
+        source: a path, or a seekable binary file.
+        start, duration: seconds. In wav, flac, aiff, au and caf only that part is decoded, elsewhere all up to its end.
+
+    Returns:
+        (T,) float32, T >= 1, in [-1, 1] as far as the file is: floating point files may go beyond, and are left so.
+
+    Raises:
+        BadClip: missing, empty, damaged, no sound at all, NaN or infinite samples, or not as long as the segment.
+    """
+    with _opened(source) as (file, name):
+        if start < 0 or (duration is not None and duration <= 0):
+            raise BadClip(name, f"a segment of {duration} s from {start} s on is none")
+        wave, own_rate, _ = _decode(file, name, start, duration)
+    if not len(wave):
+        raise BadClip(name, "holds no samples")
+    finite = np.isfinite(wave)
+    if not finite.all():
+        bad = int((~finite).sum())
+        raise BadClip(name, f"{bad} of {len(wave)} samples are NaN or infinite, the first is number {finite.argmin()}")
+    return torch.from_numpy(resample(wave, own_rate, rate))
+
+
+def probe(source: str | Path | BinaryIO) -> dict[str, Any]:
+    """What a manifest says of a sound file: `seconds`, `rate`, `channels`.
+
+    The header's length is taken where its last frame can be read and nothing follows it; otherwise, and for what
+    soundfile does not read, the file is decoded and counted.
+
+    Raises:
+        BadClip: as `read`, but for what only decoding all of it would show.
+    """
+    import soundfile
+
+    with _opened(source) as (file, name):
+        try:
+            with _sound(file) as sound:
+                frames, rate, channels = sound.frames, sound.samplerate, sound.channels
+                sound.seek(frames - 1)
+                honest = sound.buffer_read_into(np.empty((2, channels), np.float32), "float32") == 1
+        except soundfile.LibsndfileError:
+            honest = False
+        if not honest:
+            file.seek(0)
+            wave, rate, channels = _decode(file, name, 0.0, None)
+            frames = len(wave)
+    if not frames:
+        raise BadClip(name, "holds no samples")
+    return {"seconds": frames / rate, "rate": rate, "channels": channels}
+
+
+def resample(wave: np.ndarray, old: float, new: float) -> np.ndarray:
+    """(T,) float32 at `old` samples a second -> (ceil(T * new / old),) at `new`, without delay.
+
+    By soxr rather than torchaudio, whose kernel for rates without a common factor (44,101 to 16,000) takes gigabytes.
+    """
+    if old == new:
+        return wave
+    import soxr
+
+    length = -int(-len(wave) * new // old)
+    # soxr rounds the length; so it gets silence enough to make one sample more, and the end is cut
+    wave = np.concatenate([wave, np.zeros(int(old // new) + 2, np.float32)])
+    return np.ascontiguousarray(soxr.resample(wave, old, new, quality="HQ")[:length])
+
+
+@contextmanager
+def _opened(source: str | Path | BinaryIO) -> Iterator[tuple[BinaryIO | io.FileIO, str]]:
+    """The source as a binary file that holds something, and what to call it."""
+    if not isinstance(source, str | Path):
+        name = str(getattr(source, "name", "sound in memory"))
+        if not source.seek(0, io.SEEK_END):
+            raise BadClip(name, "the file is empty")
+        source.seek(0)
+        yield source, name
+        return
+    with ExitStack() as stack:
+        try:
+            # unbuffered: soundfile moves the descriptor's own place
+            file = stack.enter_context(open(source, "rb", buffering=0))
+        except OSError as error:
+            raise BadClip(source, (error.strerror or str(error)).lower()) from None
+        if not os.fstat(file.fileno()).st_size:
+            raise BadClip(source, "the file is empty")
+        yield file, str(source)
+
+
+def _sound(file: BinaryIO | io.FileIO) -> Any:
+    """soundfile's view of a file that stands at its start."""
+    import soundfile
+
+    # a descriptor is read without Python's lock, and has no name whose suffix could decide
+    return soundfile.SoundFile(file.fileno() if isinstance(file, io.FileIO) else file, closefd=False)
+
+
+def _decode(file: BinaryIO | io.FileIO, name: str, start: float, duration: float | None) -> tuple[np.ndarray, int, int]:
+    """(T,) float32 mono at the file's own rate, that rate, and how many channels there were."""
+    import soundfile
+
+    try:
+        sound = _sound(file)
+    except soundfile.LibsndfileError as error:
+        file.seek(0)
+        return _decode_by_pyav(file, name, start, duration, error.error_string)
+    if sound.format == "MP3" or sound.subtype == "GSM610" or sound.frames > _UNKNOWN:
+        # soundfile seeks after every read, which libsndfile does wrongly in MP3 (the second block starts with rubbish)
+        # and not at all in GSM and in FLAC of unknown length
+        sound.close()
+        file.seek(0)
+        return _decode_by_pyav(file, name, start, duration, f"{sound.format} is left to PyAV")
+    with sound:
+        rate = sound.samplerate
+        first, count = round(start * rate), _frames(duration, rate)
+        try:
+            if first and sound.format in _SEEKS:
+                sound.seek(first)
+                blocks = list(_blocks(sound, count))
+            else:
+                blocks = list(_from(first, _blocks(sound, None if count is None else first + count)))
+        except soundfile.LibsndfileError as error:
+            if first >= sound.frames:
+                raise _outside(name, start, sound.frames / rate) from None
+            raise BadClip(name, f"damaged or cut off: {error.error_string.rstrip('.')}") from None
+    wave = np.concatenate(blocks)
+    if first and not len(wave):
+        raise _outside(name, start, sound.frames / rate)
+    _check_segment(name, start, duration, len(wave) / rate)
+    return wave, rate, sound.channels
+
+
+def _blocks(sound: Any, count: int | None) -> Iterator[np.ndarray]:
+    """Up to `count` mono frames from where the file stands; None: to its real end."""
+    expected = max(0, sound.frames - sound.tell()) + 1  # one more, so that an honest header takes one call
+    while True:
+        size = min(_BLOCK, expected if count is None else min(count, expected))
+        block = np.empty((size, sound.channels), np.float32)
+        got = sound.buffer_read_into(block, "float32")  # unlike read(), not stopped by the header's length
+        yield block[:got, 0] if sound.channels == 1 else block[:got].mean(axis=1, dtype=np.float32)
+        count = None if count is None else count - got
+        if got < size or count == 0:
+            return
+        expected = _BLOCK
+
+
+def _from(first: int, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """What comes from frame `first` on."""
+    total = 0
+    for block in blocks:
+        yield block[max(0, first - total) :].copy()  # not a view, which would keep what is skipped in memory
+        total += len(block)
+
+
+def _decode_by_pyav(
+    file: BinaryIO | io.FileIO, name: str, start: float, duration: float | None, tried: str
+) -> tuple[np.ndarray, int, int]:
+    import av
+
+    blocks, total = [], 0
+    try:
+        with av.open(_nameless(file)) as container:
+            if not container.streams.audio:
+                raise BadClip(name, "there is no sound in it")
+            stream = container.streams.audio[0]
+            rate, channels = stream.rate, stream.channels
+            first, count = round(start * rate), _frames(duration, rate)
+            plain = av.AudioResampler(format="fltp", rate=rate)
+            for frame in container.decode(stream):
+                for part in plain.resample(frame):
+                    block = part.to_ndarray().mean(axis=0, dtype=np.float32)
+                    blocks.append(block[max(0, first - total) :])
+                    total += len(block)
+                if count is not None and total >= first + count:
+                    break
+    except (av.FFmpegError, ValueError, IndexError) as error:
+        if isinstance(error, BadClip):
+            raise
+        raise BadClip(name, _pyav_reason(error, total, tried)) from None
+    wave = np.concatenate([*blocks, np.empty(0, np.float32)])[:count]
+    if first and not len(wave):
+        raise _outside(name, start, total / rate)
+    _check_segment(name, start, duration, len(wave) / rate)
+    return wave, rate, channels
+
+
+def _pyav_reason(error: Exception, decoded: int, tried: str) -> str:
+    said = getattr(error, "strerror", None) or str(error)
+    if decoded:
+        return f"damaged or cut off: {said} (after {decoded} samples)"
+    return f"not a sound file that can be read (soundfile: {tried.rstrip('.')}; PyAV: {said})"
+
+
+def _nameless(file: BinaryIO | io.FileIO) -> Any:
+    """The same bytes without a file's name, whose suffix FFmpeg would go by."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if isinstance(file, io.FileIO) else file
+
+
+def _frames(duration: float | None, rate: int) -> int | None:
+    return None if duration is None else max(1, round(duration * rate))
+
+
+def _outside(name: str, start: float, seconds: float) -> BadClip:
+    return BadClip(name, f"the segment starts at {start:g} s, but the file ends at {seconds:g} s")
+
+
+def _check_segment(name: str, start: float, duration: float | None, got: float) -> None:
+    if duration is not None and got < duration - _SLACK:
+        raise BadClip(name, f"the segment of {duration:g} s from {start:g} s on ends after {got:g} s, with the file")

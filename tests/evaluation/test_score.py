@@ -1,0 +1,50 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmssl.evaluation.score import Score, bootstrap_rate, student, wilson
+
+
+def test_wilson_interval_by_hand() -> None:
+    # 8 of 10, z = 1.96: (0.8 + 0.19207) / 1.38415 -+ 1.96 / 1.38415 * sqrt(0.016 + 0.0096037)
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=2e-4)
+
+
+def test_wilson_interval_stays_within_shares_and_never_shrinks_to_a_point() -> None:
+    low, high = wilson(10, 10)
+    assert high == pytest.approx(1.0)
+    assert high <= 1.0
+    assert 0.6 < low < 0.8
+    assert wilson(0, 10) == pytest.approx((0.0, 1.0 - low))
+
+
+def test_interval_over_draws_is_students() -> None:
+    # three draws: mean 2, deviation 1, t(0.975, 2 degrees of freedom) = 4.302653
+    low, high = student([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-5)
+
+
+def test_bootstrap_covers_clips_and_repeats_itself() -> None:
+    errors, sizes = [0] * 50 + [4] * 50, [4] * 100
+    low, high = bootstrap_rate(errors, sizes)
+    assert (low, high) == bootstrap_rate(errors, sizes)
+    # clips are right or wrong as a whole, so the deviation is that of 100 coins, not of 400
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / np.sqrt(100), rel=0.15)
+
+
+def test_an_interval_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one trial"):
+        wilson(0, 0)
+    with pytest.raises(ValueError, match="something to count"):
+        bootstrap_rate([], [])
+
+
+def test_a_score_prints_and_stores_its_protocol(tmp_path: Path) -> None:
+    score = Score("knn", 0.9, 0.85, 0.93, 200, "how it was measured", deviation=0.01)
+    assert str(score) == "knn: accuracy 90.0 ± 1.0 % (95 % interval 85.0 to 93.0, n = 200)\n  how it was measured"
+    score.to_json(tmp_path / "score.json")
+    stored = json.loads((tmp_path / "score.json").read_text(encoding="utf-8"))
+    assert stored["value"] == 0.9
+    assert stored["protocol"] == "how it was measured"

@@ -1,0 +1,100 @@
+"""Augmentations repeat with their generator, leave their input alone, and do what their settings say."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmssl.modalities.speech.augment import center_crop, gain, noise, random_crop, speed
+
+RATE = 1000
+RAMP = torch.linspace(-1, 1, 1000)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        partial(random_crop, seconds=0.3, rate=RATE),
+        partial(center_crop, seconds=0.3, rate=RATE),
+        partial(gain, decibels=6.0),
+        partial(noise),
+        partial(speed),
+    ],
+    ids=lambda augment: augment.func.__name__,
+)
+def test_one_generator_one_clip_and_the_input_untouched(augment: Callable[..., Tensor]) -> None:
+    x = RAMP.clone()
+    first, again = augment(x, rng(1)), augment(x, rng(1))
+    assert torch.equal(first, again)
+    assert torch.equal(x, RAMP)
+    assert first.dtype == torch.float32
+    silent = augment(torch.zeros(1000), rng(1))
+    assert not silent.any()
+
+
+def test_random_crop_is_a_piece_from_anywhere() -> None:
+    starts = set()
+    for seed in range(50):
+        crop = random_crop(RAMP, rng(seed), seconds=0.25, rate=RATE)
+        start = int(torch.searchsorted(RAMP, crop[0]))
+        assert torch.equal(crop, RAMP[start : start + 250])
+        starts.add(start)
+    assert min(starts) < 100
+    assert max(starts) > 650
+    assert {int(random_crop(RAMP[:3], rng(seed), seconds=0.002, rate=RATE)[0] == RAMP[1]) for seed in range(20)} == {
+        0,
+        1,
+    }
+
+
+def test_shorter_clips_stay_whole() -> None:
+    for crop in (random_crop, center_crop):
+        assert torch.equal(crop(RAMP[:100], rng(), seconds=0.25, rate=RATE), RAMP[:100])
+
+
+def test_center_crop_is_the_middle() -> None:
+    assert torch.equal(center_crop(RAMP, rng(), seconds=0.5, rate=RATE), RAMP[250:750])
+
+
+def test_gain_stays_within_its_decibels() -> None:
+    factors = [float(gain(torch.ones(1), rng(seed), decibels=6.0)) for seed in range(100)]
+    assert 10 ** (-6 / 20) <= min(factors) < 0.6
+    assert 1.6 < max(factors) <= 10 ** (6 / 20)
+
+
+def test_noise_is_as_far_below_the_clip_as_asked_for() -> None:
+    wave = torch.sin(torch.arange(20000) * 0.1)
+    added = noise(wave, rng(), snr=(20.0, 20.0)) - wave
+    assert 10 * math.log10(float(wave.square().mean() / added.square().mean())) == pytest.approx(20.0, abs=0.2)
+    assert torch.equal(noise(wave, rng(), p=0.0), wave)
+
+
+def test_speed_changes_length_and_pitch() -> None:
+    wave = torch.sin(2 * math.pi * 50 * torch.arange(4000) / RATE)
+    faster = speed(wave, rng(), factors=(1.25,))
+    assert len(faster) == 3200
+    want = torch.sin(2 * math.pi * 62.5 * torch.arange(3200) / RATE)
+    assert (faster - want)[200:-200].abs().max() < 0.01
+    assert len(speed(wave[:7], rng(), factors=(0.9,))) == math.ceil(7 / 0.9)
+    assert torch.equal(speed(wave, rng(), factors=(1.0,)), wave)
+
+
+def test_settings_without_sense_are_refused() -> None:
+    for wrong in (
+        partial(random_crop, seconds=0.0, rate=RATE),
+        partial(gain, decibels=-1.0),
+        partial(noise, snr=(20.0, 10.0)),
+        partial(noise, p=2.0),
+        partial(speed, factors=()),
+        partial(speed, factors=(0.0,)),
+    ):
+        with pytest.raises(ValueError, match="crop|gain|noise|speed"):
+            wrong(RAMP, rng())

@@ -1,0 +1,254 @@
+"""Every file gives the sound that is in it, or one sentence."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from mmssl.modalities.speech.reader import probe, read, resample
+from mmssl.types import BadClip
+
+RATE = 16000
+
+
+def tone(seconds: float, rate: int = RATE, hertz: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def write(name: str, wave: np.ndarray, rate: int = RATE, **settings: str) -> Path:
+        soundfile.write(tmp_path / name, wave, rate, **settings)
+        return tmp_path / name
+
+    return write
+
+
+def write_m4a(path: Path, wave: np.ndarray, rate: int = RATE) -> Path:
+    import av
+
+    with av.open(str(path), "w", format="ipod") as container:
+        stream = container.add_stream("aac", rate=rate, layout="mono")
+        for start in range(0, len(wave), 1024):
+            part = wave[None, start : start + 1024]
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(part), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = rate, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("a.wav", {}),
+        ("a.flac", {}),
+        ("a.aiff", {}),
+        ("a.wav", {"subtype": "FLOAT"}),
+        ("a.wav", {"subtype": "PCM_24"}),
+        ("a.mp3", {}),
+        ("a.ogg", {"subtype": "VORBIS"}),
+        ("a.opus", {"subtype": "OPUS", "format": "OGG"}),
+    ],
+)
+def test_every_format_gives_the_same_sound(write: Callable[..., Path], name: str, settings: dict[str, str]) -> None:
+    wave = tone(0.5)
+    got = read(write(name, wave, **settings), rate=RATE)
+    assert got.dtype == torch.float32
+    assert got.shape == (8000,)
+    lossy = name.endswith(("mp3", "ogg", "opus"))
+    middle = slice(1000, 7000)  # codecs are inexact at the ends
+    assert np.abs(got.numpy() - wave)[middle].max() < (0.05 if lossy else 1e-4)
+
+
+def test_what_soundfile_cannot_read_is_read_by_pyav(tmp_path: Path) -> None:
+    wave = tone(1.0)
+    path = write_m4a(tmp_path / "a.m4a", wave)
+    got = read(path, rate=RATE).numpy()
+    assert np.abs(got[4000:12000] - wave[4000:12000]).max() < 0.05
+    assert probe(path)["seconds"] == len(got) / RATE
+    assert np.array_equal(read(path, rate=RATE, start=0.125, duration=0.25), got[2000:6000])
+    assert np.array_equal(read(io.BytesIO(path.read_bytes()), rate=RATE), got)
+
+
+def test_the_content_decides_and_not_the_suffix(write: Callable[..., Path], tmp_path: Path) -> None:
+    right = write("a.flac", tone(0.1))
+    for name in ("flac.mp3", "flac.raw", "flac.m4a", "flac"):
+        wrong = tmp_path / name
+        wrong.write_bytes(right.read_bytes())
+        assert torch.equal(read(wrong, rate=RATE), read(right, rate=RATE))
+    m4a = write_m4a(tmp_path / "a.m4a", tone(0.1))
+    m4a.rename(tmp_path / "m4a.wav")
+    assert len(read(tmp_path / "m4a.wav", rate=RATE)) > 1000
+
+
+def test_a_file_in_memory_gives_the_same_as_on_disk(write: Callable[..., Path]) -> None:
+    path = write("a.wav", tone(0.1))
+    with open(path, "rb") as file:
+        file.read(10)  # wherever it stands
+        assert torch.equal(read(file, rate=RATE), read(path, rate=RATE))
+    assert torch.equal(read(io.BytesIO(path.read_bytes()), rate=RATE), read(path, rate=RATE))
+
+
+def test_channels_are_averaged(write: Callable[..., Path]) -> None:
+    waves = np.stack([np.full(100, value, np.float32) for value in (0.1, 0.2, 0.3, 0.4, -0.1, -0.2, -0.3, 0.4)], axis=1)
+    path = write("a.wav", waves, subtype="FLOAT")
+    assert read(path, rate=RATE) == pytest.approx(np.full(100, 0.1), abs=1e-6)
+    assert probe(path) == {"seconds": 100 / RATE, "rate": RATE, "channels": 8}
+
+
+@pytest.mark.parametrize(("old", "count"), [(8000, 4001), (44100, 22051), (96000, 48005), (44101, 1234), (RATE, 77)])
+def test_resampling_keeps_the_tone_and_gives_ceil_of_the_length(old: int, count: int) -> None:
+    wave = tone(1.0, old)[:count]
+    got = resample(wave, old, RATE)
+    assert len(got) == math.ceil(count * RATE / old)
+    assert got.dtype == np.float32
+    want = tone(1.0)[: len(got)]
+    edge = 200  # the filter reaches into the silence around the clip
+    assert np.abs(got - want)[edge : len(got) - edge].max(initial=0.0) < 2e-3
+
+
+def test_a_96_khz_file_is_resampled(write: Callable[..., Path]) -> None:
+    assert len(read(write("a.wav", tone(0.25, 96000), 96000), rate=RATE)) == 4000
+
+
+@pytest.mark.parametrize("rate", [RATE, 8000, 96000])
+def test_a_clip_of_one_sample_is_one_sample_or_what_that_is_at_the_rate(write: Callable[..., Path], rate: int) -> None:
+    got = read(write("a.wav", np.full(1, 0.5, np.float32), rate), rate=RATE)
+    assert len(got) == math.ceil(RATE / rate)
+    assert got.isfinite().all()
+
+
+def test_silence_stays_silence(write: Callable[..., Path]) -> None:
+    assert not read(write("a.wav", np.zeros(800, np.float32), 8000), rate=RATE).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("a.wav", {}),
+        ("a.wav", {"subtype": "GSM610"}),
+        ("a.flac", {}),
+        ("a.mp3", {}),
+        ("a.ogg", {"subtype": "VORBIS"}),
+        ("a.ogg", {"subtype": "OPUS"}),
+    ],
+)
+def test_a_segment_is_that_part_of_the_whole(write: Callable[..., Path], name: str, settings: dict[str, str]) -> None:
+    # at 48 kHz libsndfile seeks wrongly in every MP3 and in some Ogg Vorbis
+    rate = 48000
+    path = write(name, tone(2.0, rate) * np.linspace(0, 1, 2 * rate, dtype=np.float32), rate, **settings)
+    whole = read(path, rate=rate)
+    for start in (0.013, 0.25, 1.1):
+        first = round(start * rate)
+        assert torch.equal(read(path, rate=rate, start=start, duration=0.5), whole[first : first + 24000])
+        assert torch.equal(read(path, rate=rate, start=start), whole[first:])
+
+
+def test_a_long_mp3_has_no_rubbish_where_blocks_meet(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmssl.modalities.speech.reader._BLOCK", 5000)
+    wave = tone(1.0, 48000)
+    got = read(write("a.mp3", wave, 48000), rate=48000).numpy()
+    assert np.abs(got - wave)[2000:46000].max() < 0.05
+
+
+def test_a_segment_outside_of_the_file_is_refused(write: Callable[..., Path], tmp_path: Path) -> None:
+    for path in (write("a.wav", tone(0.5)), write("a.flac", tone(0.5)), write_m4a(tmp_path / "a.m4a", tone(0.5))):
+        with pytest.raises(BadClip, match="segment starts at 2 s, but the file ends at 0.5"):
+            read(path, rate=RATE, start=2.0)
+        with pytest.raises(BadClip, match=r"segment of 1 s from 0.25 s on ends after 0.2"):
+            read(path, rate=RATE, start=0.25, duration=1.0)
+        with pytest.raises(BadClip, match="is none"):
+            read(path, rate=RATE, start=-1.0)
+
+
+def test_blocks_of_a_long_file_join_without_a_seam(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write("a.flac", np.stack([tone(0.5), tone(0.5)], axis=1))
+    whole = read(path, rate=RATE)
+    monkeypatch.setattr("mmssl.modalities.speech.reader._BLOCK", 1000)
+    assert torch.equal(read(path, rate=RATE), whole)
+    assert torch.equal(read(path, rate=RATE, start=0.1, duration=0.3), whole[1600:6400])
+
+
+def test_what_was_cut_off_gives_what_is_there_or_one_sentence(write: Callable[..., Path], tmp_path: Path) -> None:
+    wave = tone(6.0) + np.random.default_rng(0).uniform(-0.1, 0.1, 6 * RATE).astype(np.float32)
+
+    def cut(path: Path) -> Path:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        return path
+
+    for path in (cut(write("a.wav", wave)), cut(write("a.mp3", wave)), cut(write("a.ogg", wave))):
+        got = read(path, rate=RATE)
+        assert 0.3 * len(wave) < len(got) < 0.7 * len(wave)
+        assert probe(path)["seconds"] == len(got) / RATE  # the header of the mp3 still promises all of it
+    flac = cut(write("a.flac", wave))
+    m4a = cut(write_m4a(tmp_path / "a.m4a", wave))
+    for path, reason in ((flac, "damaged or cut off"), (m4a, "not a sound file that can be read")):
+        for function in (probe, lambda path: read(path, rate=RATE)):
+            with pytest.raises(BadClip, match=f"{path.name}: {reason}"):
+                function(path)
+
+
+def test_a_header_is_not_believed(write: Callable[..., Path]) -> None:
+    path = write("a.flac", tone(0.1))
+    content = bytearray(path.read_bytes())
+    # the last 36 of the 64 bits from byte 18 on are STREAMINFO's count of samples
+    assert int.from_bytes(content[18:26]) & (1 << 36) - 1 == 1600
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])  # unknown, as an encoder in a pipe writes it
+    path.write_bytes(content)
+    assert len(read(path, rate=RATE)) == 1600
+    assert len(read(path, rate=RATE, start=0.05)) == 800
+    assert probe(path)["seconds"] == 0.1
+    content[21:26] = bytes([content[21] | 0x0F, 255, 255, 255, 255])  # 68 billion, 275 GB
+    path.write_bytes(content)
+    with pytest.raises(BadClip, match="damaged or cut off"):
+        read(path, rate=RATE)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinite_samples_are_named(write: Callable[..., Path], value: float) -> None:
+    wave = tone(0.1)
+    wave[[100, 200]] = value
+    with pytest.raises(BadClip, match="2 of 1600 samples are NaN or infinite, the first is number 100"):
+        read(write("a.wav", wave, subtype="FLOAT"), rate=RATE)
+
+
+def test_what_is_no_sound_gets_one_sentence(tmp_path: Path, write: Callable[..., Path]) -> None:
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "page.wav").write_bytes(b"<html><body>404 not found</body></html>" * 20)
+    (tmp_path / "zeros.wav").write_bytes(bytes(5000))
+    (tmp_path / "noise.mp3").write_bytes(np.random.default_rng(0).bytes(20000))
+    write("none.wav", np.zeros(0, np.float32))
+    sentences = {
+        "missing.wav": "no such file or directory",
+        ".": "is a directory",
+        "empty.wav": "the file is empty",
+        "page.wav": "not a sound file that can be read",
+        "zeros.wav": "not a sound file that can be read",
+        "noise.mp3": "not a sound file that can be read",
+        "none.wav": "holds no samples",
+    }
+    for name, sentence in sentences.items():
+        for function in (probe, lambda path: read(path, rate=RATE)):
+            with pytest.raises(BadClip, match=sentence) as caught:
+                function(tmp_path / name)
+            assert caught.value.path == str(tmp_path / name)
+            assert "\n" not in str(caught.value)
+    with pytest.raises(BadClip, match="sound in memory: the file is empty"):
+        read(io.BytesIO(), rate=RATE)
+
+
+def test_a_picture_is_no_sound(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
+    with pytest.raises(BadClip, match="there is no sound in it|not a sound file"):
+        read(tmp_path / "a.jpg", rate=RATE)

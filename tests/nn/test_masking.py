@@ -1,0 +1,96 @@
+"""Masks: within real tokens, disjoint and complete, the ratio asked for, one seed one plan."""
+
+import pytest
+import torch
+
+from mmssl.nn.masking import channel_mask, plan_of, random_mask, span_mask, take
+from mmssl.types import valid_mask
+
+LENGTHS = torch.tensor([49, 30, 12, 5, 2, 1])
+SEEDS = torch.arange(6)
+
+
+def plans(lengths=LENGTHS, seeds=SEEDS, clones=1):
+    yield random_mask(lengths, ratio=0.75, seeds=seeds, clones=clones)
+    yield span_mask(lengths, prob=0.65, span=10, seeds=seeds, clones=clones)
+
+
+@pytest.mark.parametrize("clones", [1, 3])
+def test_hidden_and_kept_are_disjoint_and_complete_and_leave_padding_alone(clones):
+    for plan in plans(clones=clones):
+        valid = valid_mask(LENGTHS[plan.rows], 49)
+        assert not (plan.masked & ~valid).any()
+        for row in range(len(plan.rows)):
+            kept = plan.keep[row][plan.keep_valid[row]]
+            assert (kept.diff() > 0).all()
+            shown = torch.zeros(49, dtype=torch.bool).index_fill(0, kept, True)
+            assert torch.equal(shown, valid[row] & ~plan.masked[row])
+            assert shown.any()
+
+
+def test_a_row_has_the_same_mask_in_whatever_batch_it_comes():
+    for whole, part in zip(plans(), plans(LENGTHS[1:3], SEEDS[1:3]), strict=True):
+        assert torch.equal(whole.masked[1:3, :30], part.masked)
+
+
+def test_copies_of_a_clip_have_masks_of_their_own():
+    for plan in plans(clones=2):
+        assert plan.rows.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+        assert not torch.equal(plan.masked[0], plan.masked[1])
+
+
+def test_the_random_share_is_the_ratio_of_real_tokens_within_half_a_token():
+    lengths = torch.randint(2, 200, (500,), generator=torch.Generator().manual_seed(0))
+    for ratio in (0.1, 0.5, 0.75, 0.9):
+        hidden = random_mask(lengths, ratio=ratio, seeds=torch.arange(500)).masked.sum(1)
+        expected = (lengths * ratio).clamp_min(1).minimum(lengths - 1)
+        assert ((hidden - expected).abs() <= 0.5).all()
+
+
+def test_every_token_is_hidden_as_often_as_every_other():
+    share = random_mask(torch.full((4000,), 20), ratio=0.75, seeds=torch.arange(4000)).masked.float().mean(0)
+    assert (share - 0.75).abs().max() < 5 * (0.75 * 0.25 / 4000) ** 0.5
+
+
+def test_spans_hide_the_share_that_independent_starts_predict():
+    # A token far from the ends is visible when none of the 10 starts that reach it was drawn: 780 * .065 = 50.7
+    # starts among 771 places leave it visible with chance (1 - 50.7 / 771) ** 10 = .506.
+    masked = span_mask(torch.full((400,), 780), prob=0.65, span=10, seeds=torch.arange(400)).masked
+    share = masked[:, 20:-20].float().mean()
+    assert abs(share - (1 - (1 - 50.7 / 771) ** 10)) < 0.01
+
+
+def test_spans_are_runs_of_the_length_asked_for():
+    masked = span_mask(torch.full((200,), 300), prob=0.05, span=10, seeds=torch.arange(200), min_spans=1).masked
+    for row in masked.int().tolist():
+        runs = [len(run) for run in "".join(map(str, row)).split("0") if run]
+        assert runs
+        assert min(runs) >= 10
+
+
+def test_the_last_token_is_hidden_as_often_as_the_first():
+    # one generator of spans hid the last row and column of a picture never; ends must be symmetric
+    masked = span_mask(torch.full((4000,), 100), prob=0.3, span=5, seeds=torch.arange(4000)).masked.float().mean(0)
+    assert abs(masked[0] - masked[-1]) < 0.02
+    assert masked[0] > 0
+
+
+def test_an_explicit_mask_becomes_a_plan():
+    masked = torch.tensor([[True, False, True, False], [False, True, False, False]])
+    plan = plan_of(masked, torch.tensor([4, 3]))
+    assert plan.keep.tolist() == [[1, 3], [0, 2]]
+    assert plan.keep_lengths.tolist() == [2, 2]
+    x = torch.arange(8.0).view(2, 4, 1)
+    assert take(x, plan.keep)[..., 0].tolist() == [[1, 3], [4, 6]]
+
+
+def test_channels_are_hidden_in_runs_for_the_whole_clip():
+    masked = channel_mask(300, 192, prob=0.5, span=64, seeds=torch.arange(300))
+    assert masked.shape == (300, 192)
+    assert 0.2 < masked.float().mean() < 0.5  # runs overlap, so less than .5
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5])
+def test_a_ratio_that_leaves_nothing_is_refused(ratio):
+    with pytest.raises(ValueError, match="mask_ratio"):
+        random_mask(LENGTHS, ratio=ratio, seeds=SEEDS)

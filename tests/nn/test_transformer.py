@@ -1,0 +1,119 @@
+"""The Transformer: equal to torch's own, exact on ragged rows, regularized as the papers have it."""
+
+import pytest
+import torch
+
+from mmssl.nn import transformer as room
+from mmssl.nn.transformer import Transformer
+
+
+def build(**settings):
+    torch.manual_seed(0)
+    return Transformer(**{"dim": 32, "depth": 3, "heads": 4, **settings})
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_block_is_torchs_encoder_layer(norm):
+    ours = build(norm=norm, depth=1, eps=1e-5).eval()
+    theirs = torch.nn.TransformerEncoderLayer(
+        32, 4, 128, 0.0, activation="gelu", batch_first=True, norm_first=norm == "pre"
+    ).eval()
+    block = ours.blocks[0]
+    pairs = {
+        theirs.self_attn.in_proj_weight: block.attention.qkv.weight,
+        theirs.self_attn.in_proj_bias: block.attention.qkv.bias,
+        theirs.self_attn.out_proj.weight: block.attention.out.weight,
+        theirs.linear1.weight: block.mlp.up.weight,
+        theirs.linear2.weight: block.mlp.down.weight,
+    }
+    with torch.no_grad():
+        for to, source in pairs.items():
+            to.copy_(source)
+        for bias in (theirs.self_attn.out_proj.bias, theirs.linear1.bias, theirs.linear2.bias):
+            bias.zero_()
+        x = torch.randn(2, 9, 32)
+        expected = ours.norm(theirs(x)) if norm == "pre" else theirs(ours.norm(x))
+        assert torch.allclose(ours(x)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("row_by_row", [1, 1000])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_row_is_the_same_alone_and_beside_longer_ones(norm, row_by_row, monkeypatch):
+    monkeypatch.setattr(room, "_ROW_BY_ROW", row_by_row)
+    ours = build(norm=norm).eval()
+    lengths = torch.tensor([20, 11, 1])
+    x = torch.randn(3, 20, 32)
+    x[1, 11:] = torch.nan  # whatever padding holds
+    x[2, 1:] = 1e9
+    out, layers = ours(x, lengths, layers=[0, 2, 3])
+    for row, n in enumerate(lengths):
+        alone, own = ours(x[row : row + 1, :n])[0], ours(x[row : row + 1, :n], layers=[0, 2, 3])[1]
+        assert torch.allclose(out[row, :n], alone[0], atol=1e-5)
+        assert out[row, n:].abs().sum() == 0
+        for i in (0, 2, 3):
+            assert torch.allclose(layers[i][row, :n], own[i][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("row_by_row", [1, 1000])
+def test_gradients_of_a_ragged_batch_are_the_sum_of_its_rows(row_by_row, monkeypatch):
+    monkeypatch.setattr(room, "_ROW_BY_ROW", row_by_row)
+    ours = build().double()
+    lengths = torch.tensor([9, 4])
+    x = torch.randn(2, 9, 32).double()
+    ours(x, lengths)[0].pow(2).sum().backward()
+    together = [p.grad.clone() for p in ours.parameters()]
+    ours.zero_grad()
+    for row, n in enumerate(lengths):
+        ours(x[row : row + 1, :n])[0].pow(2).sum().backward()
+    for ours_grad, p in zip(together, ours.parameters(), strict=True):
+        assert torch.allclose(ours_grad, p.grad, atol=1e-9)
+
+
+def test_layer_zero_is_the_input_and_the_last_has_no_final_norm():
+    ours = build(norm="pre").eval()
+    x = torch.randn(2, 5, 32)
+    out, layers = ours(x, layers=[0, 3])
+    assert torch.equal(layers[0], x)
+    assert torch.allclose(ours.norm(layers[3]), out)
+
+
+def test_a_layer_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="layer=4: this Transformer has layers 0"):
+        build()(torch.randn(1, 2, 32), layers=[4])
+
+
+def test_layer_drop_leaves_out_the_same_blocks_on_every_rank_and_none_in_evaluation():
+    first, second = build(layer_drop=0.5, depth=8), build(layer_drop=0.5, depth=8)
+    torch.manual_seed(1)  # ranks differ in their generators
+    one = [first._left_out() for _ in range(40)]
+    torch.manual_seed(2)
+    assert one == [second._left_out() for _ in range(40)]
+    assert 120 < sum(map(len, one)) < 200  # 160 expected of 320
+    assert first.eval()._left_out() == set()
+
+
+def test_layer_drop_goes_on_where_it_stopped():
+    first = build(layer_drop=0.5, depth=8)
+    for _ in range(3):
+        first._left_out()
+    resumed = build(layer_drop=0.5, depth=8)
+    resumed.load_state_dict(first.state_dict())
+    assert first._left_out() == resumed._left_out()
+
+
+def test_drop_path_leaves_out_whole_clips_and_keeps_the_mean():
+    ours = build(depth=2, drop_path=0.5)
+    torch.manual_seed(0)
+    lengths = torch.tensor([6] * 300 + [5] * 300)
+    layout = room.Layout(torch.zeros(600, 6, 32), lengths)
+    branch = layout.unpack(ours.blocks[1]._branch(layout.pack(torch.ones(600, 6, 32)), layout))
+    per_clip = branch[:, :5]
+    assert set(per_clip.unique().tolist()) == {0.0, 2.0}
+    assert (per_clip == per_clip[:, :1, :1]).all()
+    assert abs(per_clip.mean() - 1) < 0.2
+    assert ours.blocks[0].drop_path == 0
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match="heads=5"):
+        build(heads=5)

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmssl.encoder import Encoder
+from mmssl.modalities.image.frontend import Patches
+from mmssl.modalities.image.targets import TARGETS, unpatch
+from mmssl.modalities.modality import Target
+from mmssl.modalities.speech.frontend import Waveform
+from mmssl.modalities.speech.targets import TARGETS as SPEECH_TARGETS
+from mmssl.nn.masking import random_mask
+from mmssl.nn.positions import SinCos
+from mmssl.nn.seeds import seed_of
+from mmssl.nn.transformer import Transformer
+from mmssl.objectives.mae import MAE
+from mmssl.types import Batch, Raw
+
+LAYERS = [[8, 10, 5], [8, 8, 4], [8, 4, 2]]
+
+
+def seeds(n: int) -> Tensor:
+    return torch.tensor([seed_of("clip", i) for i in range(n)])
+
+
+def images(n: int = 8, height: int = 8, width: int = 12, channels: int = 2) -> Batch:
+    """Pictures with something to predict: waves of random phase and direction."""
+    generator = torch.Generator().manual_seed(0)
+    phase, slope = torch.rand(2, n, channels, 1, 1, generator=generator)
+    y, x = torch.arange(height)[:, None], torch.arange(width)
+    data = 0.5 + 0.4 * torch.sin(6 * phase + slope * y + x)
+    raw = Raw(data, torch.ones(n, dtype=torch.int64), [str(i) for i in range(n)])
+    return Batch({"image": raw}, seeds(n))
+
+
+def sounds(samples: tuple[int, ...] = (2000, 1200, 600)) -> Batch:
+    data = torch.zeros(len(samples), max(samples))
+    generator = torch.Generator().manual_seed(0)
+    for row, n in zip(data, samples, strict=True):
+        row[:n] = torch.sin(torch.arange(n) * torch.rand(1, generator=generator)) + 0.1 * torch.randn(
+            n, generator=generator
+        )
+    raw = Raw(data, torch.tensor(samples), [str(n) for n in samples], rate=8000)
+    return Batch({"speech": raw}, seeds(len(samples)))
+
+
+def image_mae(target: str = "normalized_pixels", prefix: int = 1, ratio: float = 0.75) -> MAE:
+    torch.manual_seed(0)
+    frontend = Patches(dim=16, size=[2, 3], channels=2, mean=[0.5, 0.5], std=[0.3, 0.3])
+    encoder = Encoder(frontend, Transformer(dim=16, depth=2, heads=2), SinCos(16), prefix=prefix)
+    return MAE(
+        encoder,
+        target=TARGETS[target].values,
+        target_dim=TARGETS[target].dim(frontend),
+        target_learned=TARGETS[target].learned,
+        pictures=TARGETS[target].pictures,
+        mask_ratio=ratio,
+        decoder_dim=16,
+        decoder_depth=2,
+        decoder_heads=2,
+    )
+
+
+def speech_mae(target: Target = SPEECH_TARGETS["normalized_log_mel"]) -> MAE:
+    torch.manual_seed(0)
+    frontend = Waveform(dim=16, layers=LAYERS, rate=8000)
+    encoder = Encoder(frontend, Transformer(dim=16, depth=1, heads=2), SinCos(16))
+    return MAE(
+        encoder,
+        target=target.values,
+        target_dim=target.dim(frontend),
+        target_learned=target.learned,
+        mask_ratio=0.5,
+        decoder_dim=16,
+        decoder_depth=1,
+        decoder_heads=2,
+    )
+
+
+def part_of(batch: Batch, rows: list[int]) -> Batch:
+    """Some clips of a batch, padded no further than they need."""
+    raw = batch.raw
+    lengths = raw.lengths[rows]
+    data = raw.data[rows] if raw.rate is None else raw.data[rows][:, : int(lengths.max())]
+    name = next(iter(batch.inputs))
+    return Batch({name: Raw(data, lengths, [raw.ids[i] for i in rows], raw.rate)}, batch.seeds[rows])
+
+
+def gradient(objective: MAE, batches: list[Batch]) -> Tensor:
+    """The gradient of the sum of losses over the count of all micro-batches, as the loop takes it."""
+    objective.zero_grad()
+    losses = [objective(batch) for batch in batches]
+    count = sum(loss.count for loss in losses)
+    for loss in losses:
+        (loss.total / count).backward()
+    return torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+
+
+BOTH = pytest.mark.parametrize(("build", "make"), [(image_mae, images), (speech_mae, sounds)], ids=["image", "speech"])
+
+
+@BOTH
+def test_gradients_reach_every_weight_of_frontend_transformer_and_predictor(build, make) -> None:
+    objective = build()
+    objective(make()).total.backward()
+    silent = [name for name, p in objective.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert silent == []
+
+
+def test_the_loss_is_the_mean_over_values_summed_over_hidden_tokens() -> None:
+    objective, batch = image_mae("pixels"), images(2)
+    torch.nn.init.zeros_(objective.predictor.out.weight)
+    torch.nn.init.constant_(objective.predictor.out.bias, 0.25)
+    loss = objective(batch)
+    tokens = objective.encoder.tokens(batch.raw)
+    plan = random_mask(tokens.lengths, ratio=0.75, seeds=batch.seeds)
+    by_hand = sum(((row - 0.25) ** 2).mean() for row in tokens.feat[plan.masked])
+    assert loss.count == 2 * 12
+    assert int(plan.masked.sum()) == 24
+    torch.testing.assert_close(loss.total, by_hand)
+    total, count = loss.metrics["loss"]
+    assert count == 24
+    assert float(total) == pytest.approx(float(by_hand))
+
+
+@BOTH
+def test_eight_micro_batches_give_the_gradient_of_one_batch(build, make) -> None:
+    objective = build()
+    batch = make() if make is images else make((2000, 700, 1200, 650, 1900, 900, 1000, 601))
+    whole = gradient(objective, [batch])
+    parts = gradient(objective, [part_of(batch, [i]) for i in range(8)])
+    assert torch.nn.functional.cosine_similarity(whole, parts, dim=0) > 0.99999
+    torch.testing.assert_close(whole.norm(), parts.norm(), rtol=1e-4, atol=0)
+
+
+@BOTH
+def test_the_order_of_a_batch_is_irrelevant(build, make) -> None:
+    objective, batch = build(), make()
+    rows = list(range(len(batch)))[::-1]
+    torch.testing.assert_close(objective(part_of(batch, rows)).total, objective(batch).total, rtol=1e-5, atol=1e-5)
+
+
+def test_permuting_a_batch_permutes_its_reconstructions() -> None:
+    objective, batch = image_mae(), images(4)
+    order = [2, 0, 3, 1]
+    shown, moved = objective.reconstruct(batch), objective.reconstruct(part_of(batch, order))
+    for name in ("input", "masked", "reconstruction"):
+        torch.testing.assert_close(moved[name], shown[name][order], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_of_a_ragged_batch_may_hold_anything() -> None:
+    objective, batch = speech_mae(), sounds()
+    before = objective(batch).total
+    for row, n in zip(batch.raw.data, batch.raw.lengths.tolist(), strict=True):
+        row[n:] = 7.0
+    torch.testing.assert_close(objective(batch).total, before, rtol=1e-6, atol=0)
+
+
+def test_a_hidden_patch_cannot_leak() -> None:
+    """Neither what is encoded nor what is predicted may change with the pixels of a hidden patch."""
+    objective, batch = image_mae(), images(4)
+    tokens = objective.encoder.tokens(batch.raw)
+    plan = random_mask(tokens.lengths, ratio=0.75, seeds=batch.seeds)
+    hidden = unpatch(plan.masked[..., None].expand(-1, -1, 12), tokens.grid, (2, 3), 2)
+    garbage = torch.rand(batch.raw.data.shape, generator=torch.Generator().manual_seed(1))
+    other = Batch(
+        {"image": Raw(torch.where(hidden, garbage, batch.raw.data), batch.raw.lengths, batch.ids)}, batch.seeds
+    )
+
+    def run(batch: Batch) -> tuple[Tensor, Tensor]:
+        tokens = objective.encoder.tokens(batch.raw)
+        encoded = objective.encoder(tokens, plan, "drop")
+        return encoded.x, objective.predictor(encoded, tokens, plan)
+
+    for before, after in zip(run(batch), run(other), strict=True):
+        torch.testing.assert_close(before, after, rtol=0, atol=0)
+    # and the other way round: a visible pixel does reach both
+    visible = Batch(
+        {"image": Raw(torch.where(hidden, batch.raw.data, garbage), batch.raw.lengths, batch.ids)}, batch.seeds
+    )
+    for before, after in zip(run(batch), run(visible), strict=True):
+        assert (before - after).abs().max() > 1e-3
+
+
+@BOTH
+def test_twenty_steps_lower_the_loss(build, make) -> None:
+    objective, batch = build(), make()
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss = objective(batch)
+        optimizer.zero_grad()
+        (loss.total / loss.count).backward()
+        optimizer.step()
+        losses.append(float(loss.total.detach()) / loss.count)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_masks_come_from_the_clips_own_seeds() -> None:
+    objective, batch = image_mae(), images(4)
+    first = objective.reconstruct(batch)["masked"]
+    torch.testing.assert_close(objective.reconstruct(batch)["masked"], first)
+    other = Batch(batch.inputs, batch.seeds + 1)
+    assert (objective.reconstruct(other)["masked"] != first).any()
+
+
+def test_a_constant_prediction_shows_in_the_metrics() -> None:
+    objective, batch = image_mae(), images(4)
+    loss = objective(batch)
+    torch.nn.init.zeros_(objective.predictor.out.weight)
+    constant = objective(batch)
+
+    def metric(loss, name: str) -> float:
+        total, count = loss.metrics[name]
+        return float(total) / count
+
+    assert metric(constant, "prediction_std") == 0 < metric(loss, "prediction_std")
+    assert metric(constant, "target_std") == pytest.approx(metric(loss, "target_std"))
+    assert metric(constant, "feature_std") == pytest.approx(metric(loss, "feature_std"), rel=1e-5)
+
+
+def test_features_that_are_all_the_same_have_no_spread() -> None:
+    objective, batch = image_mae(), images(4)
+    before = objective(batch).metrics["feature_std"]
+    torch.nn.init.zeros_(objective.encoder.transformer.norm.weight)
+    torch.nn.init.ones_(objective.encoder.transformer.norm.bias)
+    assert float(objective(batch).metrics["feature_std"][0]) == 0 < float(before[0])
+
+
+def test_the_spread_of_features_leaves_padding_out() -> None:
+    objective = speech_mae()
+    alone = objective(sounds((600,)))
+    torch.nn.init.zeros_(objective.encoder.transformer.norm.weight)
+    torch.nn.init.ones_(objective.encoder.transformer.norm.bias)
+    ragged = objective(sounds((2000, 600)))
+    assert float(ragged.metrics["feature_std"][0]) == 0 < float(alone.metrics["feature_std"][0])
+
+
+def test_the_loss_is_taken_in_float32_under_bfloat16() -> None:
+    objective, batch = image_mae(), images(4)
+    exact = objective(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = objective(batch)
+    assert loss.total.dtype == torch.float32
+    torch.testing.assert_close(loss.total, exact.total, rtol=2e-2, atol=0)
+
+
+def test_the_target_is_the_same_under_bfloat16() -> None:
+    objective, batch = speech_mae(), sounds()
+    exact = objective(batch).metrics["target_std"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = objective(batch).metrics["target_std"]
+    torch.testing.assert_close(rounded[0], exact[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("target", ["pixels", "normalized_pixels"])
+def test_a_picture_of_a_reconstruction_keeps_what_was_visible(target: str) -> None:
+    objective, batch = image_mae(target), images(3)
+    objective.train()
+    state = copy.deepcopy(objective.state_dict())
+    shown = objective.reconstruct(batch)
+    visible = shown["masked"] == shown["input"]
+    torch.testing.assert_close(shown["input"], batch.raw.data)
+    torch.testing.assert_close(shown["reconstruction"][visible], shown["input"][visible], rtol=1e-4, atol=1e-4)
+    assert 0.2 < visible.float().mean() < 0.3
+    assert objective.training
+    assert not shown["reconstruction"].requires_grad
+    assert all(torch.equal(value, state[name]) for name, value in objective.state_dict().items())
+
+
+def test_learned_features_are_refused_as_a_target() -> None:
+    sentence = (
+        "Waveform learns what it measures, so the target would collapse onto the prediction; choose a fixed target"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        speech_mae(SPEECH_TARGETS["features"])
+
+
+def test_a_target_without_a_picture_says_so() -> None:
+    with pytest.raises(ValueError, match="there is no picture of this target"):
+        speech_mae().reconstruct(sounds())

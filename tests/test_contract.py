@@ -1,0 +1,252 @@
+"""What every modality and every objective must keep, found by looking at the registries.
+
+A new modality adds one row to CLIPS; a new objective adds one to SETTINGS. A pair that makes no sense has its sentence
+in REFUSED.
+"""
+
+from itertools import product
+
+import pytest
+import torch
+
+from mmssl.encoder import Encoder
+from mmssl.modalities import MODALITIES
+from mmssl.nn.masking import random_mask, span_mask
+from mmssl.nn.positions import Convolutional, SinCos
+from mmssl.nn.transformer import Transformer
+from mmssl.objectives import OBJECTIVES
+from mmssl.types import Batch, Raw
+
+DIM = 16
+LENGTHS = [1600, 900, 1210, 640]
+
+
+def speech(lengths=LENGTHS, fill=0.0):
+    time = torch.arange(max(lengths)) / 8000
+    waves = []
+    for row, n in enumerate(lengths):
+        wave = torch.sin(2 * torch.pi * (200 + 90 * row) * time * (1 + 2 * time)) + 0.1 * torch.randn(len(time))
+        waves.append(torch.where(torch.arange(len(time)) < n, wave, fill))
+    return Raw(torch.stack(waves), torch.tensor(lengths), [f"s{i}" for i in range(len(lengths))], 8000.0)
+
+
+def image(lengths=(1, 1, 1, 1), fill=0.0):
+    return Raw(torch.rand(len(lengths), 3, 16, 24), torch.tensor(lengths), [f"i{i}" for i in range(len(lengths))])
+
+
+# modality -> (its clips, settings of its frontend, positions)
+CLIPS = {
+    "speech": (
+        speech,
+        {"layers": [[8, 10, 5], [8, 4, 4], [8, 2, 2]], "rate": 8000},
+        lambda: Convolutional(DIM, kernel=8, groups=4),
+    ),
+    "image": (image, {"size": [4, 4]}, lambda: SinCos(DIM)),
+}
+SETTINGS = {
+    "wav2vec2": {"negatives": 5, "codes": 8, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
+    "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "ctc": {
+        "n_characters": 5,
+        "freeze_updates": 0,
+        "freeze_frontend": False,
+        "mask_prob": 0.2,
+        "mask_span": 2,
+        "channel_mask_span": 4,
+    },
+    "classify": {"n_classes": 3},
+}
+TARGET = {"speech": "log_mel", "image": "normalized_pixels"}
+REFUSED = {("ctc", "image"): "CTC spells along time"}
+
+
+def encoder(modality, **settings):
+    torch.manual_seed(0)
+    _, frontend, positions = CLIPS[modality]
+    kind = next(iter(MODALITIES[modality].frontends.values()))
+    transformer = Transformer(dim=DIM, depth=2, heads=2)
+    return Encoder(kind(dim=DIM, **frontend), transformer, positions(), mask_token=True, **settings)
+
+
+def objective(name, modality):
+    body, settings = encoder(modality), dict(SETTINGS[name])
+    if name == "mae":
+        target = MODALITIES[modality].targets[TARGET[modality]]
+        settings |= {"target": target.values, "target_dim": target.dim(body.frontend)}
+    return OBJECTIVES[name](body, **settings)
+
+
+def batch(name, modality, raw=None, seed=0):
+    torch.manual_seed(seed)
+    raw = raw or CLIPS[modality][0]()
+    labels = sizes = None
+    if OBJECTIVES[name].label == "label":
+        labels = torch.arange(len(raw)) % 3
+    if OBJECTIVES[name].label == "text":
+        labels = torch.tensor([[1, 2, 3], [2, 4, 0], [3, 3, 1], [1, 0, 0]])
+        sizes = torch.tensor([3, 2, 3, 1])
+    return Batch({modality: raw}, seeds=torch.arange(len(raw)) + 10, labels=labels, label_lengths=sizes)
+
+
+PAIRS = [pair for pair in product(OBJECTIVES, MODALITIES) if pair not in REFUSED]
+each_modality = pytest.mark.parametrize("modality", MODALITIES)
+each_pair = pytest.mark.parametrize(("name", "modality"), PAIRS)
+
+
+def test_every_modality_and_objective_is_here():
+    assert set(CLIPS) == set(MODALITIES)
+    assert set(SETTINGS) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize(("name", "modality"), REFUSED)
+def test_a_pair_that_makes_no_sense_says_so(name, modality):
+    with pytest.raises(ValueError, match=REFUSED[name, modality]):
+        objective(name, modality)
+
+
+# 1, 2 and 4: a clip is itself, whatever stands beside it and whatever padding holds
+
+
+@each_modality
+def test_a_clip_alone_equals_the_same_clip_in_a_ragged_batch(modality):
+    body, raw = encoder(modality).eval(), CLIPS[modality][0]()
+    together = body(body.tokens(raw), layers=[0, 1, 2])
+    for row, n in enumerate(raw.lengths):
+        data = raw.data[row : row + 1, :n] if raw.rate else raw.data[row : row + 1]
+        alone = body(body.tokens(Raw(data, raw.lengths[row : row + 1], ["x"], raw.rate)), layers=[0, 1, 2])
+        size = int(alone.lengths[0])
+        assert together.lengths[row] == size
+        assert torch.allclose(together.x[row, :size], alone.x[0], atol=1e-5)
+        for i in range(3):
+            assert torch.allclose(together.layers[i][row, :size], alone.layers[i][0], atol=1e-5)
+
+
+@each_pair
+@pytest.mark.parametrize("fill", [3.0, torch.inf])
+def test_what_padding_holds_changes_neither_loss_nor_gradient(name, modality, fill):
+    losses, gradients = [], []
+    for padding in (0.0, fill):
+        torch.manual_seed(1)
+        raw = CLIPS[modality][0](fill=padding)
+        model = objective(name, modality)
+        loss = model(batch(name, modality, raw))
+        loss.total.backward()
+        losses.append(loss.total.detach())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert torch.equal(losses[0], losses[1])
+    assert losses[0].isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@each_pair
+def test_permuting_the_batch_permutes_the_result(name, modality):
+    model = objective(name, modality).eval()
+    first = batch(name, modality)
+    order = torch.tensor([2, 0, 3, 1])
+    raw = first.raw
+    second = Batch(
+        {modality: Raw(raw.data[order], raw.lengths[order], [raw.ids[i] for i in order], raw.rate)},
+        seeds=first.seeds[order],
+        labels=None if first.labels is None else first.labels[order],
+        label_lengths=None if first.label_lengths is None else first.label_lengths[order],
+    )
+    one, two = model(first), model(second)
+    assert one.count == two.count
+    assert torch.allclose(one.total, two.total, rtol=1e-5)
+
+
+# 3: lengths
+
+
+@each_modality
+def test_lengths_are_the_valid_tokens(modality):
+    body = encoder(modality)
+    raw = CLIPS[modality][0]()
+    tokens = body.tokens(raw)
+    assert torch.equal(body.frontend.lengths(raw), tokens.valid.sum(1))
+    assert not tokens.x[~tokens.valid].any()
+    assert tokens.coords.shape == (*tokens.x.shape[:2], len(tokens.axes))
+    assert torch.tensor(tokens.grid).prod() == tokens.x.shape[1]
+    # row-major, the last axis fastest
+    assert torch.equal(tokens.coords[0, -1], torch.tensor(tokens.grid) - 1)
+    assert torch.equal(tokens.coords[0, 1] - tokens.coords[0, 0], torch.tensor([0] * (len(tokens.axes) - 1) + [1]))
+
+
+# 5: masks
+
+
+@each_modality
+def test_plans_hide_real_tokens_only_and_leave_one(modality):
+    body = encoder(modality)
+    tokens = body.tokens(CLIPS[modality][0]())
+    seeds = torch.arange(len(tokens.x))
+    for plan in (
+        random_mask(tokens.lengths, ratio=0.75, seeds=seeds, clones=3),
+        span_mask(tokens.lengths, prob=0.65, span=3, seeds=seeds, clones=3),
+    ):
+        assert not (plan.masked & ~tokens.valid[plan.rows]).any()
+        assert torch.equal(plan.masked.sum(1) + plan.keep_lengths, tokens.lengths[plan.rows])
+        assert (plan.keep_lengths > 0).all()
+        assert plan.masked.any(1).all()
+
+
+# 7: gradients arrive, and 20 steps lower the loss
+
+
+@each_pair
+def test_gradients_reach_every_part(name, modality):
+    model = objective(name, modality)
+    model(batch(name, modality)).total.backward()
+    missing = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # the mask token has no part in objectives that drop tokens or hide none
+    assert [key for key in missing if key != "encoder.mask_token"] == []
+
+
+@each_pair
+def test_twenty_steps_lower_the_loss(name, modality):
+    model = objective(name, modality)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    toy = batch(name, modality)
+    values = []
+    for step in range(1, 21):
+        loss = model(toy)
+        mean = loss.total / loss.count
+        optimizer.zero_grad()
+        mean.backward()
+        optimizer.step()
+        model.after_step(step)
+        values.append(mean.item())
+    assert sum(values[-3:]) < sum(values[:3])
+
+
+# 9: micro-batches
+
+
+@each_pair
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(name, modality):
+    def gradient(batches):
+        model = objective(name, modality)
+        if hasattr(model, "statistics"):
+            model.global_statistics = sum(model.statistics(part) for part in batches)
+        losses = [model(part) for part in batches]
+        for loss in losses:
+            loss.total.backward()
+        count = sum(loss.count for loss in losses)
+        return torch.cat([p.grad.flatten() / count for p in model.parameters() if p.grad is not None])
+
+    whole = batch(name, modality)
+    parts = []
+    for row in range(len(whole)):
+        raw, rows = whole.raw, slice(row, row + 1)
+        data = raw.data[rows, : raw.lengths[row]] if raw.rate else raw.data[rows]
+        parts.append(
+            Batch(
+                {modality: Raw(data, raw.lengths[rows], raw.ids[rows], raw.rate)},
+                seeds=whole.seeds[rows],
+                labels=None if whole.labels is None else whole.labels[rows],
+                label_lengths=None if whole.label_lengths is None else whole.label_lengths[rows],
+            )
+        )
+    one, many = gradient([whole]), gradient(parts)
+    assert torch.cosine_similarity(one, many, dim=0) > 0.99999
+    assert torch.allclose(one.norm(), many.norm(), rtol=1e-4)

@@ -1,0 +1,97 @@
+"""The encoder: what is hidden cannot be seen, what is padding cannot be heard, order does not matter."""
+
+import pytest
+import torch
+
+from mmssl.encoder import Encoder
+from mmssl.modalities.image.frontend import Patches
+from mmssl.modalities.speech.frontend import Waveform
+from mmssl.nn.masking import random_mask
+from mmssl.nn.positions import Convolutional, SinCos
+from mmssl.nn.transformer import Transformer
+from mmssl.types import Raw
+
+
+def speech(**settings):
+    torch.manual_seed(0)
+    frontend = Waveform(dim=16, layers=[[8, 10, 5], [8, 3, 2], [8, 2, 2]])
+    positions = Convolutional(16, kernel=8, groups=4)
+    return Encoder(frontend, Transformer(dim=16, depth=2, heads=2), positions, **settings).eval()
+
+
+def image(**settings):
+    torch.manual_seed(0)
+    return Encoder(Patches(dim=16, size=(4, 4)), Transformer(dim=16, depth=2, heads=2), SinCos(16), **settings).eval()
+
+
+def waves(lengths):
+    torch.manual_seed(1)
+    return Raw(torch.randn(len(lengths), max(lengths)), torch.tensor(lengths), list("abcdef")[: len(lengths)], 16_000.0)
+
+
+def pictures(n=3):
+    torch.manual_seed(1)
+    return Raw(torch.rand(n, 3, 16, 12), torch.ones(n, dtype=torch.int64), list("abcdef")[:n])
+
+
+CASES = [(speech, waves([1200, 700, 300])), (image, pictures())]
+
+
+@pytest.mark.parametrize(("build", "raw"), CASES)
+@pytest.mark.parametrize("hide", ["drop", "replace"])
+def test_a_hidden_token_cannot_be_seen(build, raw, hide):
+    encoder = build(mask_token=True, prefix=1)
+    tokens = encoder.tokens(raw)
+    plan = random_mask(tokens.lengths, ratio=0.5, seeds=torch.arange(len(raw)), clones=2)
+    seen = encoder(tokens, plan, hide).x
+    tokens.x.data[plan.masked[::2]] += 7  # hidden in the first copy only
+    moved = (encoder(tokens, plan, hide).x - seen).abs().amax((1, 2))
+    assert (moved[::2] == 0).all()
+    assert (moved[1::2] > 0).all()
+
+
+@pytest.mark.parametrize(("build", "raw"), CASES)
+def test_dropped_tokens_take_their_positions_with_them(build, raw):
+    encoder = build(prefix=2)
+    tokens = encoder.tokens(raw)
+    plan = random_mask(tokens.lengths, ratio=0.5, seeds=torch.arange(len(raw)))
+    encoded = encoder(tokens, plan, "drop", layers=[0])
+    seen = tokens.x.masked_fill(plan.masked[..., None], 0)
+    expected = tokens.x + encoder.positions(seen, tokens)
+    for row, n in enumerate(plan.keep_lengths):
+        assert torch.allclose(encoded.layers[0][row, 2 : 2 + n], expected[row][plan.keep[row, :n]], atol=1e-6)
+        assert encoded.lengths[row] == n + 2
+    assert encoded.tokens.shape[1] == plan.keep.shape[1]
+
+
+@pytest.mark.parametrize(("build", "raw"), CASES)
+def test_permuting_the_batch_permutes_the_result(build, raw):
+    encoder = build()
+    order = torch.tensor([2, 0, 1])
+    shuffled = Raw(raw.data[order], raw.lengths[order], [raw.ids[i] for i in order], raw.rate)
+    first, second = encoder(encoder.tokens(raw)), encoder(encoder.tokens(shuffled))
+    assert torch.allclose(first.x[order], second.x, atol=1e-5)
+
+
+def test_a_plan_and_a_way_to_hide_come_together():
+    encoder = speech()
+    tokens = encoder.tokens(waves([600]))
+    with pytest.raises(ValueError, match="hide='drop'"):
+        encoder(tokens, None, "drop")
+    plan = random_mask(tokens.lengths, ratio=0.5, seeds=torch.arange(1))
+    with pytest.raises(ValueError, match="hide='none'"):
+        encoder(tokens, plan)
+    with pytest.raises(ValueError, match="encoder.mask_token is false"):
+        encoder(tokens, plan, "replace")
+
+
+def test_widths_must_agree():
+    with pytest.raises(ValueError, match="frontend.dim=16: must equal transformer.dim=32"):
+        Encoder(Patches(dim=16), Transformer(dim=32, depth=1, heads=2), SinCos(32))
+
+
+def test_two_encoders_may_hold_one_transformer():
+    trunk = Transformer(dim=16, depth=1, heads=2)
+    one = Encoder(Patches(dim=16, size=(4, 4)), trunk, SinCos(16))
+    two = Encoder(Waveform(dim=16), trunk, Convolutional(16, kernel=8, groups=4))
+    assert one.transformer is two.transformer

@@ -1,0 +1,110 @@
+"""Every recipe that ships: complete, buildable as written, and trainable at toy size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmssl.assemble import LABELLED, build_encoder, build_objective, export_config, finetune, pretrain, resolve
+from mmssl.data.manifest import Manifest, scan, split_rows, write_manifest
+from mmssl.modalities import MODALITIES
+from mmssl.recipe import Recipe, header, load, shipped
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def manifests(sounds: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Modality -> folder with train.jsonl and test.jsonl, which have labels and texts."""
+    folder = tmp_path_factory.mktemp("manifests")
+    for name, files in (("speech", sounds), ("image", pictures)):
+        kind = MODALITIES[name]
+        found = scan(
+            files,
+            media=kind.media,
+            probe=kind.probe,
+            suffixes=kind.suffixes,
+            label_from=-1,
+            text_from=-1,
+            split_from=1,
+            progress=False,
+        )
+        for split, rows in split_rows(found.rows).items():
+            write_manifest(folder / name / f"{split}.jsonl", rows)
+    return {name: folder / name for name in ("speech", "image")}
+
+
+def toy(name: str, manifests: dict[str, Path]) -> Recipe:
+    """The recipe with the sizes of a toy and nothing else changed."""
+    written = load(name)
+    folder = manifests[written.get("modality")]
+    sizes = {
+        "data.train": folder / "train.jsonl",
+        "data.valid": folder / "test.jsonl",
+        "data.workers": 0,
+        "transformer.dim": 16,
+        "transformer.depth": 2,
+        "transformer.heads": 2,
+        "trainer.steps": 2,
+        "trainer.accumulate": 1,
+        "trainer.eval_every": 2,
+        "trainer.save_every": 0,
+    }
+    per_name = {
+        "waveform": {
+            "frontend.layers": [[8, k, s] for k, s in ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))]
+        },
+        "conv": {"positions.kernel": 7, "positions.groups": 2},
+        "wav2vec2": {"objective.dim": 8, "objective.codes": 4, "objective.negatives": 3},
+        "mae": {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2},
+    }
+    for section in ("frontend", "positions", "objective"):
+        sizes |= per_name.get(written.get(f"{section}.name"), {})
+    if written.get("schedule.warmup") is not None:
+        sizes["schedule.warmup"] = 1
+    return load(name, [f"{key}={value}" for key, value in sizes.items()])
+
+
+def test_all_recipes_are_found() -> None:
+    assert sorted(shipped()) == RECIPES
+    assert len(RECIPES) == 8
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_one_page_that_says_how_to_run_it(name: str) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80
+    said = header(text)
+    assert set(said) == {"title", "run", "cost", "result"}
+    command = "finetune" if load(name).get("objective.name") in LABELLED else "pretrain"
+    assert said["run"].startswith(f"mmssl {command} {name} ")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds_as_written(name: str, manifests: dict[str, Path]) -> None:
+    train = manifests[load(name).get("modality")] / "train.jsonl"
+    recipe = resolve(load(name, [f"data.train={train}"]))
+    with torch.device("meta"):
+        config = export_config(recipe, Manifest(train))
+        objective = build_objective(config, build_encoder(config))
+    count = sum(parameter.numel() for parameter in objective.parameters())
+    # as transformers counts wav2vec 2.0 base for pretraining
+    assert count == 95_044_608 if name == "speech/wav2vec2_base" else count > 1_000_000
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_two_steps_at_toy_size(name: str, manifests: dict[str, Path], tmp_path: Path) -> None:
+    recipe = toy(name, manifests)
+    train = finetune if recipe.get("objective.name") in LABELLED else pretrain
+    run = train(recipe, tmp_path / "run")
+    assert (run / "encoder.safetensors").stat().st_size > 0
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert '"step": 2' in lines[-1]
+    assert '"evaluation"' in lines[-1]
+
+
+def test_the_table_of_recipes_lists_them_all() -> None:
+    table = (FOLDER / "README.md").read_text(encoding="utf-8")
+    listed = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(listed) == RECIPES

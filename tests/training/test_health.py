@@ -1,0 +1,123 @@
+from typing import Any
+
+import pytest
+
+from mmssl.training import health
+from mmssl.training.health import (
+    chance_plateau,
+    constant_prediction,
+    dead_codebook,
+    diagnose,
+    exploding_gradient,
+    not_finite,
+)
+
+
+def history(lines: int = 12, every: int = 100, *, grad_norm: Any = 1.0, **metrics: Any) -> list[dict[str, Any]]:
+    """A log whose metrics are constant, or functions of the line's place."""
+
+    def at(value: Any, i: int) -> Any:
+        return value(i) if callable(value) else value
+
+    return [
+        {
+            "step": every * (i + 1),
+            "loss": 1.0,
+            "grad_norm": at(grad_norm, i),
+            "metrics": {name: at(value, i) for name, value in metrics.items()},
+        }
+        for i in range(lines)
+    ]
+
+
+def test_a_healthy_run_and_one_that_says_nothing_get_no_verdict() -> None:
+    healthy = history(
+        accuracy=0.4,
+        chance_accuracy=1 / 101,
+        code_perplexity=90.0,
+        soft_perplexity=150.0,
+        codes=320,
+        prediction_std=0.6,
+        target_std=1.0,
+        feature_std=0.8,
+    )
+    assert diagnose(healthy) == diagnose(history()) == diagnose([]) == {}
+
+
+def test_one_code_for_all_frames_is_a_dead_codebook() -> None:
+    said = dead_codebook(history(code_perplexity=1.1, soft_perplexity=1.2, codes=320))
+    assert said is not None
+    assert "1.1 of 320 codewords" in said
+    assert "1.2" in said
+    assert dead_codebook(history(code_perplexity=1.1)) is not None
+
+
+def test_what_counts_as_dead_grows_with_the_codebook() -> None:
+    assert dead_codebook(history(code_perplexity=5.0, codes=320)) is not None
+    assert dead_codebook(history(code_perplexity=5.0, codes=32)) is None
+
+
+def test_a_codebook_that_lives_again_is_not_dead() -> None:
+    assert dead_codebook(history(code_perplexity=lambda i: 1.0 if i < 11 else 40.0, codes=320)) is None
+
+
+def test_guessing_is_a_plateau_and_twice_chance_is_not() -> None:
+    said = chance_plateau(history(accuracy=0.0101, chance_accuracy=1 / 101))
+    assert said is not None
+    assert "accuracy 0.0101" in said
+    assert chance_plateau(history(accuracy=0.02, chance_accuracy=1 / 101)) is None
+
+
+def test_of_two_classes_seven_of_ten_right_is_above_chance() -> None:
+    assert chance_plateau(history(accuracy=0.7, chance_accuracy=0.5)) is None
+    assert chance_plateau(history(accuracy=0.55, chance_accuracy=0.5)) is not None
+
+
+def test_the_start_of_a_run_is_not_judged() -> None:
+    young = history(lines=12, every=10, accuracy=0.01, chance_accuracy=0.01, code_perplexity=1.0, prediction_std=0.0)
+    assert diagnose(young) == {}
+    assert diagnose(history(lines=4, every=1000, code_perplexity=1.0)) == {}
+
+
+def test_predictions_that_are_all_alike_are_named() -> None:
+    said = constant_prediction(history(prediction_std=0.002, target_std=1.0))
+    assert said is not None
+    assert "predictions are alike" in said
+    assert constant_prediction(history(prediction_std=0.002, target_std=0.1)) is None
+
+
+@pytest.mark.parametrize("what", ["target", "feature"])
+def test_targets_or_features_that_are_all_alike_are_named(what: str) -> None:
+    said = constant_prediction(history(**{f"{what}_std": 0.001}))
+    assert said is not None
+    assert f"all {what}s are alike" in said
+
+
+def test_a_gradient_a_hundred_times_its_usual_size_explodes() -> None:
+    said = exploding_gradient(history(grad_norm=lambda i: 500.0 if i == 11 else 2.0))
+    assert said is not None
+    assert "norm is 500, 250 times its usual 2" in said
+    assert exploding_gradient(history(grad_norm=lambda i: 100.0 if i == 11 else 2.0)) is None
+
+
+def test_a_gradient_that_was_always_large_does_not_explode() -> None:
+    assert exploding_gradient(history(grad_norm=500.0)) is None
+
+
+def test_a_metric_that_was_not_finite_gives_no_verdict_of_its_own() -> None:
+    assert diagnose(history(code_perplexity=None, accuracy=None, chance_accuracy=0.5, grad_norm=None)) == {}
+
+
+def test_the_clips_of_a_bad_update_are_named() -> None:
+    assert "at update 7 from these clips: a, b;" in not_finite(7, ["a", "b"])
+    assert "and 12 more" in not_finite(7, [str(i) for i in range(20)])
+
+
+def test_every_verdict_can_stop_a_run() -> None:
+    assert set(health.NAMES) == {
+        "dead_codebook",
+        "chance_plateau",
+        "constant_prediction",
+        "exploding_gradient",
+        "not_finite",
+    }

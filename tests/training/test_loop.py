@@ -1,0 +1,395 @@
+import errno
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toy import KILLED, Diverse, Loader, Toy, batch, built, gradient, run, start
+
+from mmssl.training import RunStopped, TrainSettings, checkpoint, train
+from mmssl.types import Batch, Loss
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def notes(folder: Path) -> str:
+    return "\n".join(line["note"] for line in lines(folder) if "note" in line)
+
+
+def weights(objective: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in objective.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("kind", [Toy, Diverse])
+def test_eight_micro_batches_give_the_gradient_of_one_big_batch(tmp_path: Path, kind: type[Toy]) -> None:
+    one = gradient(tmp_path / "one", kind, loader=Loader(32))
+    eight = gradient(tmp_path / "eight", kind, loader=Loader(4), accumulate=8)
+    last = gradient(tmp_path / "last", kind, loader=Loader(4))
+    flat = [torch.cat([g.flatten() for g in gradients.values()]) for gradients in (one, eight, last)]
+    assert F.cosine_similarity(flat[0], flat[1], dim=0) > 1 - 1e-12
+    assert torch.allclose(flat[0], flat[1], rtol=1e-12)
+    # or the test would hold for any average of micro-batches
+    assert F.cosine_similarity(flat[0], flat[2], dim=0) < 0.99999
+
+
+def test_the_gradient_is_that_of_the_sum_over_the_count(tmp_path: Path) -> None:
+    found = gradient(tmp_path, loader=Loader(6))
+    objective = built()
+    loss = objective(batch(range(6)))
+    (loss.total / loss.count).backward()
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert torch.allclose(found[name], parameter.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_clipping_shortens_all_gradients_together(tmp_path: Path) -> None:
+    free, clipped = gradient(tmp_path / "free"), gradient(tmp_path / "clipped", clip=0.1)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in free.values()))
+    assert norm > 0.1
+    for name, value in free.items():
+        assert torch.allclose(clipped[name], value * (0.1 / norm), rtol=1e-9, atol=1e-15)
+    assert math.isclose(lines(tmp_path / "clipped")[-1]["grad_norm"], norm, rel_tol=1e-9)
+
+
+def test_each_group_learns_at_rate_times_scale_times_schedule(tmp_path: Path) -> None:
+    objective = built()
+    optimizer = torch.optim.SGD(
+        [{"params": [objective.up.weight], "lr_scale": 0.5}, {"params": [objective.down.weight]}], lr=0.2
+    )
+    seen = []
+
+    def note(step: int) -> None:
+        seen.append([group["lr"] for group in optimizer.param_groups])
+
+    objective.then = note
+    train(
+        objective,
+        Loader(),
+        run=tmp_path,
+        optimizer=optimizer,
+        schedule=lambda step: step / 4,
+        settings=TrainSettings(steps=2, device="cpu"),
+    )
+    assert seen == [[0.2 * 0.5 * 0.25, 0.2 * 0.25], [0.2 * 0.5 * 0.5, 0.2 * 0.5]]
+
+
+@pytest.mark.processes
+def test_a_run_that_was_killed_goes_on_to_the_bit(tmp_path: Path) -> None:
+    unbroken = built(dropout=0.3)
+    final = run(tmp_path / "unbroken", unbroken, **KILLED)
+    process = start("killed", tmp_path / "killed")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, said
+    assert (tmp_path / "killed" / "checkpoints" / "latest").read_text() == "step_5\n"
+    resumed = built(dropout=0.3)
+    with torch.no_grad():  # nothing may come from how the resumed objective was built
+        for value in resumed.parameters():
+            value.fill_(0.5)
+    assert run(tmp_path / "killed", resumed, resume=True, **KILLED)["loss"] == final["loss"]
+    assert same(weights(unbroken), weights(resumed))
+    steps = [line["step"] for line in lines(tmp_path / "killed") if "loss" in line]
+    assert steps == [5, 10, 14]
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_run_goes_on_to_the_bit_from_any_update(tmp_path: Path, at: int) -> None:
+    # updates 3 and 6 end epochs of the loader, where it draws random numbers
+    unbroken, first, second = (built(dropout=0.3) for _ in range(3))
+    run(tmp_path / "unbroken", unbroken, steps=8)
+    run(tmp_path / "cut", first, steps=at)
+    run(tmp_path / "cut", second, steps=8, resume=True)
+    assert same(weights(unbroken), weights(second))
+    assert not same(weights(first), weights(second))
+
+
+def test_dropout_differs_between_seeds_and_not_with_what_the_loader_or_the_evaluation_draws(tmp_path: Path) -> None:
+    class Quiet(Loader):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            while True:
+                k, self.consumed = self.consumed, self.consumed + 1
+                yield batch(range(k * self.size, (k + 1) * self.size))
+
+    def drawing(step: int) -> dict[str, float]:
+        return {"drawn": float(torch.rand(()))}
+
+    plain, quiet, evaluated, other = (built(dropout=0.3) for _ in range(4))
+    run(tmp_path / "plain", plain, steps=4)
+    run(tmp_path / "quiet", quiet, steps=4, loader=Quiet())
+    run(tmp_path / "evaluated", evaluated, steps=4, evaluate=drawing, eval_every=1)
+    run(tmp_path / "other", other, steps=4, seed=1)
+    assert same(weights(plain), weights(quiet))
+    assert same(weights(plain), weights(evaluated))
+    assert not same(weights(plain), weights(other))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_zero_and_a_sentence(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+
+    def told(step: int) -> None:
+        if step == 6:
+            os.kill(os.getpid(), number)
+
+    stopped = built(dropout=0.3, then=told)
+    with pytest.raises(SystemExit) as raised:
+        run(tmp_path / "stopped", stopped, steps=9)
+    assert raised.value.code == 0
+    assert signal.getsignal(number) is before
+    said = capsys.readouterr().err
+    assert f"stopped by {number.name} after update 6" in said
+    assert "to go on from there, start the same run again" in said
+    unbroken, resumed = built(dropout=0.3), built(dropout=0.3)
+    run(tmp_path / "unbroken", unbroken, steps=9)
+    run(tmp_path / "stopped", resumed, steps=9, resume=True)
+    assert same(weights(unbroken), weights(resumed))
+
+
+def test_a_second_signal_does_what_it_always_does(tmp_path: Path) -> None:
+    def told(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, built(then=told), steps=9)
+
+
+def test_a_torn_checkpoint_is_passed_over_and_the_run_ends_the_same(tmp_path: Path) -> None:
+    unbroken, resumed = built(dropout=0.3), built(dropout=0.3)
+    run(tmp_path / "unbroken", unbroken, steps=8)
+    run(tmp_path / "torn", built(dropout=0.3), steps=6, save_every=3)
+    model = tmp_path / "torn" / "checkpoints" / "step_6" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:100])
+    run(tmp_path / "torn", resumed, steps=8, resume=True)
+    assert same(weights(unbroken), weights(resumed))
+    said = notes(tmp_path / "torn")
+    assert said.count("passed over") == 1
+    assert "goes on after update 3 of 8" in said
+
+
+def test_a_full_disk_does_not_end_a_run_that_can_be_saved_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = checkpoint.write_tensors
+    full = [True]
+
+    def sometimes(path: Path, tensors: Any) -> None:
+        if full[0] and "step_4" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", sometimes)
+    run(tmp_path, built(), steps=7, save_every=2)
+    assert "step_4: could not be saved (No space left on device)" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == ["step_6", "step_7"]
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_clear_error_and_the_last_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.write_tensors
+
+    def late(path: Path, tensors: Any) -> None:
+        if "step_2" not in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", late)
+    steps: list[int] = []
+    with pytest.raises(OSError, match=r"step_7: could not be saved \(No space left on device\); make room"):
+        run(tmp_path, built(then=steps.append), steps=7, save_every=2)
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_2"]
+
+
+def test_a_folder_that_holds_another_run_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, built(), steps=2)
+    with pytest.raises(FileExistsError, match="this folder holds another run; resume it, or choose another folder"):
+        run(tmp_path, built(), steps=2)
+
+
+def test_resuming_before_the_first_checkpoint_starts_the_run(tmp_path: Path) -> None:
+    assert run(tmp_path, built(), steps=2, resume=True) == run(tmp_path / "new", built(), steps=2)
+    assert "there is no checkpoint yet, so the run starts" in notes(tmp_path)
+
+
+def test_resuming_a_finished_run_gives_its_result_again(tmp_path: Path) -> None:
+    first = run(tmp_path, built(), steps=3, evaluate=lambda step: {"score": 0.5}, eval_every=2)
+    assert first["evaluation/score"] == 0.5
+    steps: list[int] = []
+    assert run(tmp_path, built(then=steps.append), steps=3, resume=True) == first
+    assert steps == []
+
+
+def test_a_changed_recipe_or_machine_is_said_when_a_run_goes_on(tmp_path: Path) -> None:
+    run(tmp_path, built(), steps=2, recipe="a: 1\nb: 2\n")
+    assert (tmp_path / "recipe.yaml").read_text() == "a: 1\nb: 2\n"
+    run(tmp_path, built(), steps=3, recipe="a: 1\nb: 3\n", resume=True, accumulate=2)
+    said = notes(tmp_path)
+    assert "- b: 2; + b: 3" in said
+    assert "not to the bit, because of accumulate 1 -> 2" in said
+
+
+class Broken(Toy):
+    """Gives NaN for every batch that holds one of some clips."""
+
+    bad: frozenset[str] = frozenset()
+
+    def forward(self, batch: Batch) -> Loss:
+        loss = super().forward(batch)
+        return Loss(loss.total * math.nan, loss.count, loss.metrics) if self.bad & set(batch.ids) else loss
+
+
+def test_a_bad_update_is_skipped_and_its_clips_are_named(tmp_path: Path) -> None:
+    objective = built(Broken)
+    objective.bad = frozenset(["clip5"])
+    steps: list[int] = []
+    objective.then = steps.append
+    # attempt 1 has clips 0 to 3 and 4 to 7, of which only the second are bad
+    final = run(tmp_path, objective, steps=3, accumulate=2, log_every=3)
+    assert math.isfinite(final["loss"])
+    assert steps == [1, 2, 3]
+    (found,) = [line for line in lines(tmp_path) if "not_finite" in line.get("verdict", {})]
+    assert found["ids"] == ["clip4", "clip5", "clip6", "clip7"]
+    assert "at update 1 from these clips: clip4, clip5, clip6, clip7;" in found["verdict"]["not_finite"]
+
+
+def test_a_skipped_update_moves_no_weight(tmp_path: Path) -> None:
+    clean, broken = built(), built(Broken)
+    broken.bad = frozenset(["clip1"])
+
+    class After(Loader):
+        """Leaves out the micro-batch that the other run skips."""
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            self.consumed += 1
+            return super().__iter__()
+
+    run(tmp_path / "clean", clean, loader=After(), steps=2)
+    run(tmp_path / "broken", broken, steps=2)
+    assert same(weights(clean), weights(broken))
+
+
+def test_ten_bad_updates_in_a_row_stop_the_run_and_it_is_saved(tmp_path: Path) -> None:
+    objective = built(Broken)
+    objective.bad = frozenset(f"clip{n}" for n in range(8, 1000))
+    with pytest.raises(RunStopped, match=r"10 attempts in a row gave no update, at last: NaN or infinity at update 3"):
+        run(tmp_path, objective, steps=30)
+    state = json.loads((tmp_path / "checkpoints" / "step_2" / "state.json").read_text())
+    assert state["consumed"] == 12
+
+
+def test_batches_without_anything_to_learn_are_skipped_by_name(tmp_path: Path) -> None:
+    class Empty(Toy):
+        def forward(self, batch: Batch) -> Loss:
+            loss = super().forward(batch)
+            return Loss(loss.total * 0, 0) if "clip0" in batch.ids else loss
+
+    run(tmp_path, built(Empty), steps=2)
+    assert "update 1 is skipped: in none of these clips was there anything to learn from: ['clip0'" in notes(tmp_path)
+
+
+def test_a_loss_without_a_gradient_is_a_clear_error(tmp_path: Path) -> None:
+    class Detached(Toy):
+        def forward(self, batch: Batch) -> Loss:
+            return Loss(super().forward(batch).total.detach(), 1)
+
+    with pytest.raises(ValueError, match="the loss has no gradient"):
+        run(tmp_path, built(Detached), steps=1)
+
+
+@pytest.mark.parametrize("name", ["not_finite", "chance_plateau"])
+def test_a_verdict_stops_a_run_where_that_is_asked_for(tmp_path: Path, name: str) -> None:
+    class Guessing(Toy):
+        def forward(self, batch: Batch) -> Loss:
+            loss = super().forward(batch)
+            total = loss.total * (math.nan if name == "not_finite" and "clip8" in batch.ids else 1.0)
+            return Loss(total, loss.count, {"accuracy": (0.1, 1), "chance_accuracy": (0.1, 1)})
+
+    settings: dict[str, Any] = {"steps": 700, "log_every": 100, "save_every": 0}
+    with pytest.raises(RunStopped, match="NaN" if name == "not_finite" else "chance_plateau: accuracy 0.1000 is that"):
+        run(tmp_path, built(Guessing), loader=Loader(1), stop_on=[name], **settings)
+    stopped = 8 if name == "not_finite" else 500
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{stopped}\n"
+    assert name in [line for line in lines(tmp_path) if "verdict" in line][-1]["verdict"]
+
+
+def test_a_line_of_the_log_has_the_means_since_the_line_before(tmp_path: Path) -> None:
+    still: dict[str, Any] = {"schedule": lambda step: 0.0, "log_every": 2, "accumulate": 2}
+    final = run(tmp_path, built(), steps=4, **still)
+    first, second = lines(tmp_path)
+    for line, numbers in ((first, range(16)), (second, range(16, 32))):
+        loss = built()(batch(numbers))
+        assert math.isclose(line["loss"], loss.total.item() / loss.count, rel_tol=1e-12)
+        assert math.isclose(line["metrics"]["error"], line["loss"], rel_tol=1e-12)
+        assert line["lr"] == 0.0
+        assert line["grad_norm_max"] >= line["grad_norm"] > 0
+    assert [line["step"] for line in (first, second)] == [2, 4]
+    assert [line["clips"] for line in (first, second)] == [16, 32]
+    assert 0 < first["seconds"] < second["seconds"]
+    assert final == {"loss": second["loss"], "error": second["metrics"]["error"]}
+
+
+def test_evaluation_happens_in_time_and_in_evaluation_mode(tmp_path: Path) -> None:
+    objective = built()
+    seen = []
+
+    def evaluate(step: int) -> dict[str, float]:
+        seen.append((step, objective.training))
+        return {"score": step / 10}
+
+    final = run(tmp_path, objective, steps=5, evaluate=evaluate, eval_every=2)
+    assert seen == [(2, False), (4, False), (5, False)]
+    assert objective.training
+    assert final["evaluation/score"] == 0.5
+    assert [line["evaluation"] for line in lines(tmp_path) if "evaluation" in line][-1] == {"score": 0.5}
+
+
+def test_in_bfloat16_products_are_rounded_and_weights_are_not(tmp_path: Path) -> None:
+    seen = []
+
+    class Single(Toy):
+        def forward(self, batch: Batch) -> Loss:
+            x = batch.raw.data.float()
+            y = self.down(x)
+            seen.append((y.dtype, self.down.weight.dtype))
+            return Loss(y.float().square().sum(), len(x))
+
+    run(tmp_path / "low", built(Single).float(), steps=1, precision="bfloat16")
+    run(tmp_path / "full", built(Single).float(), steps=1)
+    assert seen == [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)]
+
+
+def test_statistics_are_gone_when_the_update_is_over(tmp_path: Path) -> None:
+    objective = built(Diverse)
+    run(tmp_path, objective, steps=2, accumulate=2)
+    assert objective.global_statistics is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, r"trainer.steps=0: must be at least 1"),
+        ({"steps": 1, "clip": 0.0}, r"trainer.clip=0.0: must be above 0"),
+        ({"steps": 1, "eval_every": -1}, r"trainer.eval_every=-1: must be at least 0"),
+        ({"steps": 1, "precision": "float16"}, r"trainer.precision=float16: must be float32 or bfloat16"),
+        ({"steps": 1, "threads": 0}, r"trainer.threads=0"),
+        ({"steps": 1, "stop_on": ["boredom"]}, r"no verdict is called 'boredom'; one of: dead_codebook"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(**settings)

@@ -1,0 +1,116 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mmssl.training.optimizer import build_optimizer, decays, layer_id
+
+
+class Part(nn.Module):
+    """Whatever parameters it is given."""
+
+    def __init__(self, **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def objective() -> nn.Module:
+    def block() -> Part:
+        return Part(norm1=nn.LayerNorm(4), up=nn.Linear(4, 4))
+
+    conv = Part(weight_g=nn.Parameter(torch.ones(1, 1, 5)), weight_v=nn.Parameter(torch.ones(4, 2, 5)))
+    return Part(
+        encoder=Part(
+            frontend=Part(project=nn.Linear(6, 4)),
+            positions=Part(table=nn.Parameter(torch.ones(9, 4)), conv=conv),
+            prefix=nn.Parameter(torch.ones(3, 4)),
+            mask_token=nn.Parameter(torch.ones(4)),
+            class_token=nn.Parameter(torch.ones(1, 1, 4)),
+            transformer=Part(blocks=nn.ModuleList([block(), block()]), norm=nn.LayerNorm(4)),
+        ),
+        head=nn.Linear(4, 1),
+        predictor=Part(transformer=Part(blocks=nn.ModuleList([block()]))),
+        teacher=nn.Linear(2, 2).requires_grad_(False),
+    )
+
+
+def found(module: nn.Module, key: str, **settings: float) -> dict[str, float]:
+    """Parameter name -> what its group says."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = build_optimizer(module, lr=1.0, **settings).param_groups
+    return {names[id(parameter)]: group[key] for group in groups for parameter in group["params"]}
+
+
+def test_only_matrices_and_kernels_decay() -> None:
+    decayed = {name for name, decay in found(objective(), "weight_decay", weight_decay=0.5).items() if decay == 0.5}
+    assert decayed == {
+        "encoder.frontend.project.weight",
+        "encoder.positions.conv.weight_v",
+        "encoder.transformer.blocks.0.up.weight",
+        "encoder.transformer.blocks.1.up.weight",
+        "head.weight",
+        "predictor.transformer.blocks.0.up.weight",
+    }
+
+
+def test_every_trained_parameter_is_there_once_and_a_teacher_is_not() -> None:
+    module = objective()
+    parameters = [p for group in build_optimizer(module, lr=1.0).param_groups for p in group["params"]]
+    assert len(parameters) == len({id(p) for p in parameters})
+    assert {id(p) for p in parameters} == {id(p) for p in module.parameters() if p.requires_grad}
+
+
+def test_layer_decay_at_hand_worked_layers() -> None:
+    # two blocks: head and last norm 1, block 1 .5, block 0 .25, what is before the blocks .125
+    scales = found(objective(), "lr_scale", layer_decay=0.5)
+    assert scales["encoder.frontend.project.weight"] == 0.125
+    assert scales["encoder.positions.table"] == scales["encoder.mask_token"] == scales["encoder.prefix"] == 0.125
+    assert scales["encoder.transformer.blocks.0.up.bias"] == 0.25
+    assert scales["encoder.transformer.blocks.1.norm1.weight"] == 0.5
+    assert scales["encoder.transformer.norm.weight"] == scales["head.bias"] == 1.0
+    assert scales["predictor.transformer.blocks.0.up.weight"] == 1.0
+
+
+def test_without_layer_decay_all_layers_learn_alike() -> None:
+    assert set(found(objective(), "lr_scale").values()) == {1.0}
+
+
+def test_layer_ids_count_from_the_input() -> None:
+    names = ["encoder.frontend.x", "encoder.transformer.blocks.11.y", "encoder.transformer.norm.bias", "head.z"]
+    assert [layer_id(name, 12) for name in names] == [0, 12, 13, 13]
+
+
+def test_a_matrix_of_one_row_decays_and_a_token_of_that_shape_does_not() -> None:
+    vector = nn.Parameter(torch.zeros(1, 4))
+    assert decays("head.weight", vector)
+    assert not decays("encoder.class_token", vector)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, r"optimizer.lr=0.0: must be above 0"),
+        ({"lr": 1.0, "layer_decay": 1.5}, r"optimizer.layer_decay=1.5: must be above 0 and at most 1"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(objective(), **settings)
+
+
+def test_an_objective_with_nothing_to_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        build_optimizer(nn.Linear(2, 2).requires_grad_(False), lr=1.0)
+
+
+def test_decay_pulls_by_rate_times_decay() -> None:
+    # without a gradient of its own, a weight of 1 becomes 1 - lr * weight_decay in one update
+    module = nn.Linear(1, 1)
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+    optimizer = build_optimizer(module, lr=0.1, weight_decay=0.5)
+    (module.weight.sum() * 0.0).backward()
+    optimizer.step()
+    assert math.isclose(module.weight.item(), 0.95, abs_tol=1e-6)
