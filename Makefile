@@ -23,6 +23,7 @@ lint: $(VENV)/.ok
 
 bench: $(VENV)/.ok
 	$(BIN)/python benchmarks/step_speed.py
+	$(BIN)/python benchmarks/embed_speed.py
 
 $(VENV)/.ok: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmssl.assemble import train
-    from mmssl.embed import evaluate, load
+    from mmssl.embed import load
     from mmssl.encoder import Encoder
+    from mmssl.tasks import evaluate
 
 __all__ = ["Encoder", "__version__", "evaluate", "load", "train"]
 
 _HOMES = {
     "Encoder": "mmssl.encoder",
-    "evaluate": "mmssl.embed",
+    "evaluate": "mmssl.tasks",
     "load": "mmssl.embed",
     "train": "mmssl.assemble",
 }

@@ -34,9 +34,10 @@ from mmssl.nn.transformer import Transformer
 from mmssl.objectives import OBJECTIVES
 from mmssl.recipe import SECTIONS, Recipe, RecipeError, leaves, load, parse
 from mmssl.training import checkpoint
-from mmssl.training.loop import RunStopped, TrainSettings
+from mmssl.training.loop import TrainSettings
 from mmssl.training.loop import train as train_loop
 from mmssl.training.optimizer import build_optimizer
+from mmssl.training.pictures import write_sheet
 from mmssl.training.schedule import SCHEDULES
 from mmssl.types import Batch, Loss
 
@@ -48,6 +49,8 @@ RATES = ("dropout", "attention_dropout", "activation_dropout", "drop_path", "lay
 PRACTICAL = {
     "data.workers",
     "data.cache",
+    # with another number of processes it is set anew, so that the batch of an update stays the same
+    "trainer.accumulate",
     "trainer.log_every",
     "trainer.eval_every",
     "trainer.save_every",
@@ -272,7 +275,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
             world=distributed.world_size(),
             bad_clips=bad_clips,
         )
-        evaluate = Validation(objective, batches, config, device, settings.precision)
+        evaluate = Validation(objective, batches, config, device, settings.precision, run / "pictures")
     schedule = dict(recipe.values["schedule"])
     multiplier = partial(SCHEDULES[schedule.pop("name")], steps=settings.steps, **schedule)
     _placed(recipe, lambda: multiplier(1))
@@ -283,25 +286,18 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         config,
         objective=objective if config["objective"]["name"] in LABELLED else None,
     )
-    try:
-        train_loop(
-            objective,
-            loader,
-            run=run,
-            optimizer=optimizer,
-            schedule=multiplier,
-            settings=settings,
-            evaluate=evaluate,
-            recipe=recipe.dump(),
-            resume=resume,
-        )
-    except (RunStopped, SystemExit):
-        # stopped in good order, after a checkpoint: what was learned so far can be used too
-        if distributed.is_main():
-            export()
-        raise
-    if distributed.is_main():
-        export()
+    train_loop(
+        objective,
+        loader,
+        run=run,
+        optimizer=optimizer,
+        schedule=multiplier,
+        settings=settings,
+        evaluate=evaluate,
+        export=export,
+        recipe=recipe.dump(),
+        resume=resume,
+    )
     return run
 
 
@@ -362,13 +358,17 @@ def read_config(run: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Validation:
-    """The mean loss and metrics of an objective over held-out clips, and error rates where it writes text."""
+    """The mean loss and metrics of an objective over held-out clips, and error rates where it writes text.
+
+    Where the objective can draw what it makes of pictures, some of the first clips go to the folder `pictures`.
+    """
 
     objective: Any
     batches: Callable[[], Iterator[Batch]]
     config: Config
     device: torch.device
     precision: str
+    pictures: Path
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:
@@ -376,6 +376,10 @@ class Validation:
         said: list[tuple[str, str]] = []
         for batch in self.batches():
             batch = batch.to(self.device)
+            if not sums and distributed.is_main() and getattr(self.objective, "pictures", None) is not None:
+                shown = self.objective.reconstruct(batch)
+                note = shown.pop("note")
+                write_sheet(self.pictures / f"update_{step}.png", shown, note=note)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 loss: Loss = self.objective(batch)
                 if self.config["vocabulary"] is not None:

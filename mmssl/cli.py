@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 
 P = ParamSpec("P")
+N = TypeVar("N", int, float)
 
 app = typer.Typer(
     name="mmssl",
@@ -115,7 +118,9 @@ def embed(
 
     embedder = load(model, device=device, precision=precision)
     layers = (
-        list(range(embedder.depth + 1)) if layer == "all" else [_number("--layer", part) for part in layer.split(",")]
+        list(range(embedder.depth + 1))
+        if layer == "all"
+        else [_number("--layer", part, int) for part in layer.split(",")]
     )
     found = embedder.embed(
         inputs,
@@ -131,6 +136,88 @@ def embed(
     written = write_npz(out, found if len(layers) > 1 else found[0], layers=layers)
     clips, width = found[0].scene.shape
     print(f"{written}: {clips} clips, width {width}, layer {layer}")
+
+
+@command("mmssl evaluate runs/mae_base --task linear --train train.jsonl --valid valid.jsonl --test test.jsonl")
+def evaluate(
+    model: Model,
+    test: Annotated[Path, typer.Option(help="Manifest of the clips to measure on.", show_default=False)],
+    task: Annotated[
+        Literal["linear", "knn", "classify", "ctc"],
+        typer.Option(help="linear, knn: fitted on frozen features; classify, ctc: what a fine-tuned run says."),
+    ] = "linear",
+    train: Annotated[Path | None, typer.Option(help="Manifest to fit on: linear and knn.")] = None,
+    valid: Annotated[
+        Path | None, typer.Option(help="Manifest to choose layer and settings on.", show_default="a fifth of --train")
+    ] = None,
+    layer: Annotated[str, typer.Option(help="select tries all on --valid; or one as for embed, or several: 4,6.")] = (
+        "select"
+    ),
+    pool: Annotated[str, typer.Option(help="mean, class, slices:4, grid:2x2; +std adds deviations.")] = "mean",
+    label: Annotated[str, typer.Option(help="Key of a row that holds its class.")] = "label",
+    by: Annotated[
+        str | None, typer.Option(help="Without --valid: choose by leaving out each value of this key in turn: speaker.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="C of linear; larger fits closer.", show_default="chosen on --valid")
+    ] = None,
+    labels_per_class: Annotated[
+        int | None, typer.Option(help="Fit on so many labels of each class only, in several random draws.")
+    ] = None,
+    label_share: Annotated[float | None, typer.Option(help="The same by share: 0.01 fits on a hundredth.")] = None,
+    draws: Annotated[int, typer.Option(help="Draws of few labels.")] = 5,
+    k: Annotated[str, typer.Option(help="Neighbors of knn; of several, 5,20, the best on --valid.")] = "20",
+    beam: Annotated[int | None, typer.Option(help="Width of the search: ctc.", show_default="the best path")] = None,
+    baseline: Annotated[
+        Literal["random", "pixels", "logmel"] | None,
+        typer.Option(help="Measure this in the encoder's place: random weights, raw pixels, log-mel energies."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the scores as JSON as well.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
+    precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of products.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
+    on_bad_clip: Annotated[
+        Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or leave it out and count it.")
+    ] = "raise",
+) -> None:
+    """Measure an encoder on labelled clips: accuracy, or word and character error rates.
+
+    Every score comes with its interval and with one line that says how it was measured.
+    """
+    from mmssl.tasks import evaluate
+
+    neighbors = [_number("--k", part, int) for part in k.split(",")]
+    scores = evaluate(
+        model,
+        task=task,
+        test=test,
+        train=train,
+        valid=valid,
+        layer="select" if layer == "select" else [_number("--layer", part, int) for part in layer.split(",")],
+        pool=pool,
+        label=label,
+        by=by,
+        strength=strength,
+        labels_per_class=labels_per_class,
+        label_share=label_share,
+        draws=draws,
+        k=neighbors[0] if len(neighbors) == 1 else neighbors,
+        beam=beam,
+        baseline=baseline,
+        seed=seed,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        on_bad_clip=on_bad_clip,
+        progress=sys.stderr.isatty(),
+    )
+    for score in scores.values():
+        print(score)
+    if out is not None:
+        plain = {name: asdict(score) for name, score in scores.items()}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 @command("mmssl manifest digits/ --label-from -1 --split train=0.9,valid=0.1 --by speaker --out manifests/digits")
@@ -165,7 +252,9 @@ def manifest(
     from mmssl.data.manifest import scan, split_rows, write_manifest
     from mmssl.modalities import MODALITIES
 
-    shares = None if split is None else {name: float(share) for name, share in _pairs("--split", split.split(","))}
+    shares: dict[str, float] | None = None
+    if split is not None:
+        shares = {name: _number("--split", share, float) for name, share in _pairs("--split", split.split(","))}
     columns = dict(_pairs("--column", column or []))
     if modality not in MODALITIES:
         raise ValueError(f"--modality {modality}: one of {', '.join(MODALITIES)}")
@@ -249,11 +338,11 @@ def _sentence(error: Exception) -> str:
     return str(error)
 
 
-def _number(option: str, text: str) -> int:
+def _number(option: str, text: str, kind: Callable[[str], N]) -> N:
     try:
-        return int(text)
+        return kind(text)
     except ValueError:
-        raise ValueError(f"{option} {text}: expected a whole number") from None
+        raise ValueError(f"{option}: {text!r} is no number") from None
 
 
 def _pairs(option: str, texts: list[str]) -> list[tuple[str, Any]]:

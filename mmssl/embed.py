@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import json
 import math
@@ -122,9 +123,16 @@ class Embedder:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.device = torch.device(device)
-            self.encoder = encoder.eval().requires_grad_(False).to(self.device)
+            self.encoder = encoder.to(self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={device!r}: torch cannot use it here: {str(error).splitlines()[0]}") from None
+        if precision == "bfloat16":
+            # autocast would bring every weight to bfloat16 at every call, and keeps none of those that need no gradient
+            self.encoder = copy.deepcopy(self.encoder)
+            for module in self.encoder.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(torch.bfloat16)
+        self.encoder.eval().requires_grad_(False)
         self.config = dict(config)
         self.precision = precision
         self.name = name

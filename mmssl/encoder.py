@@ -72,8 +72,9 @@ class Encoder(nn.Module):
         if (hide == "none") != (plan is None):
             raise ValueError(f"hide={hide!r}: a mask plan is needed exactly when something is to be hidden")
         if plan is not None:
-            plan = plan.to(tokens.x.device)
+            # while the plan is still on the CPU: what it says of the copies then costs no wait for the device
             tokens = _copies(tokens, plan)
+            plan = plan.to(tokens.x.device)
         x, lengths = tokens.x, tokens.lengths
         if plan is not None and hide == "replace":
             if self.mask_token is None:
@@ -99,15 +100,17 @@ def _copies(tokens: Tokens, plan: MaskPlan) -> Tokens:
     if plan.is_identity:
         return tokens
 
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[plan.rows]
+    source = plan.rows.to(tokens.x.device)
 
-    x = tokens.x[plan.rows]
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.index_select(0, source)
+
+    x = tokens.x.index_select(0, source)
     return replace(
         tokens,
         x=x,
         lengths=tokens.lengths[plan.rows.cpu()],
-        coords=tokens.coords[:1].expand(len(x), -1, -1) if tokens.coords.stride(0) == 0 else tokens.coords[plan.rows],
+        coords=tokens.coords[:1].expand(len(x), -1, -1) if tokens.coords.stride(0) == 0 else tokens.coords[source],
         feat=rows(tokens.feat),
         pre_norm=rows(tokens.pre_norm),
     )

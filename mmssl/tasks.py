@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unicodedata import normalize
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from mmssl.data.manifest import Manifest
 from mmssl.data.text import Classes
 from mmssl.embed import Embedder, Precision, load
 from mmssl.evaluation.knn import fit_knn
-from mmssl.evaluation.probe import fit_linear
+from mmssl.evaluation.probe import STRENGTHS, fit_linear
 from mmssl.evaluation.protocol import Fit, Split, hold_out, measure
 from mmssl.evaluation.score import Score, wilson
 from mmssl.evaluation.speech import error_rates
@@ -38,6 +39,8 @@ def evaluate(
     layer: int | Sequence[int] | Literal["select"] = "select",
     pool: str = "mean",
     label: str = "label",
+    by: str | None = None,
+    strength: float | None = None,
     labels_per_class: int | None = None,
     label_share: float | None = None,
     draws: int = 5,
@@ -65,6 +68,9 @@ def evaluate(
         layer: see `Embedder.embed`; "select" chooses among all of them, the output after the final norm included.
         pool: see `Pool.named`.
         label: the key of a row that holds its class.
+        by: a key such as "speaker": settings are chosen by leaving out each of its values in `train` in turn, and there
+            is no `valid`.
+        strength: C of "linear", where it is not to be chosen.
         labels_per_class, label_share: fit on a few labels only, in `draws` random draws.
         k: of "knn"; of several the best on validation.
         beam: of "ctc", see `Embedder.predict`.
@@ -92,6 +98,8 @@ def evaluate(
         raise ValueError(f"task={task!r}: choose linear, knn, classify or ctc")
     if train is None:
         raise ValueError(f"task={task}: is fitted on labelled clips, give their manifest as train")
+    if by is not None and valid is not None:
+        raise ValueError(f"by={by}: leaves out parts of train to choose on, so leave valid out; or leave out by")
 
     layers: list[int]
     if layer == "select":
@@ -101,17 +109,19 @@ def evaluate(
     few = labels_per_class is not None or label_share is not None
     classes = Classes.from_labels(_manifest(train).column(label))
 
-    def collect(clips: Clips) -> tuple[Split, int]:
-        return labelled(embedder, _manifest(clips), classes=classes, label=label, layers=layers, pool=pool, **settings)
+    def collect(clips: Clips, by: str | None = None) -> tuple[Split, int]:
+        return labelled(
+            embedder, _manifest(clips), classes=classes, label=label, by=by, layers=layers, pool=pool, **settings
+        )
 
-    fitting, skipped = collect(train)
+    fitting, skipped = collect(train, by)
     chosen_on: Split | None = None
     refit: Literal["train", "train+valid"] = "train"
-    aside = ""
+    aside = "" if by is None else f"; groups are {by}"
     if valid is not None:
         chosen_on, also = collect(valid)
         skipped += also
-    elif len(layers) > 1 or task == "linear" or not isinstance(k, int):
+    elif by is None and (len(layers) > 1 or not isinstance(k, int) or (task == "linear" and strength is None)):
         rest, held = hold_out(fitting.labels)
         fitting, chosen_on = fitting.pick(rest), fitting.pick(held)
         refit = "train" if few else "train+valid"
@@ -119,7 +129,10 @@ def evaluate(
     testing, also = collect(test)
     skipped += also
 
-    fit: Fit = partial(fit_linear, refit=refit) if task == "linear" else partial(fit_knn, refit=refit, k=k)
+    if task == "linear":
+        fit: Fit = partial(fit_linear, refit=refit, strengths=STRENGTHS if strength is None else strength)
+    else:
+        fit = partial(fit_knn, refit=refit, k=k)
     note = f"{embedder.name}, pool {pool}{aside}" + (f"; {skipped} clips could not be read" if skipped else "")
     score = measure(
         fit,
@@ -141,6 +154,7 @@ def labelled(
     *,
     classes: Classes,
     label: str = "label",
+    by: str | None = None,
     layers: Sequence[int] = (-1,),
     pool: str = "mean",
     **settings: Any,
@@ -148,6 +162,7 @@ def labelled(
     """Scenes of a manifest's clips with the numbers of their classes, and how many clips could not be read.
 
     Args:
+        by: key of the groups of `Split`.
         settings: see `Embedder.embed`.
 
     Raises:
@@ -159,10 +174,15 @@ def labelled(
             numbers.append(classes.encode(name))
         except ValueError as error:
             raise ValueError(f"{manifest.place(place)}: {error}") from None
+    groups = None
+    if by is not None:
+        names = manifest.column(by)
+        numbered = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        groups = torch.tensor([numbered[name] for name in names])
     found = embedder.embed(manifest, layer=list(layers), pool=pool, tokens=False, **settings)
     read = torch.isfinite(found[0].scene).all(1)
     features = {layer: one.scene[read] for layer, one in zip(layers, found, strict=True)}
-    return Split(features, torch.tensor(numbers)[read]), int((~read).sum())
+    return Split(features, torch.tensor(numbers)[read], None if groups is None else groups[read]), int((~read).sum())
 
 
 def as_baseline(embedder: Embedder, baseline: Baseline, *, seed: int = 0) -> Embedder:
@@ -262,11 +282,12 @@ def _fine_tuned(
     wanted = "vocabulary" if task == "ctc" else "classes"
     if embedder.config.get(wanted) is None:
         raise ValueError(f"task={task}: {embedder.name} has no {wanted}; give a run that was fine-tuned for it")
-    truth = [str(value) for value in manifest.column("text" if task == "ctc" else label)]
-    if task == "classify":
-        classes = Classes(embedder.config["classes"])
+    if task == "ctc":
+        truth = [normalize("NFC", text) for text in manifest.column("text")]  # as the vocabulary spells
+    else:
+        truth = [str(name) for name in manifest.column(label)]
         for place, name in enumerate(truth):
-            if name not in classes.names:
+            if name not in embedder.config["classes"]:
                 raise ValueError(f"{manifest.place(place)}: the label {name!r} is none that {embedder.name} knows")
     said = embedder.predict(manifest, beam=beam, **settings)
     pairs = [(right, guess) for right, guess in zip(truth, said, strict=True) if guess is not None]

@@ -121,7 +121,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """Which tokens are hidden in which masked copy of which clip. All tensors on the CPU until `to`.
+    """Which tokens are hidden in which masked copy of which clip. All tensors on the CPU until `to` moves them.
 
     rows: (R,) the clip that each copy shows; R = B x clones.
     masked: (R, N) bool, True = hidden; only real tokens are ever hidden.

@@ -1,7 +1,9 @@
 """What the wheel holds, and that it works away from the source tree."""
 
+import ast
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,3 +88,18 @@ def test_the_installed_command_works_from_any_folder(installed: Path) -> None:
     assert all(str(installed) in path for path in where.split())
     assert "pretrain" in run(installed, str(installed / "bin" / "mmssl"), "--help")
     assert "speech/wav2vec2_base" in run(installed, sys.executable, "-m", "mmssl", "recipes")
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    names = {"PIL": "pillow", "yaml": "PyYAML"}
+    imported = {
+        node.module.partition(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.partition(".")[0]
+        for folder in MAPPED
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module)
+        for alias in node.names
+    }
+    declared = re.findall(r"^([A-Za-z][\w-]*)", setup()["options"]["install_requires"], re.MULTILINE)
+    ours = imported - set(sys.stdlib_module_names) - {"mmssl"}
+    assert {names.get(name, name) for name in ours} == set(declared)

@@ -85,7 +85,8 @@ def test_a_recipe_is_one_page_that_says_how_to_run_it(name: str) -> None:
 def test_a_recipe_builds_as_written(name: str, manifests: dict[str, Path]) -> None:
     train = manifests[load(name).get("modality")] / "train.jsonl"
     recipe = resolve(load(name, [f"data.train={train}"]))
-    with torch.device("meta"):
+    # the large ones without memory for their weights
+    with torch.device("cpu" if name.startswith("small/") else "meta"):
         config = export_config(recipe, Manifest(train))
         objective = build_objective(config, build_encoder(config))
     count = sum(parameter.numel() for parameter in objective.parameters())

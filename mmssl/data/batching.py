@@ -81,6 +81,8 @@ class BatchPlan:
 
     def count(self, epoch: int) -> int:
         """Micro-batches of an epoch; under `max_length` it differs a little from epoch to epoch."""
+        if self.max_length is None and self.batch_size is not None:
+            return -(-len(self.lengths) // self.batch_size)  # going on in a late epoch asks this of all before it
         return len(self._plan(epoch)[1])
 
     def batch(self, epoch: int, place: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from mmssl.evaluation.knn import fit_knn, knn_predict
 from mmssl.evaluation.probe import LinearProbe, fit_linear, fit_path, fit_probe
-from mmssl.evaluation.protocol import Fitted, Split, draw_labels, hold_out, measure
+from mmssl.evaluation.protocol import Fitted, Split, draw_labels, hold_out, leave_out, measure
 from mmssl.evaluation.score import Score, bootstrap_rate, student, wilson
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "fit_probe",
     "hold_out",
     "knn_predict",
+    "leave_out",
     "measure",
     "student",
     "wilson",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmssl.evaluation.protocol import Fitted
+from mmssl.evaluation.protocol import Fitted, Folds, Known, accuracy, choices_on
 
 CHUNK = 2**24  # similarities held at a time: 64 MB
 
@@ -73,8 +73,9 @@ def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def fit_knn(
-    train: tuple[Tensor, Tensor],
-    valid: tuple[Tensor, Tensor] | None = None,
+    train: Known,
+    valid: Known | None = None,
+    folds: Folds | None = None,
     *,
     k: int | Sequence[int] = 20,
     temperature: float = 0.07,
@@ -83,26 +84,30 @@ def fit_knn(
     """A nearest-neighbor classifier; of several `k` the best on validation is kept, of equal ones the smallest.
 
     Args:
+        folds: of train, in place of `valid`.
         refit: "train+valid" adds the validation clips to the bank, once k is chosen.
 
     Raises:
         ValueError: several values of `k`, and no validation clips to choose on.
     """
     choices = [k] if isinstance(k, int) else sorted(k)
-    if len(choices) > 1 and valid is None:
+    pairs, where = choices_on(train, valid, folds)
+    if len(choices) > 1 and not pairs:
         raise ValueError(f"kNN: to choose k among {choices} takes validation clips; give some, or one k")
 
     accuracies: dict[int, float] = {}
-    if valid is not None:
-        for choice in choices:
-            found = knn_predict(*train, valid[0], k=choice, temperature=temperature)
-            accuracies[choice] = float((found == valid[1]).double().mean())
+    for choice in choices if pairs else []:
+        right = [
+            accuracy(knn_predict(*bank, queries, k=choice, temperature=temperature), labels)
+            for bank, (queries, labels) in pairs
+        ]
+        accuracies[choice] = sum(right) / len(right)
     best = max(choices, key=lambda choice: accuracies.get(choice, 0.0))
     features, labels = train
     if refit == "train+valid" and valid is not None:
         features, labels = torch.cat([features, valid[0]]), torch.cat([labels, valid[1]])
     used = min(best, len(features))
-    how = "" if len(choices) == 1 else f" (of {', '.join(map(str, choices))}, on validation)"
+    how = "" if len(choices) == 1 else f" (of {', '.join(map(str, choices))}, {where})"
     return Fitted(
         predict=lambda queries: knn_predict(features, labels, queries, k=used, temperature=temperature),
         valid_accuracy=accuracies.get(best),

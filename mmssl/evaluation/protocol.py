@@ -5,15 +5,18 @@ Whatever is fitted (kNN, linear probe) goes through `measure`, so that no evalua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmssl.evaluation.score import Score, student, wilson
+
+Known = tuple[Tensor, Tensor]  # (B, E) features and their (B,) labels
+Folds = Sequence[tuple[Tensor, Tensor]]  # places to fit on, and places to choose on
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,12 @@ class Split:
 
     features: (B, E), or one such tensor for each layer.
     labels: (B,) int64, from 0.
+    groups: (B,) int64, such as speakers, to be left out one after the other where something is chosen.
     """
 
     features: Tensor | Mapping[int, Tensor]
     labels: Tensor
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         for layer, features in self.layers.items():
@@ -42,7 +47,8 @@ class Split:
 
     def pick(self, places: Tensor) -> Split:
         """The clips at `places`."""
-        return Split({layer: x[places] for layer, x in self.layers.items()}, self.labels[places])
+        groups = None if self.groups is None else self.groups[places]
+        return Split({layer: x[places] for layer, x in self.layers.items()}, self.labels[places], groups)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,7 +59,7 @@ class Fitted:
     """A classifier that is ready for the test.
 
     predict: (Q, E) -> (Q,) classes.
-    valid_accuracy: of the settings chosen; None where nothing was chosen on validation.
+    valid_accuracy: of the settings chosen, where they were chosen; the mean over folds. None where nothing was.
     protocol: its part of the protocol line.
     """
 
@@ -63,7 +69,42 @@ class Fitted:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-Fit = Callable[[tuple[Tensor, Tensor], "tuple[Tensor, Tensor] | None"], Fitted]
+def accuracy(found: Tensor, labels: Tensor) -> float:
+    """The share of classes found that are right."""
+    return float((found == labels.to(found.device)).double().mean())
+
+
+class Fit(Protocol):
+    """Such as `fit_knn` or `fit_linear`: settings are chosen on `valid` or by `folds` of train, then it is fitted."""
+
+    def __call__(self, train: Known, valid: Known | None = None, folds: Folds | None = None) -> Fitted: ...
+
+
+def choices_on(train: Known, valid: Known | None, folds: Folds | None) -> tuple[list[tuple[Known, Known]], str]:
+    """The pairs to fit and to choose on, and how to call that in a protocol line.
+
+    Raises:
+        ValueError: both validation clips and folds.
+    """
+    if valid is not None and folds is not None:
+        raise ValueError("settings are chosen on validation clips or by leaving out groups of training, not on both")
+    if folds is None:
+        return ([] if valid is None else [(train, valid)]), "on validation"
+    (x, y) = train
+    pairs = [((x[fitted], y[fitted]), (x[held], y[held])) for fitted, held in folds]
+    return pairs, f"leaving out each of {len(folds)} groups in turn"
+
+
+def leave_out(groups: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each group in turn to choose on, and all others to fit on.
+
+    Raises:
+        ValueError: there is only one group.
+    """
+    names = groups.unique()
+    if len(names) < 2:
+        raise ValueError(f"leaving out groups takes at least two of them, got {len(names)}")
+    return [(torch.nonzero(groups != name)[:, 0], torch.nonzero(groups == name)[:, 0]) for name in names]
 
 
 def draw_labels(labels: Tensor, *, per_class: int | None = None, share: float | None = None, seed: int = 0) -> Tensor:
@@ -118,7 +159,8 @@ def measure(
     Args:
         fit: such as `fit_knn` or `fit_linear`, their settings bound.
         train, valid, test: with the same layers each. Where there are several, the one of highest validation accuracy
-            is kept, of equal ones the lowest.
+            is kept, of equal ones the lowest. Where train has groups, they are left out one after the other in place
+            of validation: a handful of speakers is too few for one of them to speak for the others.
         task: name of the score.
         per_class, share: fit on a few labels of every class only, drawn `draws` times; the whole procedure is
             repeated for every draw, the choice of layer included. Validation keeps all its labels.
@@ -129,7 +171,7 @@ def measure(
     """
     if len(test) == 0 or len(train) == 0:
         raise ValueError(f"{task}: nothing to measure with {len(train)} training and {len(test)} test clips")
-    if len(train.layers) > 1 and valid is None:
+    if len(train.layers) > 1 and valid is None and train.groups is None:
         raise ValueError(f"{task}: to choose among {len(train.layers)} layers takes validation clips")
     unknown = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
     if unknown:
@@ -143,17 +185,18 @@ def measure(
         fitted, by_layer = {}, {}
         for layer in sorted(train.layers):
             known = None if valid is None else (valid.layers[layer], valid.labels)
-            fitted[layer] = fit((part.layers[layer], part.labels), known)
+            folds = None if part.groups is None else leave_out(part.groups)
+            fitted[layer] = fit((part.layers[layer], part.labels), known, folds)
             by_layer[layer] = fitted[layer].valid_accuracy
         best = max(sorted(fitted), key=lambda layer: fitted[layer].valid_accuracy or 0.0)
-        predictions = fitted[best].predict(test.layers[best])
-        values.append(float((predictions == test.labels.to(predictions.device)).double().mean()))
+        values.append(accuracy(fitted[best].predict(test.layers[best]), test.labels))
         details.append({**fitted[best].details, "layer": best, "valid": by_layer, "n_train": len(part)})
         protocol = fitted[best].protocol
 
     if len(train.layers) > 1:
         kept = sorted({detail["layer"] for detail in details})
-        protocol += f"; layer {' or '.join(map(str, kept))} of {len(train.layers)}, on validation"
+        where = "on validation" if train.groups is None else "in the same way"
+        protocol += f"; layer {' or '.join(map(str, kept))} of {len(train.layers)}, {where}"
     labels = f"{per_class} labels a class" if per_class is not None else f"{100 * (share or 0):g} % of the labels"
     protocol += f"; {labels}, {n_draws} draws" if few else f"; {len(train):,} labels"
     protocol += "; test touched once" if n_draws == 1 else "; test touched once a draw"

@@ -69,7 +69,7 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
 
 def student(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of a few independent draws, by Student's t distribution."""
-    from scipy.special import stdtrit  # type: ignore[import-untyped]  # here, because it costs a third of a second
+    from scipy.special import stdtrit  # here, because it costs a third of a second
 
     if len(values) < 2:
         raise ValueError(f"the spread over draws needs at least two draws, got {len(values)}")

@@ -70,7 +70,7 @@ class Learned(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
-        table = self.table
+        table: Tensor = self.table
         if self.grid != tuple(tokens.grid):
             if len(self.grid) > 2:
                 raise ValueError(
@@ -79,7 +79,8 @@ class Learned(nn.Module):
                 )
             mode = "bicubic" if len(self.grid) == 2 else "linear"
             grid = table.T.reshape(1, -1, *self.grid)
-            table = F.interpolate(grid, size=tuple(tokens.grid), mode=mode, align_corners=False).flatten(2)[0].T
+            stretched = F.interpolate(grid, size=tuple(tokens.grid), mode=mode, align_corners=False)
+            table = stretched.flatten(2)[0].T
         place = torch.zeros_like(tokens.coords[:1, :, 0])
         for axis, size in enumerate(tokens.grid):
             place = place * size + tokens.coords[:1, :, axis]

@@ -41,7 +41,7 @@ class Layout:
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (M, D) real tokens."""
-        return x.flatten(0, 1)[self.index] if self.ragged else x
+        return x.flatten(0, 1).index_select(0, self.index) if self.ragged else x
 
     def unpack(self, h: Tensor) -> Tensor:
         """(M, D) -> (B, N, D), zero past each length."""
@@ -200,6 +200,7 @@ class Transformer(nn.Module):
             )
             for i in range(depth)
         )
+        self.draws: Tensor
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         for part in self.modules():
             if isinstance(part, nn.Linear):

@@ -134,6 +134,7 @@ def train(
     schedule: Callable[[int], float],
     settings: TrainSettings,
     evaluate: Callable[[int], dict[str, float]] | None = None,
+    export: Callable[[], None] | None = None,
     recipe: str | None = None,
     resume: bool = False,
 ) -> dict[str, float]:
@@ -151,6 +152,7 @@ def train(
         schedule: the number of an update, 1 to `steps`, -> what to multiply the optimizer's rate by.
         evaluate: the number of the last update -> numbers for the log. Called on every process at the same time, with
             the objective in evaluation mode; the random numbers that it draws change nothing in training.
+        export: writes what it takes to use the model; called by the main process after each checkpoint.
         recipe: text that is kept in the run folder and in its checkpoints.
 
     Returns:
@@ -174,9 +176,9 @@ def train(
     ):
         for remark in remarks:
             log.note(place.step, remark)
-        return _Run(objective, optimizer, schedule, settings, evaluate, run, recipe, device, place, log, stop).go(
-            loader
-        )
+        return _Run(
+            objective, optimizer, schedule, settings, evaluate, export, run, recipe, device, place, log, stop
+        ).go(loader)
 
 
 class _Run:
@@ -189,6 +191,7 @@ class _Run:
         schedule: Callable[[int], float],
         settings: TrainSettings,
         evaluate: Callable[[int], dict[str, float]] | None,
+        export: Callable[[], None] | None,
         run: Path,
         recipe: str | None,
         device: torch.device,
@@ -197,7 +200,7 @@ class _Run:
         stop: StopSignal,
     ) -> None:
         self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
-        self.settings, self.evaluate, self.run, self.recipe = settings, evaluate, run, recipe
+        self.settings, self.evaluate, self.export, self.run, self.recipe = settings, evaluate, export, run, recipe
         self.device, self.place, self.log, self.stop = device, place, log, stop
         self.world = distributed.world_size()
         self.model: nn.Module = objective
@@ -353,9 +356,11 @@ class _Run:
                 checkpoint.save(
                     path.parent, self.objective, self.optimizer, rng=rng, state=state, keep=self.settings.keep
                 )
+                if self.export is not None:
+                    self.export()
             except OSError as error:
                 unsaved = f"{path}: could not be saved ({error.strerror or error})"
-                self.log.note(place.step, f"{unsaved}; training goes on, and the checkpoint before it stays")
+                self.log.note(place.step, f"{unsaved}; the checkpoint before it stays")
         self.unsaved = distributed.broadcast_text(unsaved)
         if not self.unsaved:
             self.saved = place.step

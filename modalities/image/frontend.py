@@ -47,6 +47,8 @@ class Patches(Frontend):
         self.size, self.channels = tuple(size), channels
         self.min_length = 1
         self.reader_settings: dict[str, Any] = {"channels": channels}
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(list(mean))[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(list(std))[:, None, None], persistent=False)
         self.project = nn.Linear(self.feature_dim, dim)

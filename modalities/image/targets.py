@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def normalized_pixels(raw: Raw, tokens: Tokens) -> Tensor:
     return F.layer_norm(patches, (size,), eps=_EPS * bias) * bias**0.5
 
 
-def unpatch(values: Tensor, grid: tuple[int, int], size: tuple[int, int], channels: int) -> Tensor:
+def unpatch(values: Tensor, grid: Sequence[int], size: Sequence[int], channels: int) -> Tensor:
     """Patches back to pictures, the inverse of what `Patches` does.
 
     Args:
@@ -67,11 +68,10 @@ def pixel_pictures(frontend: Patches, tokens: Tokens, masked: Tensor, values: Te
     """
 
     def lay(patches: Tensor) -> Tensor:
-        down, across = tokens.grid
-        return unpatch(patches, (down, across), frontend.size, frontend.channels)
+        return unpatch(patches, tokens.grid, frontend.size, frontend.channels)
 
     def draw(patches: Tensor) -> Tensor:
-        return (lay(patches) * frontend.std + frontend.mean).clamp(0, 1)
+        return (lay(patches) * frontend.get_buffer("std") + frontend.get_buffer("mean")).clamp(0, 1)
 
     source = draw(_patches(tokens))
     hidden = lay(masked[..., None].expand_as(values))

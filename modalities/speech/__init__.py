@@ -3,13 +3,14 @@
 from mmssl.modalities.modality import Modality
 from mmssl.modalities.speech import augment, reader
 from mmssl.modalities.speech.frontend import Waveform
+from mmssl.modalities.speech.logmel import LogMel
 from mmssl.modalities.speech.targets import TARGETS
 
 SPEECH = Modality(
     name="speech",
     media="audio",
     suffixes=frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff"}),
-    frontends={"waveform": Waveform},
+    frontends={"waveform": Waveform, "logmel": LogMel},
     read=reader.read,
     probe=reader.probe,
     augments={

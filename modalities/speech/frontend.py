@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +190,7 @@ class Waveform(Frontend):
 
     def _activate(self, h: Tensor, i: int) -> Tensor:
         if not self.group:
-            norm = self.norms[i]
+            norm = cast(nn.LayerNorm, self.norms[i])
             h = F.layer_norm(h, h.shape[-1:], norm.weight.to(h.dtype), norm.bias.to(h.dtype), self.eps)
         return F.gelu(h)
 
@@ -239,7 +239,7 @@ class StridedConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         kernel, stride = ctx.shape
         grad_weight = torch.cat([view.T @ grad for view, _ in _views(x, weight, kernel, stride)])

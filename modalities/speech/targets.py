@@ -79,11 +79,12 @@ def mel_bank(rate: int, width: int, bands: int) -> tuple[int, Tensor]:
         (fft // 2 + 1, bands).
     """
     top = 2595 * math.log10(1 + rate / 2 / 700)
-    corners = 700 * (10 ** (torch.linspace(0, top, bands + 2, dtype=torch.float64) / 2595) - 1)
+    # on the CPU whatever the default device: the result is kept, and a bank is read as it is built
+    corners = 700 * (10 ** (torch.linspace(0, top, bands + 2, dtype=torch.float64, device="cpu") / 2595) - 1)
     left, peak, right = corners[:-2], corners[1:-1], corners[2:]
     fft = 2 ** math.ceil(math.log2(width))
     while True:
-        bins = torch.linspace(0, rate / 2, fft // 2 + 1, dtype=torch.float64)[:, None]
+        bins = torch.linspace(0, rate / 2, fft // 2 + 1, dtype=torch.float64, device="cpu")[:, None]
         bank = torch.minimum((bins - left) / (peak - left), (right - bins) / (right - peak)).clamp_min(0)
         if bool((bank.sum(0) > 0).all()):
             return fft, bank.float()

@@ -2,12 +2,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmssl.evaluation.protocol import Fitted, Split, draw_labels, hold_out, measure
+from mmssl.evaluation.knn import fit_knn
+from mmssl.evaluation.probe import fit_linear
+from mmssl.evaluation.protocol import Fitted, Folds, Known, Split, draw_labels, hold_out, leave_out, measure
 
 LABELS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 0, 0])
 
 
-def plain(train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor] | None) -> Fitted:
+def plain(train: Known, valid: Known | None = None, folds: Folds | None = None) -> Fitted:
     """Predicts a clip's first feature, whatever it was fitted on."""
 
     def predict(x: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ def test_the_layer_is_chosen_on_validation_whatever_the_test_says() -> None:
 def test_the_test_set_is_touched_once() -> None:
     asked: list[int] = []
 
-    def counting(train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor] | None) -> Fitted:
+    def counting(train: Known, valid: Known | None = None, folds: Folds | None = None) -> Fitted:
         fitted = plain(train, valid)
 
         def predict(x: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ def test_the_test_set_is_touched_once() -> None:
 def test_few_labels_are_measured_over_draws() -> None:
     by_draw: list[int] = []
 
-    def fit(train: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor] | None) -> Fitted:
+    def fit(train: Known, valid: Known | None = None, folds: Folds | None = None) -> Fitted:
         by_draw.append(len(train[0]))
         # one draw in four is wrong throughout
         value = 1.0 if len(by_draw) % 4 else 0.0
@@ -93,3 +95,41 @@ def test_a_test_class_that_training_has_not_is_refused() -> None:
         measure(plain, split, None, Split(torch.zeros(1, 1), torch.tensor([2])), task="plain")
     with pytest.raises(ValueError, match="one row a label"):
         Split(torch.zeros(3, 1), LABELS)
+
+
+def test_groups_are_left_out_in_turn() -> None:
+    folds = [(fitted.tolist(), held.tolist()) for fitted, held in leave_out(torch.tensor([5, 2, 5, 7]))]
+    assert folds == [([0, 2, 3], [1]), ([1, 3], [0, 2]), ([0, 1, 2], [3])]
+    with pytest.raises(ValueError, match="at least two"):
+        leave_out(torch.zeros(3))
+
+
+def test_what_holds_within_a_group_only_is_not_chosen() -> None:
+    # feature 0 tells the group and the class within it, so it is right for clips of a known group alone; feature 1
+    # tells the class a little less well, in all groups
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(80) % 2
+    groups = torch.arange(80) // 20
+    shifting = 10.0 * groups + (labels ^ (groups % 2)) + 0.01 * torch.randn(80, generator=generator)
+    steady = labels + 0.4 * torch.randn(80, generator=generator)
+    features = {0: shifting[:, None], 1: steady[:, None] + 5}
+    features[0] = torch.cat([features[0], features[0].square()], 1)
+    split = Split(features, labels, groups)
+    test = Split({0: torch.zeros(4, 2), 1: torch.tensor([[5.0], [6.0]] * 2)}, torch.tensor([0, 1, 0, 1]))
+    score = measure(fit_linear, split, None, test, task="linear")
+    assert score.details["layer"] == 1
+    assert score.value == 1.0
+    assert "leaving out each of 4 groups in turn" in score.protocol
+    assert "layer 1 of 2, in the same way" in score.protocol
+    with pytest.raises(ValueError, match="not on both"):
+        measure(fit_linear, split, split, test, task="linear")
+
+
+def test_folds_choose_by_their_mean_and_then_all_of_train_is_fitted() -> None:
+    # a clip of class 1 sits among those of class 0 in the first group: its nearest in the second is of class 0
+    angles = torch.deg2rad(torch.tensor([0.0, 4, 8, 12, 6, 1, 4.5, 9, 13, 6.5]))
+    train = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([0, 0, 0, 0, 1, 0, 0, 0, 0, 0])
+    fitted = fit_knn(train, folds=leave_out(torch.arange(10) // 5), k=(1, 5))
+    assert fitted.details["k"] == 5
+    assert fitted.valid_accuracy == pytest.approx((1.0 + 0.8) / 2)
+    assert fit_knn(train, k=50).details["k"] == 10  # all clips of both groups

@@ -40,7 +40,7 @@ def test_without_a_terminal_a_line_is_printed(tmp_path: Path, capsys: pytest.Cap
     with RunLog(tmp_path, steps=10) as log:
         log.line(row(4), rate=12.34, left=3725.0)
     printed = capsys.readouterr().err
-    assert "update 4/10  loss 1.5  accuracy 0.25  12.3 clips/s  1:02:05 left" in printed
+    assert "update 4/10  loss 1.5  accuracy 0.25  grad_norm 2  12.3 clips/s  1:02:05 left" in printed
 
 
 def test_other_processes_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,198 @@
+"""The scripts of data_manifests/ write what their READMEs say: on tiny sets of the same form, and on the real ones."""
+
+import gzip
+import importlib.util
+import itertools
+import tarfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from mmssl.data.dataset import ManifestDataset
+from mmssl.data.manifest import Manifest, read_table, write_manifest
+from mmssl.modalities.image.reader import read as read_image
+from mmssl.modalities.speech.reader import probe
+from mmssl.modalities.speech.reader import read as read_speech
+
+FOLDER = Path(__file__).parents[2] / "data_manifests"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"write_{name}", FOLDER / name / "write_manifest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def speech(manifest: Path) -> ManifestDataset:
+    return ManifestDataset(
+        Manifest(manifest),
+        media={"speech": "audio"},
+        readers={"speech": lambda source, **part: read_speech(source, rate=8000, **part)},
+        rates={"speech": 8000.0},
+    )
+
+
+def test_every_data_set_has_a_readme_and_a_script() -> None:
+    folders = [path for path in FOLDER.iterdir() if path.is_dir()]
+    assert len(folders) >= 4
+    for folder in folders:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert "* Licence: " in text
+        assert "* Get it: " in text
+        assert f"python data_manifests/{folder.name}/write_manifest.py" in text
+        assert (folder / "write_manifest.py").is_file()
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_fsdd_is_split_by_speaker_and_joined_to_strings(tmp_path: Path, tar: bool) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for digit, speaker, take in itertools.product((0, 7), ("theo", "george", "lucas", "nicolas"), range(4)):
+        wave = np.full(80 * (take + 1), (digit + 1) / 10, np.float32)
+        soundfile.write(clips / f"{digit}_{speaker}_{take}.wav", wave, 8000)
+    if tar:
+        with tarfile.open(tmp_path / "audio.tar", "w") as shard:
+            shard.add(clips, arcname="")
+        clips = tmp_path / "packed"
+        clips.mkdir()
+        (tmp_path / "audio.tar").rename(clips / "audio.tar")
+    script("fsdd").main(clips, tmp_path / "out")
+    train, valid, test = (list(Manifest(tmp_path / "out" / f"{name}.jsonl")) for name in ("train", "valid", "test"))
+    assert [len(rows) for rows in (train, valid, test)] == [16, 8, 8]
+    assert {row["speaker"] for row in train} == {"lucas", "nicolas"}
+    assert {row["speaker"] for row in test} == {"theo"}
+    assert {(row["label"], row["text"]) for row in valid} == {(0, "zero"), (7, "seven")}
+    for split, passes in (("train", 3), ("valid", 1), ("test", 1)):
+        dataset = speech(tmp_path / "out" / f"strings_{split}.jsonl")
+        words = [row["text"].split() for row in dataset.manifest]
+        assert all(2 <= len(text) <= 6 for text in words)
+        assert sum(map(len, words)) == passes * len(speech(tmp_path / "out" / f"{split}.jsonl"))
+        for place, row in enumerate(dataset.manifest):
+            clip = dataset[place, 0].inputs["speech"]
+            assert len(clip) == round(row["seconds"] * 8000)
+            heard = [value for value, _ in itertools.groupby((clip * 10).round().int().tolist())]
+            said = [{"zero": 1, "seven": 8}[word] for word, _ in itertools.groupby(row["text"].split())]
+            assert heard == said
+
+
+def test_asterisk_prompts_are_for_pretraining_and_for_ctc(tmp_path: Path) -> None:
+    lines = ["file\tlanguage\tspeaker\tkind\thas_digits\tsplit\tseconds\ttext\tnorm"]
+    for name, kind, digits, split, seconds in (
+        ("en/a", "phrase", 0, "train", 1),
+        ("en/b", "letter", 0, "train", 1),
+        ("en/c", "phrase", 1, "train", 1),
+        ("en/d", "phrase", 0, "train", 13),
+        ("en/e", "number", 0, "test", 1),
+        ("fr/a", "phrase", 0, "valid", 1),
+    ):
+        path = tmp_path / "in" / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.zeros(80 * seconds), 80)
+        lines.append(f"{name}.wav\t{name[:2]}\tA\t{kind}\t{digits}\t{split}\t{seconds}\tWell, {name}.\twell {name}")
+    (tmp_path / "in" / "index.tsv").write_text("\n".join(lines))
+    script("asterisk_prompts").main(tmp_path / "in", tmp_path / "out")
+    ids = {path.stem: Manifest(path).column("id") for path in (tmp_path / "out").glob("*.jsonl")}
+    assert ids == {
+        "pretrain_train": ["en/a.wav", "en/b.wav", "en/c.wav", "en/d.wav"],
+        "pretrain_valid": ["fr/a.wav"],
+        "en_train": ["en/a.wav"],
+        "en_test": ["en/e.wav"],
+        "fr_valid": ["fr/a.wav"],
+    }
+    assert Manifest(tmp_path / "out" / "en_train.jsonl")[0]["text"] == "well en/a"
+    assert "text" not in Manifest(tmp_path / "out" / "pretrain_train.jsonl")[0]
+
+
+def test_fashion_mnist_becomes_pictures_in_one_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (7, 28, 28), np.uint8), rng.integers(0, 10, 7).astype(np.uint8)
+
+    def idx(name: str, values: np.ndarray) -> None:
+        head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+        (tmp_path / name).write_bytes(gzip.compress(head + values.tobytes()))
+
+    idx("train-images-idx3-ubyte.gz", images[:5])
+    idx("train-labels-idx1-ubyte.gz", labels[:5])
+    idx("t10k-images-idx3-ubyte.gz", images[5:])
+    idx("t10k-labels-idx1-ubyte.gz", labels[5:])
+    module = script("fashion_mnist")
+    monkeypatch.setattr(module, "VALID", 2)
+    module.main(tmp_path, tmp_path / "out")
+    got, classes = [], []
+    for split, count in (("train", 3), ("valid", 2), ("test", 2)):
+        manifest = Manifest(tmp_path / "out" / f"{split}.jsonl")
+        assert len(manifest) == count
+        dataset = ManifestDataset(
+            manifest, media={"image": "image"}, readers={"image": lambda source: read_image(source, channels=1)}
+        )
+        got += [dataset[place, 0].inputs["image"] for place in range(count)]
+        classes += manifest.column("label")
+    assert np.array_equal((torch.cat(got) * 255).round().byte().numpy(), images)
+    assert classes == labels.tolist()
+    idx("t10k-labels-idx1-ubyte.gz", labels[6:])
+    with pytest.raises(ValueError, match="2 pictures but 1 labels for test"):
+        module.main(tmp_path, tmp_path / "out")
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"rubbish"))
+    with pytest.raises(ValueError, match="not an idx file of bytes"):
+        module.read_idx(tmp_path / "x.gz")
+
+
+def test_sign_digits_are_split_by_person(tmp_path: Path) -> None:
+    for digit, number in ((0, 1118), (3, 1158), (4, 1169), (9, 5999)):
+        path = tmp_path / "in" / str(digit) / f"IMG_{number}.JPG"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(path, "jpeg")
+    script("sign_digits").main(tmp_path / "in", tmp_path / "out")
+    rows = {path.stem: list(Manifest(path)) for path in (tmp_path / "out").glob("*.jsonl")}
+    assert {name: [(row["id"], row["label"]) for row in part] for name, part in rows.items()} == {
+        "train": [("IMG_1118", 0), ("IMG_5999", 9)],
+        "valid": [("IMG_1158", 3)],
+        "test": [("IMG_1169", 4)],
+    }
+    (tmp_path / "in" / "0" / "example.jpg").write_bytes((tmp_path / "in" / "0" / "IMG_1118.JPG").read_bytes())
+    with pytest.raises(ValueError, match="0/example.jpg: expected DIGIT/IMG_NUMBER.jpg"):
+        script("sign_digits").main(tmp_path / "in", tmp_path / "out")
+
+
+def index(root: Path, name: str) -> list[dict[str, str]]:
+    return [row for _, row in read_table(root / name / "index.tsv")]
+
+
+@pytest.mark.data
+def test_the_splits_are_those_of_the_real_sets(data_root: Path) -> None:
+    fsdd, signs = script("fsdd"), script("sign_digits")
+    for row in index(data_root, "fsdd"):
+        assert fsdd.SPLITS.get(row["speaker"], "train") == row["speaker_split"]
+        assert fsdd.WORDS[int(row["label"])] == row["text"]
+    found = [signs.SPLITS.get(int(Path(row["file"]).stem[4:]), "train") for row in index(data_root, "sign_digits")]
+    assert found == [row["split"] for row in index(data_root, "sign_digits")]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("name", "rate"), [("fsdd", 8000), ("asterisk_prompts", 16000)])
+def test_real_clips_are_as_long_as_their_index_says(data_root: Path, tmp_path: Path, name: str, rate: int) -> None:
+    seconds = {row["file"]: float(row["seconds"]) for row in index(data_root, name)}
+    rows: list[dict[str, Any]] = []
+    with tarfile.open(data_root / name / "audio.tar") as shard:
+        for member in itertools.islice(shard, 0, 60, 3):
+            part = {"offset": member.offset_data, "size": member.size}
+            rows.append({"id": member.name, "audio": shard.name, **part, "seconds": seconds[member.name]})
+    write_manifest(tmp_path / "a.jsonl", rows)
+    dataset = speech(tmp_path / "a.jsonl")
+    with open(data_root / name / "audio.tar", "rb") as file:
+        for place, row in enumerate(dataset.manifest):
+            clip = dataset[place, 0].inputs["speech"]
+            assert len(clip) / 8000 == pytest.approx(row["seconds"], abs=0.002)
+            assert 0.01 < clip.abs().max() <= 1.05
+            file.seek(row["offset"])
+            (tmp_path / "clip").write_bytes(file.read(row["size"]))
+            assert probe(tmp_path / "clip")["rate"] == rate

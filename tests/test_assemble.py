@@ -1,0 +1,204 @@
+"""From a recipe to parts: what is resolved, what is exported, and which clips go together."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmssl.assemble import Validation, build_augment, build_encoder, build_plan, finetune, pretrain, resolve, train
+from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.embed import load as load_encoder
+from mmssl.recipe import Recipe, RecipeError, load, parse
+from mmssl.training.checkpoint import read_encoder, read_tensors
+
+TOY = ["transformer.dim=16", "transformer.depth=2", "transformer.heads=2"]
+TOY += ["data.batch_size=4", "data.workers=0", "trainer.steps=2", "trainer.eval_every=2", "schedule.warmup=0"]
+DECODER = ["objective.decoder_dim=16", "objective.decoder_depth=1", "objective.decoder_heads=2"]
+
+
+@pytest.fixture(scope="session")
+def image_rows(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a manifest of the pictures of a split, each row changed by a function."""
+    folder = tmp_path_factory.mktemp("rows")
+
+    def write(split: str, change: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row) -> Path:
+        path = folder / f"{split}_{len(list(folder.iterdir()))}.jsonl"
+        files = sorted((pictures / split).rglob("*.png"))
+        write_manifest(path, [change({"image": str(file), "label": file.parent.name}) for file in files])
+        return path
+
+    return write
+
+
+def mae(image_rows: Callable[..., Path], *overrides: str) -> Recipe:
+    data = [f"data.train={image_rows('train')}", f"data.valid={image_rows('test')}"]
+    return load("small/mae_image", [*data, *TOY, *DECODER, *overrides])
+
+
+def classify(image_rows: Callable[..., Path], *overrides: str) -> Recipe:
+    data = [f"data.train={image_rows('train')}", f"data.valid={image_rows('test')}"]
+    return load("small/classify_image", [*data, *TOY, *overrides])
+
+
+@pytest.fixture(scope="session")
+def run(image_rows: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pretrain(
+        mae(image_rows, "transformer.dropout=0.3", "transformer.drop_path=0.2"), tmp_path_factory.mktemp("run")
+    )
+
+
+def test_a_resolved_recipe_says_everything_and_resolves_to_itself(image_rows: Callable[..., Path]) -> None:
+    resolved = resolve(mae(image_rows))
+    assert resolved.get("transformer.norm") == "pre"
+    assert resolved.get("data.max_bad_share") == 0.01
+    assert resolved.get("objective.target") == "normalized_pixels"
+    again = resolve(parse(resolved.dump(), source="again.yaml"))
+    assert again.values == resolved.values
+
+
+def test_what_is_exported_is_all_it_takes_to_build_the_encoder(run: Path) -> None:
+    config, tensors, head = read_encoder(run)
+    encoder = build_encoder(config)
+    encoder.load_state_dict(tensors)
+    assert head == {}
+    assert config["classes"] is None
+    assert json.loads((run / "config.json").read_text()) == config
+    found = load_encoder(run).embed(torch.rand(2, 1, 16, 16))
+    assert found.scene.shape == (2, 16)
+
+
+def test_evaluation_leaves_pictures(run: Path) -> None:
+    assert sorted(path.name for path in (run / "pictures").iterdir()) == ["README.txt", "update_2.png"]
+    assert "rows, from the top: input, masked, reconstruction" in (run / "pictures" / "README.txt").read_text()
+
+
+def test_every_checkpoint_leaves_an_encoder(
+    image_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(self: Validation, step: int) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Validation, "__call__", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(mae(image_rows, "trainer.save_every=1"), tmp_path / "run")
+    saved = read_tensors(tmp_path / "run" / "checkpoints" / "step_1" / "model.safetensors")
+    exported = read_encoder(tmp_path / "run")[1]
+    assert all(torch.equal(tensor, saved[f"encoder.{name}"]) for name, tensor in exported.items())
+
+
+def test_fine_tuning_keeps_the_encoder_and_takes_the_rates(
+    run: Path, image_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = resolve(load("small/classify_image", [f"init={run}", "transformer.dropout=0.5", "data.train=x"]))
+    assert recipe.get("transformer.dim") == 16
+    assert recipe.get("transformer.dropout") == 0.5
+    # left out of the recipe: the default, not the 0.2 of pretraining; the recipe's own is 0.1
+    assert resolve(load("small/classify_image", [f"init={run}", "data.train=x"])).get("transformer.drop_path") == 0.1
+    assert recipe.get("transformer.attention_dropout") == 0.0
+
+
+def test_fine_tuning_starts_from_the_pretrained_weights(
+    run: Path, image_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = [name for name in TOY if not name.startswith("transformer")]
+    data = [f"data.train={image_rows('train')}", f"init={run}", "objective.freeze_encoder=true"]
+    tuned = finetune(load("small/classify_image", [*data, *plain]), tmp_path / "tuned")
+    before, after = read_encoder(run)[1], read_encoder(tuned)[1]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert read_encoder(tuned)[2]
+
+
+def test_labels_are_those_of_the_training_manifest(image_rows: Callable[..., Path], tmp_path: Path) -> None:
+    odd = image_rows("test", lambda row: {**row, "label": "dots"})
+    recipe = classify(image_rows, f"data.valid={odd}")
+    with pytest.raises(ValueError, match=rf"{odd}:\d: the label 'dots' is not among the 2 classes \(checks, stripes\)"):
+        train(recipe, tmp_path / "run")
+    bare = image_rows("train", lambda row: {"image": row["image"]})
+    with pytest.raises(ValueError, match=f"{bare}:1: the row has no 'label'"):
+        train(classify(image_rows, f"data.train={bare}"), tmp_path / "other")
+
+
+def test_validation_does_not_depend_on_batches(image_rows: Callable[..., Path], tmp_path: Path) -> None:
+    lines = []
+    for size in (1, 3, 4):
+        recipe = classify(image_rows, f"data.batch_size={size}", "optimizer.lr=1e-12", "optimizer.weight_decay=0")
+        folder = train(recipe, tmp_path / str(size))
+        lines.append(json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["evaluation"])
+    for line in lines[1:]:
+        assert line["loss"] == pytest.approx(lines[0]["loss"], rel=1e-5)
+        assert line["accuracy"] == lines[0]["accuracy"]
+
+
+def test_a_stopped_run_can_be_used_and_goes_on_with_other_practical_settings(
+    image_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [f"data.train={image_rows('train')}", f"data.valid={image_rows('test')}"]
+    command = [*data, *TOY, *DECODER, "trainer.steps=4"]
+    whole = train("small/mae_image", tmp_path / "whole", command)
+
+    def interrupt(self: Validation, step: int) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    cut = tmp_path / "cut"
+    monkeypatch.setattr(Validation, "__call__", interrupt)
+    with pytest.raises(SystemExit) as end:
+        train("small/mae_image", cut, [*command, "data.cache=false", "trainer.log_every=1"])
+    monkeypatch.undo()
+    assert end.value.code == 0
+    assert (cut / "checkpoints" / "latest").read_text().strip() == "step_2"
+    half = (cut / "encoder.safetensors").read_bytes()
+    train("small/mae_image", cut, command)
+    assert half != (cut / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
+
+
+def test_settings_that_do_not_fit_are_placed(image_rows: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="command line 'transformer.heads=5': transformer.heads=5: must divide"):
+        train(mae(image_rows, "transformer.heads=5"), tmp_path / "run")
+    with pytest.raises(
+        RecipeError, match="command line 'trainer.accumulate=0': trainer.accumulate=0: must be at least 1"
+    ):
+        train(mae(image_rows, "trainer.accumulate=0"), tmp_path / "run")
+    with pytest.raises(RecipeError, match="unknown augment.train.0.name 'flop'. Did you mean 'flip'"):
+        train(mae(image_rows, "augment.train=[{name: flop}]"), tmp_path / "run")
+    with pytest.raises(RecipeError, match="unknown key 'augment.trian'. Did you mean 'augment.train'"):
+        train(mae(image_rows, "augment.trian=[]"), tmp_path / "run")
+    with pytest.raises(RecipeError, match="unknown objective.target 'pixel'"):
+        train(mae(image_rows, "objective.target=pixel"), tmp_path / "run")
+    with pytest.raises(RecipeError, match="micro-batches have no bound: set data.batch_size"):
+        train(mae(image_rows, "data.batch_size=null"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def speech_rows(tmp_path: Path) -> Path:
+    """Three clips of 1, 4 and 9 s that no test reads."""
+    path = tmp_path / "speech.jsonl"
+    write_manifest(path, [{"audio": f"{seconds}.wav", "seconds": seconds} for seconds in (1.0, 4.0, 9.0)])
+    return path
+
+
+def test_crops_bound_what_a_clip_adds_to_a_batch(speech_rows: Path) -> None:
+    def lengths(*overrides: str) -> list[float]:
+        recipe = resolve(load("small/wav2vec2_speech", [f"data.train={speech_rows}", *overrides]))
+        return build_plan(recipe, Manifest(speech_rows), side="train").lengths.tolist()
+
+    assert lengths("augment.train=[]") == [1.0, 4.0, 9.0]
+    assert lengths("augment.train=[{name: random_crop, seconds: 3}]") == [1.0, 3.0, 3.0]
+    with pytest.raises(ValueError, match="1 of 3 clips are longer than a whole micro-batch"):
+        lengths("augment.train=[]", "data.max_seconds=5")
+
+
+def test_augmentations_get_the_rate_of_the_frontend(speech_rows: Path) -> None:
+    recipe = resolve(load("small/wav2vec2_speech", [f"data.train={speech_rows}", "frontend.rate=8000"]))
+    encoder = build_encoder(recipe.values)
+    augment = build_augment([{"name": "random_crop", "seconds": 0.5}], "speech", encoder)
+    assert augment(torch.zeros(16_000), np.random.default_rng(0)).shape == (4_000,)
+    with pytest.raises(RecipeError, match="unknown key 'augment.train.0.rate'. Keys here: seconds"):
+        resolve(load("small/wav2vec2_speech", ["augment.train=[{name: random_crop, seconds: 1, rate: 8000}]"]))

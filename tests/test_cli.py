@@ -1,0 +1,210 @@
+"""The command line, from a folder of files to scores, and what it says when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from mmssl.cli import app
+
+TOY = ["transformer.dim=16", "transformer.depth=2", "transformer.heads=2", "objective.decoder_dim=16"]
+TOY += ["objective.decoder_depth=1", "objective.decoder_heads=2", "data.workers=0", "data.batch_size=6"]
+TWO_STEPS = ["trainer.steps=2", "trainer.eval_every=2", "trainer.log_every=1", "trainer.save_every=1"]
+
+
+def mmssl(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def ok(*arguments: object) -> str:
+    result = mmssl(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def said(*arguments: object) -> str:
+    """The sentence of a command that fails."""
+    result = mmssl(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("mmssl: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    return result.stderr.removeprefix("mmssl: ").strip()
+
+
+@pytest.fixture(scope="module")
+def manifests(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("manifests")
+    text = ok("manifest", pictures, "--modality", "image", "--split-from", 1, "--label-from", -1, "--out", out)
+    assert text.splitlines() == [f"{out / 'test.jsonl'}: 4 clips", f"{out / 'train.jsonl'}: 12 clips"]
+    return out
+
+
+@pytest.fixture(scope="module")
+def pretrained(manifests: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "mae"
+    text = ok("pretrain", "small/mae_image", *data(manifests), *TOY, *TWO_STEPS, "--out", run)
+    assert f"{run}: done" in text
+    return run
+
+
+def data(manifests: Path) -> list[str]:
+    return [f"data.train={manifests / 'train.jsonl'}", f"data.valid={manifests / 'test.jsonl'}"]
+
+
+def test_from_files_to_scores(pretrained: Path, manifests: Path, pictures: Path, tmp_path: Path) -> None:
+    assert "8 clips, width 16, layer -1" in ok("embed", pretrained, pictures / "train/checks", pictures / "test/checks",
+                                               "--out", tmp_path / "e.npz")  # fmt: skip
+    with np.load(tmp_path / "e.npz", allow_pickle=False) as arrays:
+        assert arrays["scene"].shape == (8, 16)
+        assert np.isfinite(arrays["scene"]).all()
+
+    clips = ["--train", manifests / "train.jsonl", "--test", manifests / "test.jsonl"]
+    assert ok("evaluate", pretrained, *clips, "--task", "knn", "--k", 3, "--layer", 2).startswith("knn: accuracy ")
+
+    few = [
+        "--strength",
+        0.1,
+        "--labels-per-class",
+        2,
+        "--draws",
+        2,
+        "--layer",
+        "0,2",
+        "--valid",
+        manifests / "test.jsonl",
+    ]
+    assert "2 labels a class, 2 draws" in ok("evaluate", pretrained, *clips, *few, "--baseline", "random")
+
+    tuned = tmp_path / "tuned"
+    ok("finetune", "small/classify_image", f"init={pretrained}", *data(manifests), *TWO_STEPS, "--out", tuned)
+    ok("evaluate", tuned, "--task", "classify", "--test", manifests / "test.jsonl", "--out", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["accuracy"]["n"] == 4
+    config = json.loads((tuned / "config.json").read_text())
+    assert config["classes"] == ["checks", "stripes"]
+    assert config["transformer"]["dim"] == 16
+
+
+def test_every_layer_can_be_embedded_with_its_tokens(pretrained: Path, manifests: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e.npz"
+    ok("embed", pretrained, manifests / "test.jsonl", "--layer", "all", "--tokens", "--out", out)
+    with np.load(out, allow_pickle=False) as arrays:
+        assert arrays["layers"].tolist() == [0, 1, 2]
+        assert arrays["tokens"].shape == (3, 4, 16, 16)
+
+
+def test_the_same_command_resumes_and_another_recipe_is_refused(pretrained: Path, manifests: Path) -> None:
+    before = (pretrained / "encoder.safetensors").read_bytes()
+    command = ["pretrain", "small/mae_image", *data(manifests), *TOY]
+    ok(*command, *TWO_STEPS, "trainer.log_every=2", "--out", pretrained)
+    assert (pretrained / "encoder.safetensors").read_bytes() == before
+    sentence = said(*command, *TWO_STEPS, "trainer.steps=3", "--out", pretrained)
+    assert sentence.startswith(f"{pretrained}: holds another run, in which trainer.steps is 2 and not 3")
+
+
+def test_a_folder_with_other_files_is_left_alone(pretrained: Path, manifests: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    sentence = said("pretrain", "small/mae_image", *data(manifests), "--out", tmp_path)
+    assert sentence == f"{tmp_path}: holds files that are not of a run; choose another folder with --out"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["pretrain", "small/mae_image", "objective.mask_ration=0.5"],
+            "command line 'objective.mask_ration=0.5': unknown key 'objective.mask_ration'. "
+            "Did you mean 'objective.mask_ratio'? Keys here: target, mask_ratio, decoder_dim, decoder_depth, "
+            "decoder_heads, decoder_mlp_dim, decoder_eps.",
+        ),
+        (
+            ["pretrain", "small/mae_imag"],
+            "no recipe is called 'small/mae_imag'. Did you mean 'small/mae_image'? Shipped",
+        ),
+        (["pretrain", "small/mae_image"], "small/mae_image.yaml:"),
+        (["pretrain", "small/mae_image", "data.train=no.jsonl"], "no.jsonl: no such manifest"),
+        (["pretrain", "small/classify_image"], "small/classify_image.yaml:"),
+        (["finetune", "small/mae_image"], "small/mae_image.yaml:"),
+        (["finetune", "small/ctc_speech", "init=nowhere"], "command line 'init=nowhere': init=nowhere: no such folder"),
+        (["embed", "nowhere", "a.wav"], "nowhere: no such folder"),
+        (["embed", "nowhere", "a.wav", "--layer", "last"], "nowhere: no such folder"),
+        (["evaluate", "nowhere", "--test", "a.jsonl"], "nowhere: no such folder"),
+        (["manifest", "nowhere"], "nowhere: no such folder"),
+        (["manifest", ".", "--modality", "smell"], "--modality smell: one of speech, image"),
+        (["manifest", ".", "--column", "text"], "--column text: expected NAME=VALUE"),
+        (["manifest", ".", "--split", "train=most"], "--split: 'most' is no number"),
+        (["recipes", "no"], "no recipe is called 'no'."),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(
+    arguments: Sequence[str], sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said(*arguments).startswith(sentence)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMSSL_TRACEBACK", "1")
+    assert isinstance(mmssl("manifest", "nowhere").exception, ValueError)
+
+
+def test_a_pretrained_encoder_keeps_its_shape(pretrained: Path, manifests: Path, tmp_path: Path) -> None:
+    command = ["finetune", "small/classify_image", f"init={pretrained}", *data(manifests), "--out", tmp_path / "run"]
+    sentence = said(*command, "transformer.depth=4")
+    assert sentence.startswith(f"command line 'transformer.depth=4': the encoder comes from init={pretrained}, where")
+    assert "Did you mean 'transformer.depth'?" in said(*command, "transformer.dept=4")
+    assert "is for speech" in said("finetune", "small/ctc_speech", f"init={pretrained}")
+
+
+def test_bad_files_are_named_and_left_out_of_a_manifest(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "good.png").write_bytes((pictures / "train/checks/1.png").read_bytes())
+    (folder / "bad.png").write_bytes(b"<html>")
+    result = mmssl("manifest", folder, "--modality", "image")
+    assert result.exit_code == 0
+    assert result.stdout == f"{folder / 'manifest.jsonl'}: 1 clips\n"
+    assert result.stderr.startswith(f"left out: {folder / 'bad.png'}: ")
+
+
+def test_recipes_are_listed_and_printed() -> None:
+    text = ok("recipes")
+    assert "speech/wav2vec2_base" in text
+    assert ok("recipes", "image/mae_base").startswith("# MAE")
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "embed", "evaluate", "manifest", "recipes"])
+def test_each_command_teaches_by_an_example(name: str) -> None:
+    assert f"Example: mmssl {name} " in " ".join(ok(name, "--help").split())
+
+
+def test_help_answers_at_once_and_imports_no_torch() -> None:
+    code = (
+        "import resource, sys\n"
+        "from mmssl.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "usage = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(sorted({'torch', 'transformers', 'scipy', 'numpy'} & set(sys.modules)), usage.ru_utime + usage.ru_stime)"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    heavy, _, seconds = done.stdout.strip().splitlines()[-1].rpartition(" ")
+    assert heavy == "[]"
+    # of this process alone, whatever else the machine does
+    assert float(seconds) < 1.0
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "mmssl", "recipes"], capture_output=True, text=True, check=True)
+    assert "small/mae_image" in done.stdout

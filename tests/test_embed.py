@@ -1,0 +1,390 @@
+"""Embeddings of files and arrays: the same vectors whatever else is embedded, and one sentence where it fails."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+from mmssl import embed
+from mmssl.assemble import build_encoder, build_objective
+from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.embed import Embedder, load, write_npz
+from mmssl.encoder import Encoder
+from mmssl.training.checkpoint import export_encoder
+from mmssl.types import BadClip, Raw
+
+SPEECH: dict[str, Any] = {
+    "format": 1,
+    "modality": "speech",
+    "frontend": {"name": "waveform", "layers": [[8, 10, 5], [8, 4, 4], [8, 4, 4]], "rate": 8000, "norm": "group"},
+    "positions": {"name": "conv", "kernel": 8, "groups": 2},
+    "transformer": {"dim": 16, "depth": 2, "heads": 2},
+    "encoder": {"mask_token": True},
+    "augment_eval": [],
+    "objective": {"name": "ctc", "freeze_updates": 0},
+    "classes": None,
+    "vocabulary": ["<blank>", "|", "a", "b"],
+}
+IMAGE: dict[str, Any] = {
+    "format": 1,
+    "modality": "image",
+    "frontend": {"name": "patches", "size": [4, 4], "channels": 1, "mean": [0.5], "std": [0.5]},
+    "positions": {"name": "sincos"},
+    "transformer": {"dim": 16, "depth": 2, "heads": 2},
+    "encoder": {"prefix": 2},
+    "augment_eval": [{"name": "resize", "size": 8}, {"name": "center_crop", "size": 8}],
+    "objective": {"name": "classify"},
+    "classes": ["checks", "stripes"],
+    "vocabulary": None,
+}
+
+
+def exported(folder: Path, config: dict[str, Any], *, tuned: bool = False) -> Path:
+    torch.manual_seed(0)
+    encoder = build_encoder(config)
+    export_encoder(folder, encoder, config, objective=build_objective(config, encoder) if tuned else None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
+    return load(exported(tmp_path_factory.mktemp("speech"), SPEECH, tuned=True))
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
+    return load(exported(tmp_path_factory.mktemp("image"), IMAGE, tuned=True))
+
+
+@pytest.fixture(scope="module")
+def waves() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(n).astype(np.float32) / 4 for n in (1600, 300, 2300, 900, 4000, 301, 120)]
+
+
+def alone(embedder: Embedder, clip: np.ndarray, layer: int | None = None) -> Tensor:
+    """The real tokens of one clip, straight from the encoder."""
+    raw = Raw(torch.from_numpy(clip)[None], torch.tensor([len(clip)]), ["alone"], 8000.0)
+    with torch.no_grad():
+        encoded = embedder.encoder(embedder.encoder.tokens(raw), layers=[] if layer is None else [layer])
+    return (encoded.x if layer is None else encoded.layers[layer])[0]
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 3}, {"batch_seconds": 0.1}, {}])
+def test_clips_come_in_their_order_and_as_they_are_alone(
+    speech: Embedder, waves: list[np.ndarray], settings: dict[str, Any]
+) -> None:
+    found = speech.embed(waves, **settings)
+    for row, wave in enumerate(waves):
+        expected = alone(speech, wave)
+        assert int(found.valid[row].sum()) == len(expected)
+        assert found.tokens[row, : len(expected)].numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+        assert not found.tokens[row, len(expected) :].any()
+        assert found.scene[row].numpy() == pytest.approx(expected.mean(0).numpy(), abs=1e-5)
+
+
+def test_another_order_gives_the_same_vectors(speech: Embedder, waves: list[np.ndarray]) -> None:
+    forth, back = speech.embed(waves), speech.embed(waves[::-1])
+    assert back.scene.flip(0).numpy() == pytest.approx(forth.scene.numpy(), abs=1e-5)
+
+
+def test_layers_are_counted_from_the_input_of_the_first_block(speech: Embedder, waves: list[np.ndarray]) -> None:
+    by_layer = speech.embed(waves[:2], layer="all")
+    assert len(by_layer) == 3
+    for layer, found in enumerate(by_layer):
+        assert found.tokens[0].numpy() == pytest.approx(alone(speech, waves[0], layer).numpy(), abs=1e-5)
+    first, output = speech.embed(waves[:2], layer=[0, -1])
+    assert torch.equal(first.scene, by_layer[0].scene)
+    # the output is the last layer after the final norm
+    norm = torch.nn.functional.layer_norm(by_layer[2].tokens[0], (16,), eps=1e-6)
+    assert output.tokens[0].numpy() == pytest.approx(norm.numpy(), abs=1e-4)
+    with pytest.raises(ValueError, match="has layers 0 to 2"):
+        speech.embed(waves[:1], layer=3)
+    with pytest.raises(ValueError, match="has layers 0 to 2"):
+        speech.embed(waves[:1], layer=-2)
+
+
+def test_time_is_the_middle_of_what_a_token_sees(speech: Embedder, waves: list[np.ndarray]) -> None:
+    found = speech.embed(waves[:2])
+    # a token sees ((4 - 1) * 4 + 4 - 1) * 5 + 10 = 85 samples, and the next starts 80 further on, at 8 samples a ms
+    assert found.time_ms is not None
+    assert found.time_ms[0, :3].tolist() == pytest.approx([85 / 16, 85 / 16 + 10, 85 / 16 + 20])
+    assert int(found.valid[1].sum()) == 3
+    assert not found.time_ms[1, 3:].any()
+
+
+def test_scenes_alone_are_the_same_without_tokens(speech: Embedder, waves: list[np.ndarray]) -> None:
+    both, scenes = (speech.embed(waves, pool="slices:3+std", tokens=kept) for kept in (True, False))
+    assert torch.equal(both.scene, scenes.scene)
+    assert both.scene.shape == (7, 16 * 3 * 2)
+    assert scenes.tokens.shape[1] == scenes.valid.shape[1] == 0
+    # a slice is of the clip's own length
+    tokens = alone(speech, waves[0])
+    assert both.scene[0, :16].numpy() == pytest.approx(tokens[: -(-len(tokens) // 3)].mean(0).numpy(), abs=1e-5)
+
+
+def test_every_kind_of_input_gives_the_same_vector(speech: Embedder, tmp_path: Path) -> None:
+    wave = (np.sin(np.arange(800) / 9) * 8000).astype(np.int16)
+    path = tmp_path / "clips" / "a.wav"
+    path.parent.mkdir()
+    soundfile.write(path, wave, 8000)
+    (path.parent / "notes.txt").write_text("no clip")
+    write_manifest(tmp_path / "m.jsonl", [{"id": "first", "audio": str(path), "seconds": 0.1}])
+    whole: list[Any] = [str(path), path, str(tmp_path / "clips" / "*.wav"), tmp_path / "clips", tmp_path / "m.jsonl"]
+    whole += [Manifest(tmp_path / "m.jsonl"), io.BytesIO(path.read_bytes()), wave, torch.from_numpy(wave)]
+    whole += [wave.astype(np.float64) / 32768]
+    found = speech.embed(whole)
+    assert found.ids == [*[str(path)] * 4, "first", "first", "input 6", "input 7", "input 8", "input 9"]
+    assert found.scene.numpy() == pytest.approx(found.scene[:1].expand(10, -1).numpy(), abs=1e-5)
+    for one in whole:
+        if isinstance(one, io.BytesIO):
+            one.seek(0)
+        assert speech.embed(one).scene.numpy() == pytest.approx(found.scene[:1].numpy(), abs=1e-5)
+    assert speech.embed(np.stack([wave, wave])).ids == ["input 0.0", "input 0.1"]
+
+
+def test_an_array_at_another_rate_is_resampled(speech: Embedder) -> None:
+    time = np.arange(3200) / 16000
+    twice, once = np.sin(2 * np.pi * 440 * time), np.sin(2 * np.pi * 440 * time[::2])
+    found = speech.embed(twice, rate=16000)
+    assert int(found.valid.sum()) == int(speech.embed(once).valid.sum())
+    # the ends of a resampled clip differ
+    assert found.tokens[0, 5:-5].numpy() == pytest.approx(speech.embed(once).tokens[0, 5:-5].numpy(), abs=0.05)
+
+
+def test_pictures_of_all_sizes_are_brought_to_the_runs_size(image: Embedder, pictures: Path) -> None:
+    folder = image.embed(pictures / "train" / "checks")
+    assert folder.tokens.shape == (6, 4, 16)
+    assert folder.ids == sorted(folder.ids)
+    assert folder.time_ms is None
+    mixed = image.embed([torch.rand(1, 8, 12), torch.rand(1, 16, 8), (torch.rand(1, 8, 8) * 255).byte()])
+    assert mixed.scene.shape == (3, 16)
+    regions, first = image.embed(folder.ids, pool="grid:2x2"), image.embed(folder.ids, pool="class")
+    assert regions.scene.numpy() == pytest.approx(folder.tokens.flatten(1).numpy(), abs=1e-5)
+    assert not torch.allclose(first.scene, folder.scene, atol=1e-2)
+
+
+def test_pictures_of_several_sizes_are_embedded_as_they_are_alone(tmp_path: Path) -> None:
+    embedder = load(exported(tmp_path / "run", {**IMAGE, "augment_eval": []}))
+    clips = [torch.rand(1, 8, 4 * (1 + n % 3)) for n in range(7)]
+    found = embedder.embed(clips, batch_size=2)
+    for row, clip in enumerate(clips):
+        assert found.scene[row].numpy() == pytest.approx(embedder.embed(clip).scene[0].numpy(), abs=1e-5)
+
+
+def test_a_bad_clip_is_named_and_gets_an_empty_row(speech: Embedder, tmp_path: Path, waves: list[np.ndarray]) -> None:
+    (tmp_path / "empty.wav").touch()
+    missing, empty = str(tmp_path / "missing.wav"), str(tmp_path / "empty.wav")
+    clips = [waves[0], missing, np.full(900, np.nan), waves[1], empty, waves[1][:84]]
+    with pytest.raises(BadClip, match=r"missing\.wav: no such file"):
+        speech.embed(clips)
+    found = speech.embed(clips, on_bad_clip="skip", batch_size=2)
+    good = speech.embed([waves[0], waves[1]])
+    assert found.scene[[0, 3]].numpy() == pytest.approx(good.scene.numpy(), abs=1e-5)
+    assert found.scene[[1, 2, 4, 5]].isnan().all()
+    assert not found.valid[[1, 2, 4, 5]].any()
+    assert list(found.bad) == [missing, "input 2", empty, "input 5"]
+    assert "shorter than one token" in found.bad["input 5"]
+    with pytest.raises(ValueError, match="none of the 2 clips can be read; the first is"):
+        speech.embed([missing, empty], on_bad_clip="skip")
+
+
+def test_a_picture_that_does_not_fit_is_a_bad_clip(tmp_path: Path) -> None:
+    embedder = load(exported(tmp_path / "run", {**IMAGE, "augment_eval": []}))
+    found = embedder.embed([torch.rand(1, 8, 8), torch.rand(1, 7, 8), torch.rand(8, 8, 1)], on_bad_clip="skip")
+    assert found.bad["input 1"].startswith("7 x 8 pixels are not a whole number")
+    assert "must be (channels, height, width)" in found.bad["input 2"]
+    with pytest.raises(BadClip, match="from 0 to 1"):
+        embedder.embed(torch.rand(1, 8, 8) * 255)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "nothing to embed"),
+        ([3.5], "float is none of path"),
+        ("nothing/*.wav", "no file matches"),
+        (torch.zeros(2, 3, 4), "a clip is \\(samples,\\)"),
+    ],
+)
+def test_inputs_that_are_none_are_refused(speech: Embedder, given: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        speech.embed(given)
+
+
+def test_a_folder_without_clips_is_refused(speech: Embedder, pictures: Path) -> None:
+    with pytest.raises(ValueError, match="no speech file in this folder"):
+        speech.embed(pictures)
+
+
+def test_clips_of_similar_length_go_together_within_the_bounds(
+    speech: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[list[int]] = []
+    tokens = speech.encoder.tokens
+
+    def computing(raw: Raw) -> Any:
+        groups.append(raw.lengths.tolist())
+        return tokens(raw)
+
+    monkeypatch.setattr(speech.encoder, "tokens", computing)
+    lengths = np.random.default_rng(0).permutation(np.arange(100, 900, 50))
+    speech.embed([np.zeros(n, np.float32) for n in lengths], batch_size=16, batch_seconds=0.2)
+    # number x longest is at most 1,600 samples, and one more clip would exceed it
+    assert groups[:3] == [[100, 150, 200, 250, 300], [350, 400, 450], [500, 550]]
+    assert groups[3:] == [[600, 650], [700, 750], [800], [850]]
+
+
+def test_clips_are_read_ahead_and_never_all_at_once(speech: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "WINDOW_GROUPS", 2)
+    read, ahead = [0], []
+    lengths, tokens = speech.encoder.frontend.lengths, speech.encoder.tokens
+
+    def reading(raw: Raw) -> Tensor:
+        read[0] += len(raw) == 1
+        return lengths(raw)
+
+    def computing(raw: Raw) -> Any:
+        ahead.append(read[0])
+        return tokens(raw)
+
+    monkeypatch.setattr(speech.encoder.frontend, "lengths", reading)
+    monkeypatch.setattr(speech.encoder, "tokens", computing)
+    speech.embed(np.random.default_rng(0).standard_normal((60, 100)), batch_size=2)
+    # windows of 2, 4, 4 ... clips: while one is computed, one waits, and one is being read
+    done = 2 * np.arange(len(ahead))
+    assert max(np.array(ahead) - done) <= 3 * 4
+    assert len(ahead) == 30
+
+
+def test_a_mistake_while_reading_reaches_the_caller(speech: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(raw: Raw) -> Tensor:
+        raise RuntimeError("not a clip's fault")
+
+    monkeypatch.setattr(speech.encoder.frontend, "lengths", broken)
+    with pytest.raises(RuntimeError, match="not a clip's fault"):
+        speech.embed(np.zeros(900, np.float32), on_bad_clip="skip")
+
+
+def test_bfloat16_is_near_float32_and_comes_as_float32(speech: Embedder, waves: list[np.ndarray]) -> None:
+    half = Embedder(speech.encoder, SPEECH, precision="bfloat16")
+    coarse, fine = half.embed(waves), speech.embed(waves)
+    assert coarse.tokens.dtype == coarse.scene.dtype == torch.float32
+    assert not torch.equal(coarse.scene, fine.scene)
+    assert coarse.scene.numpy() == pytest.approx(fine.scene.numpy(), abs=0.05)
+    # weights are halved once, and not those of the encoder that was given
+    assert half.encoder.transformer.blocks[0].attention.qkv.weight.dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.float32 for parameter in speech.encoder.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = alone(speech, waves[0])
+    assert torch.equal(coarse.tokens[0, : len(expected)], expected.float())
+
+
+def test_predictions_are_classes_or_transcripts(
+    speech: Embedder, image: Embedder, waves: list[np.ndarray], pictures: Path
+) -> None:
+    said = speech.predict(waves, batch_size=2)
+    assert said == [speech.predict(wave)[0] for wave in waves]
+    assert set("".join(text or "" for text in said)) <= set("ab ")
+    assert len(speech.predict(waves, beam=4)) == len(waves)
+    assert set(image.predict(pictures / "train")) <= {"checks", "stripes"}
+    assert speech.predict([waves[0], "missing.wav"], on_bad_clip="skip")[1] is None
+    with pytest.raises(ValueError, match="only transcripts"):
+        image.predict(pictures / "train", beam=4)
+
+
+def test_an_encoder_that_was_not_fine_tuned_predicts_nothing(tmp_path: Path, waves: list[np.ndarray]) -> None:
+    with pytest.raises(ValueError, match="not fine-tuned"):
+        load(exported(tmp_path / "run", SPEECH)).predict(waves)
+
+
+def test_written_embeddings_open_without_unpickling(speech: Embedder, waves: list[np.ndarray], tmp_path: Path) -> None:
+    found = speech.embed([*waves, "missing.wav"], on_bad_clip="skip")
+    with np.load(write_npz(tmp_path / "sub" / "clips", found), allow_pickle=False) as file:
+        assert file["ids"].tolist() == found.ids
+        assert file["scene"] == pytest.approx(found.scene.numpy(), nan_ok=True)
+        assert file["tokens"].shape == found.tokens.shape
+        assert file["bad_ids"].tolist() == ["missing.wav"]
+    layers = speech.embed(waves, layer=[0, 2], tokens=False)
+    with np.load(write_npz(tmp_path / "layers.npz", layers, layers=[0, 2]), allow_pickle=False) as file:
+        assert file["scene"].shape == (2, 7, 16)
+        assert file["layers"].tolist() == [0, 2]
+        assert "tokens" not in file
+    assert sorted(path.name for path in tmp_path.rglob("*.npz*")) == ["clips.npz", "layers.npz"]
+
+
+def spoil_key(run: Path) -> None:
+    _export_with(run, lambda encoder: encoder.transformer.blocks[1].register_module("mlp", torch.nn.Identity()))
+
+
+def spoil_shape(run: Path) -> None:
+    _export_with(run, lambda encoder: setattr(encoder, "mask_token", torch.nn.Parameter(torch.zeros(8))))
+
+
+def _export_with(run: Path, change: Callable[[Encoder], object]) -> None:
+    encoder = build_encoder(SPEECH)
+    change(encoder)
+    export_encoder(run, encoder, SPEECH)
+
+
+def cut_off(run: Path) -> None:
+    file = run / "encoder.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def no_weights(run: Path) -> None:
+    (run / "encoder.safetensors").unlink()
+
+
+def no_config(run: Path) -> None:
+    (run / "config.json").unlink()
+
+
+def no_json(run: Path) -> None:
+    (run / "config.json").write_text("{")
+
+
+def other_format(run: Path) -> None:
+    (run / "config.json").write_text(json.dumps({**SPEECH, "format": 99}))
+
+
+def no_section(run: Path) -> None:
+    (run / "config.json").write_text(json.dumps({key: SPEECH[key] for key in SPEECH if key != "transformer"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_key, r"'transformer\.blocks\.1\.mlp\..*' is missing"),
+        (spoil_shape, r"'mask_token' is \(8,\), and config\.json makes it \(16,\)"),
+        (cut_off, "not a whole safetensors file"),
+        (no_weights, "no encoder.safetensors"),
+        (no_config, "no config.json"),
+        (no_json, "this is not JSON"),
+        (other_format, "format 99"),
+        (no_section, "no encoder can be built"),
+        (shutil.rmtree, "no such folder"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, spoil: Callable[[Path], object], words: str) -> None:
+    run = exported(tmp_path / "run", SPEECH)
+    spoil(run)
+    with pytest.raises(ValueError, match=words) as error:
+        load(run)
+    assert "\n" not in str(error.value)
+
+
+def test_a_device_or_precision_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    run = exported(tmp_path / "run", SPEECH)
+    with pytest.raises(ValueError, match="device='cude'"):
+        load(run, device="cude")
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        load(run, precision="float16")  # type: ignore[arg-type]

@@ -1,0 +1,212 @@
+"""What `mmssl evaluate` measures, on clips whose answer is known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmssl.assemble import build_encoder, build_objective
+from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.data.text import Classes
+from mmssl.embed import load
+from mmssl.tasks import LogMel, as_baseline, evaluate, labelled
+from mmssl.training.checkpoint import export_encoder
+from mmssl.types import Raw
+
+IMAGE: dict[str, Any] = {
+    "format": 1,
+    "modality": "image",
+    "frontend": {"name": "patches", "size": [8, 8], "channels": 1, "mean": [0.5], "std": [0.5]},
+    "positions": {"name": "sincos"},
+    "transformer": {"dim": 16, "depth": 2, "heads": 2},
+    "encoder": {},
+    "augment_eval": [],
+    "objective": {"name": "classify"},
+    "classes": ["checks", "stripes"],
+    "vocabulary": None,
+}
+SPEECH: dict[str, Any] = {
+    **IMAGE,
+    "modality": "speech",
+    "frontend": {"name": "waveform", "layers": [[8, 10, 5], [8, 4, 4], [8, 4, 4]], "rate": 8000},
+    "positions": {"name": "conv", "kernel": 8, "groups": 2},
+    "encoder": {"mask_token": True},
+    "objective": {"name": "ctc"},
+    "classes": None,
+    "vocabulary": ["<blank>", "|", "g", "h", "i", "l", "o", "w"],
+}
+
+
+def exported(folder: Path, config: dict[str, Any], *, tuned: bool = False) -> Path:
+    torch.manual_seed(0)
+    encoder = build_encoder(config)
+    export_encoder(folder, encoder, config, objective=build_objective(config, encoder) if tuned else None)
+    return folder
+
+
+def listed(folder: Path, key: str, out: Path) -> dict[str, Path]:
+    """A manifest for each split of the folders that conftest makes; the label is also the text."""
+    manifests = {}
+    for split in ("train", "test"):
+        files = sorted(path for path in (folder / split).rglob("*") if path.is_file())
+        rows = [{key: str(path), "label": path.parent.name, "text": path.parent.name, "seconds": 0.5} for path in files]
+        manifests[split] = out / f"{split}.jsonl"
+        write_manifest(manifests[split], rows)
+    return manifests
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory.mktemp("image"), IMAGE, tuned=True)
+
+
+@pytest.fixture(scope="module")
+def seen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return listed(pictures, "image", tmp_path_factory.mktemp("seen"))
+
+
+@pytest.fixture(scope="module")
+def heard(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return listed(sounds, "audio", tmp_path_factory.mktemp("heard"))
+
+
+def test_log_mel_tells_low_from_high_by_both_protocols(heard: dict[str, Path], tmp_path: Path) -> None:
+    run = exported(tmp_path / "run", SPEECH)
+    given: dict[str, Any] = {"train": heard["train"], "test": heard["test"], "baseline": "logmel"}
+    for task in ("linear", "knn"):
+        score = evaluate(run, task=task, pool="slices:2+std", k=3, **given)["accuracy"]
+        assert (score.value, score.n) == (1.0, 4)
+        assert "log-mel energies, pool slices:2+std" in score.protocol
+        assert json.loads(score.to_json())["details"]["pool"] == "slices:2+std"
+
+
+def test_layer_and_strength_are_chosen_on_clips_set_aside_and_the_protocol_says_so(
+    image: Path, seen: dict[str, Path]
+) -> None:
+    score = evaluate(image, train=seen["train"], test=seen["test"])["accuracy"]
+    assert "validation is a fifth of the training clips" in score.protocol
+    assert "fitted on train+valid" in score.protocol
+    assert set(score.details["valid"]) == {-1, 0, 1, 2}
+    best = max(score.details["valid"].values())
+    assert score.details["valid"][score.details["layer"]] == best
+
+
+def test_what_is_to_be_chosen_is_chosen_by_leaving_out_groups(heard: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{**row, "speaker": f"speaker {n % 3}"} for n, row in enumerate(Manifest(heard["train"]))]
+    write_manifest(tmp_path / "train.jsonl", rows)
+    run = exported(tmp_path / "run", SPEECH)
+    given: dict[str, Any] = {"train": tmp_path / "train.jsonl", "test": heard["test"], "baseline": "logmel"}
+    score = evaluate(run, by="speaker", **given)["accuracy"]
+    assert "leaving out each of 3 groups in turn" in score.protocol
+    assert "groups are speaker" in score.protocol
+    assert score.details["n_train"] == 12
+    with pytest.raises(ValueError, match="leave valid out"):
+        evaluate(run, by="speaker", valid=heard["test"], **given)
+
+
+def test_a_fixed_strength_needs_no_validation(image: Path, seen: dict[str, Path]) -> None:
+    score = evaluate(image, train=seen["train"], test=seen["test"], layer=-1, strength=0.5)["accuracy"]
+    assert (score.details["C"], score.details["n_train"]) == (0.5, 12)
+    assert "validation" not in score.protocol
+
+
+def test_few_labels_stay_few(image: Path, seen: dict[str, Path]) -> None:
+    score = evaluate(image, train=seen["train"], test=seen["test"], layer=0, labels_per_class=2, draws=3)["accuracy"]
+    assert [draw["n_train"] for draw in score.details["draws"]] == [4, 4, 4]
+    assert [draw["refit"] for draw in score.details["draws"]] == ["train"] * 3
+    assert score.deviation is not None
+
+
+def test_random_weights_are_the_same_network_with_others(image: Path, seen: dict[str, Path]) -> None:
+    trained = load(image)
+    with torch.no_grad():
+        for parameter in trained.encoder.parameters():
+            parameter.mul_(3)
+    clips = Manifest(seen["test"])
+    state = torch.random.get_rng_state()
+    first, again, other = (as_baseline(trained, "random", seed=seed).embed(clips).scene for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert first.shape == other.shape == trained.embed(clips).scene.shape
+    assert not torch.allclose(first, other)
+    assert not torch.allclose(first, trained.embed(clips).scene)
+
+
+def test_raw_pixels_are_the_picture_itself(image: Path) -> None:
+    clips = torch.rand(3, 1, 16, 8)
+    assert torch.equal(as_baseline(load(image), "pixels").embed(clips).scene, clips.flatten(1))
+
+
+def test_log_mel_frames_are_every_10_ms_and_the_same_alone(tmp_path: Path) -> None:
+    logmel = as_baseline(load(exported(tmp_path / "run", SPEECH)), "logmel")
+    rng = np.random.default_rng(0)
+    waves = [rng.standard_normal(n).astype(np.float32) for n in (1000, 200, 90, 500)]
+    found = logmel.embed(waves)
+    # windows of 200 samples every 80: (1000 - 200) / 80 + 1 whole ones, and one of what is shorter
+    assert found.valid.sum(1).tolist() == [11, 1, 1, 4]
+    assert found.time_ms is not None
+    assert found.time_ms[0, :2].tolist() == pytest.approx([12.5, 22.5])
+    for row, wave in enumerate(waves):
+        assert found.scene[row].numpy() == pytest.approx(logmel.embed(wave).scene[0].numpy(), abs=1e-5)
+
+
+def test_a_short_clip_has_one_window() -> None:
+    raw = Raw(torch.rand(1, 90), torch.tensor([90]), ["short"], 8000.0)
+    assert LogMel({"rate": 8000}).tokens(raw).x.shape == (1, 1, 40)
+
+
+def test_a_fine_tuned_run_is_measured_on_its_own_classes(image: Path, seen: dict[str, Path]) -> None:
+    said = load(image).predict(seen["test"])
+    truth = Manifest(seen["test"]).column("label")
+    score = evaluate(image, task="classify", test=seen["test"])["accuracy"]
+    assert score.value == sum(map(str.__eq__, said, truth)) / 4
+    with pytest.raises(ValueError, match="has no vocabulary"):
+        evaluate(image, task="ctc", test=seen["test"])
+
+
+def test_a_fine_tuned_run_is_measured_on_what_it_writes(heard: dict[str, Path], tmp_path: Path) -> None:
+    run = exported(tmp_path / "run", SPEECH, tuned=True)
+    scores = evaluate(run, task="ctc", test=heard["test"], beam=2)
+    assert set(scores) == {"wer", "cer"}
+    assert scores["wer"].n == 4
+    assert "prefix beam of 2" in scores["wer"].protocol
+
+
+def test_clips_that_cannot_be_read_are_counted_and_not_measured(
+    image: Path, seen: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [*Manifest(seen["test"]), {"image": "missing.png", "label": "checks"}]
+    write_manifest(tmp_path / "bad.jsonl", rows)
+    given: dict[str, Any] = {"train": seen["train"], "test": tmp_path / "bad.jsonl", "layer": 0, "task": "knn", "k": 1}
+    score = evaluate(image, on_bad_clip="skip", **given)["accuracy"]
+    assert score.n == 4
+    assert "1 clips could not be read" in score.protocol
+    with pytest.raises(ValueError, match=r"missing\.png"):
+        evaluate(image, **given)
+
+
+def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"train\.jsonl:7: the label 'stripes' is not among the 1 classes"):
+        labelled(load(image), Manifest(seen["train"]), classes=Classes(["checks"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"task": "linear", "train": None}, "give their manifest as train"),
+        ({"task": "cluster"}, "choose linear, knn, classify or ctc"),
+        ({"baseline": "logmel"}, "choose random, or pixels"),
+        ({"task": "classify", "baseline": "pixels"}, "leave the baseline out"),
+        ({"label": "speaker"}, "no 'speaker'"),
+        ({"layer": 5}, "has layers 0 to 2"),
+        ({"pool": "slices:2"}, "needs tokens along t"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    image: Path, seen: dict[str, Path], given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        evaluate(image, **{"train": seen["train"], "test": seen["test"], **given})
