@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.nn.linear import Linear
 from mmssl.nn.positions import sincos
 from mmssl.nn.transformer import Transformer
 from mmssl.types import Encoded, MaskPlan, Tokens, valid_mask
@@ -36,10 +37,10 @@ class Predictor(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.embed = nn.Linear(dim_in, dim)
+        self.embed = Linear(dim_in, dim)
         self.mask_vector = nn.Parameter(torch.randn(dim) * 0.02)
         self.transformer = Transformer(dim=dim, depth=depth, heads=heads, mlp_dim=mlp_dim, eps=eps)
-        self.out = nn.Linear(dim, out_dim)
+        self.out = Linear(dim, out_dim)
         for linear in (self.embed, self.out):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)

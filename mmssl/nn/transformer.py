@@ -16,12 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.nn.linear import Linear
 from mmssl.nn.seeds import seed_of, uniform
 from mmssl.types import valid_mask
 
 # On the CPU, rows at least this long are attended to one by one: the square of their padding would cost more than the
 # calls do. Shorter ones go as one padded call with a mask.
 _ROW_BY_ROW = 128
+# In bfloat16 on the CPU torch's own attention, with its backward pass, takes 2 to 9 times as long as its two products
+# written out (benchmarks/step_speed.py), up to where the scores of a row are as large as its activations.
+_PLAIN_ROWS = 1024
 
 
 class Layout:
@@ -64,8 +68,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
 
     def forward(self, h: Tensor, layout: Layout) -> Tensor:
         qkv = self.qkv(h)
@@ -84,8 +88,28 @@ class Attention(nn.Module):
         batch, size, width = qkv.shape
         q, k, v = qkv.view(batch, size, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
         rate = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+        attend = _attend_plainly if _is_halved(q) else F.scaled_dot_product_attention
+        mixed = attend(q, k, v, attn_mask=mask, dropout_p=rate)
         return mixed.transpose(1, 2).reshape(batch, size, width // 3)
+
+
+def _is_halved(q: Tensor) -> bool:
+    return (
+        q.device.type == "cpu"
+        and q.shape[-2] <= _PLAIN_ROWS
+        and (
+            q.dtype is torch.bfloat16
+            or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16)
+        )
+    )
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, dropout_p: float) -> Tensor:
+    """What scaled dot product attention computes, written out."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return F.dropout(scores.softmax(-1).to(v.dtype), dropout_p) @ v
 
 
 class MLP(nn.Module):
@@ -93,8 +117,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, dropout: float) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, hidden)
-        self.down = nn.Linear(hidden, dim)
+        self.up = Linear(dim, hidden)
+        self.down = Linear(hidden, dim)
         self.dropout = dropout
 
     def forward(self, h: Tensor) -> Tensor:

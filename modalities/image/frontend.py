@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmssl.nn.linear import Linear
 from mmssl.types import Frontend, Raw, Tokens
 
 
@@ -51,7 +52,7 @@ class Patches(Frontend):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(list(mean))[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(list(std))[:, None, None], persistent=False)
-        self.project = nn.Linear(self.feature_dim, dim)
+        self.project = Linear(self.feature_dim, dim)
         nn.init.xavier_uniform_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.nn.linear import Linear, product
 from mmssl.types import Frontend, Raw, Tokens, valid_mask
 
 WAV2VEC2_LAYERS = ((512, 10, 5), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 2, 2), (512, 2, 2))
@@ -98,7 +99,7 @@ class Waveform(Frontend):
             else [nn.LayerNorm(channels, eps=eps) for channels, _, _ in layers]
         )
         self.norm = nn.LayerNorm(self.feature_dim, eps=eps)
-        self.project = nn.Linear(self.feature_dim, dim)
+        self.project = Linear(self.feature_dim, dim)
         nn.init.normal_(self.project.weight, std=0.02)
         nn.init.zeros_(self.project.bias)
 
@@ -232,17 +233,17 @@ class StridedConv(torch.autograd.Function):
         out: Tensor | None = None
         for view, part in _views(x, weight, kernel, stride):
             if out is None:
-                out = view @ part if bias is None else torch.addmm(bias, view, part)
+                out = product(view, part.t())
             else:
                 out.addmm_(view, part)
         assert out is not None
-        return out
+        return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         kernel, stride = ctx.shape
-        grad_weight = torch.cat([view.T @ grad for view, _ in _views(x, weight, kernel, stride)])
+        grad_weight = torch.cat([product(view.t(), grad.t()) for view, _ in _views(x, weight, kernel, stride)])
         grad_bias = grad.sum(0) if ctx.has_bias else None
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -251,7 +252,7 @@ class StridedConv(torch.autograd.Function):
             grad_x[rows * stride :] = 0
             for i, (view, part) in enumerate(_views(grad_x, weight, kernel, stride)):
                 if i == 0:
-                    torch.mm(grad, part.T, out=view)
+                    view.copy_(product(grad, part))
                 else:
                     view.addmm_(grad, part.T)
         return grad_x, grad_weight, grad_bias, None, None

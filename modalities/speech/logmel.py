@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.modalities.speech.targets import FLOOR, mel_bank
+from mmssl.nn.linear import Linear
 from mmssl.types import Frontend, Raw, Tokens, valid_mask
 
 
@@ -55,7 +56,7 @@ class LogMel(Frontend):
         self.fft, bank = mel_bank(rate, self.window, bands)
         self.register_buffer("bank", bank, persistent=False)
         self.register_buffer("taper", torch.hann_window(self.window), persistent=False)
-        self.project = nn.Linear(self.feature_dim, dim)
+        self.project = Linear(self.feature_dim, dim)
         nn.init.xavier_uniform_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
