@@ -106,7 +106,13 @@ class Classify(nn.Module):
         likeliest = labels if share is None else torch.where(share >= 0.5, labels, labels.flip(0))
         right = (logits.argmax(1) == likeliest).sum()
         n = len(batch)
-        return Loss(total, n, {"loss": (total.detach(), n), "accuracy": (right, n), "feature_std": (spread * n, n)})
+        metrics: dict[str, tuple[float | Tensor, float]] = {
+            "loss": (total.detach(), n),
+            "accuracy": (right, n),
+            "chance_accuracy": (n / self.n_classes, n),
+            "feature_std": (spread * n, n),
+        }
+        return Loss(total, n, metrics)
 
     def predict(self, batch: Batch) -> Tensor:
         """(B, classes) float32 logits."""

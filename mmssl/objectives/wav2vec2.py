@@ -98,7 +98,8 @@ class Wav2Vec2(nn.Module):
         self.diversity_weight = diversity_weight
         self.feature_penalty = feature_penalty
         self.feature_dropout = feature_dropout
-        self.skips_parameters = encoder.transformer.layer_drop > 0
+        # a part of a batch without a hidden frame that has another to be told from reaches nothing behind the context
+        self.skips_parameters = True
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
@@ -159,6 +160,7 @@ class Wav2Vec2(nn.Module):
                 "diversity": (diversity.detach(), n),
                 "soft_perplexity": (used.detach().mean() * n, n),
                 "code_perplexity": (code_perplexity(quantized.codes, self.quantizer.codes).mean() * n, n),
+                "codes": (self.quantizer.codes * n, n),
                 "temperature": (self.quantizer.temperature_at(self.updates) * n, n),
                 "feature_std": (_spread(features) * n, n),
                 "prediction_std": (_spread(_unit(prediction)) * n, n),

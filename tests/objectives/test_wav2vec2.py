@@ -279,9 +279,16 @@ def test_the_codes_of_a_clip_do_not_depend_on_what_is_hidden() -> None:
     assert tokens.feat.shape[-1] == objective.quantizer.logits.in_features
 
 
-def test_layer_drop_is_told_to_the_loop() -> None:
-    assert Wav2Vec2(encoder(layer_drop=0.1)).skips_parameters
-    assert not Wav2Vec2(encoder()).skips_parameters
+def test_a_part_without_a_contrast_reaches_fewer_parameters_and_the_loop_knows() -> None:
+    model = Wav2Vec2(encoder())
+    raw = Raw(
+        torch.randn(1, model.encoder.frontend.min_length), torch.tensor([model.encoder.frontend.min_length]), ["a"]
+    )
+    loss = model(Batch({"speech": raw}, seeds=torch.tensor([0])))
+    loss.total.backward()
+    assert loss.count == 0
+    assert any(p.grad is None or not p.grad.any() for p in model.quantizer.parameters())
+    assert model.skips_parameters
 
 
 def test_an_encoder_without_a_mask_token_is_refused() -> None:
