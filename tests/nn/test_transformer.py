@@ -117,3 +117,32 @@ def test_drop_path_leaves_out_whole_clips_and_keeps_the_mean():
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="heads=5"):
         build(heads=5)
+
+
+@pytest.mark.parametrize("lengths", [[9, 9], [9, 4]])
+def test_bfloat16_is_float32_within_its_precision(lengths):
+    # attention is another piece of code there
+    ours, lengths = build(), torch.tensor(lengths)
+    x = torch.randn(2, 9, 32)
+
+    def run():
+        ours.zero_grad()
+        out = ours(x, lengths)[0]
+        out.float().pow(2).sum().backward()
+        return out.detach().float(), torch.cat([p.grad.flatten() for p in ours.parameters()])
+
+    exact, gradient = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, rough = run()
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
+    assert torch.cosine_similarity(gradient, rough, dim=0) > 0.999
+    assert rough.isfinite().all()
+
+
+def test_attention_written_out_is_torchs():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
+    mask = torch.arange(9) < torch.tensor([9, 5])[:, None]
+    for given in (None, mask[:, None, None, :]):
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given)
+        assert torch.allclose(room._attend_plainly(q, k, v, attn_mask=given, dropout_p=0.0), expected, atol=1e-5)
