@@ -146,7 +146,7 @@ def table(out: Path, manifests: dict[str, Path], steps: int) -> list[tuple[str, 
         rows.append((name if baseline == "pixels" else f"{name}, frozen", *(f"{100 * cell:.1f}" for cell in cells)))
     for name, init in (("fine-tuned from random weights", "null"), ("fine-tuned from pretrained", str(run))):
         cells = []
-        for labels, share in (("few", 0.4), ("train", 0.8)):
+        for labels, share in (("few", 0.2), ("train", 0.4)):
             tuned = learn(
                 "small/classify_image",
                 out / f"{name.split()[-1]}_{labels}",
@@ -164,7 +164,7 @@ def table(out: Path, manifests: dict[str, Path], steps: int) -> list[tuple[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=1500, help="updates of pretraining; fine-tuning takes its shares")
+    parser.add_argument("--steps", type=int, default=1000, help="updates of pretraining; fine-tuning takes its shares")
     args = parser.parse_args()
     start = time.monotonic()
     print(f"{torch.get_num_threads()} threads on {os.cpu_count()} cores")

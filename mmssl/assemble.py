@@ -66,7 +66,7 @@ Config = Mapping[str, Any]
 PROVIDED: dict[str, Callable[[Config, Encoder], Any]] = {
     "target": lambda config, encoder: _target(config).values,
     "target_dim": lambda config, encoder: _target(config).dim(encoder.frontend),
-    "target_learned": lambda config, encoder: _target(config).learned,
+    "target_learned": lambda config, encoder: _target(config).learned and encoder.frontend.learned,
     "pictures": lambda config, encoder: _target(config).pictures,
     "n_characters": lambda config, encoder: len(config["vocabulary"]),
     "n_classes": lambda config, encoder: len(config["classes"]),

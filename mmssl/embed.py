@@ -365,7 +365,7 @@ class Embedder:
             raise ValueError("nothing to embed: the inputs are empty")
         return clips
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: what is returned may be trained on
     def _run(
         self,
         clips: _Clips,
@@ -380,7 +380,7 @@ class Embedder:
             raise ValueError(f"batch_size={batch_size}, batch_seconds={batch_seconds}: both must be above 0")
         if on_bad_clip not in ("raise", "skip"):
             raise ValueError(f"on_bad_clip={on_bad_clip!r}: choose raise or skip")
-        names, bad = [""] * len(clips), {}
+        names, bad, left_out = [""] * len(clips), {}, 0
         with closing(_windows(clips, batch_size)) as windows, _bar(len(clips), progress) as advance:
             for window in windows:
                 good = []
@@ -392,12 +392,13 @@ class Embedder:
                         raise item.error
                     else:
                         bad[item.name] = item.error.reason
+                        left_out += 1
                 for group in _groups(good, batch_size, batch_seconds):
                     samples = [item.sample for item in group if item.sample is not None]
                     compute(collate_samples(samples), [item.place for item in group])
                     advance(len(group))
                 advance(len(window) - len(good))
-        if len(bad) == len(clips):
+        if left_out == len(clips):
             first = next(iter(bad))
             raise ValueError(f"none of the {len(clips)} clips can be read; the first is {first} ({bad[first]})")
         return names, bad

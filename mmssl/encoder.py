@@ -97,7 +97,7 @@ class Encoder(nn.Module):
 
 def _copies(tokens: Tokens, plan: MaskPlan) -> Tokens:
     """The tokens of each masked copy: (B, ...) -> (R, ...)."""
-    if plan.is_identity:
+    if plan.is_identity and len(plan.rows) == len(tokens.x):
         return tokens
 
     source = plan.rows.to(tokens.x.device)

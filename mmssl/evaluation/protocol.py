@@ -133,8 +133,12 @@ def draw_labels(labels: Tensor, *, per_class: int | None = None, share: float | 
 
 
 def hold_out(labels: Tensor, *, share: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Places of the clips to fit on and of those to choose on, the same share of every class."""
-    held = draw_labels(labels, share=share, seed=seed)
+    """Places of the clips to fit on and of those to choose on, the same share of every class of two clips or more."""
+    classes, counts = labels.unique(return_counts=True)
+    several = torch.nonzero(torch.isin(labels, classes[counts > 1]))[:, 0]
+    if not len(several):
+        raise ValueError(f"{len(labels)} training clips are too few to set some aside; give validation clips")
+    held = several[draw_labels(labels[several], share=share, seed=seed)]
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[held] = False
     if not rest.any():

@@ -40,8 +40,9 @@ def sincos(coords: Tensor, dim: int, *, base: float = 10_000.0) -> Tensor:
 class SinCos(nn.Module):
     """Fixed sine and cosine positions on a grid of any number of axes and any size.
 
-    With `train_grid` the coordinates of another grid are scaled to span the same range, which is interpolation;
-    without, they count on.
+    With `train_grid` the coordinates on another grid are scaled to span the same range, which is interpolation;
+    without, they count on. Time always counts on: how long a clip is says nothing of how far apart its tokens are, and
+    the batch's longest clip nothing of the others.
     """
 
     def __init__(self, dim: int, *, train_grid: Sequence[int] | None = None) -> None:
@@ -51,16 +52,17 @@ class SinCos(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         coords = _shared(tokens.coords)
-        if self.train_grid is not None and tuple(self.train_grid) != tuple(tokens.grid):
-            scale = torch.tensor([old / new for old, new in zip(self.train_grid, tokens.grid, strict=True)])
+        if self.train_grid is not None:
+            sizes = zip(self.train_grid, tokens.grid, tokens.axes, strict=True)
+            scale = torch.tensor([1.0 if axis == "t" else old / new for old, new, axis in sizes])
             coords = coords * scale.to(coords.device)
         return sincos(coords, self.dim)
 
 
 class Learned(nn.Module):
-    """A table of one vector for each cell of a grid, interpolated for a grid of another size.
+    """A table of one vector for each cell of a grid, interpolated for a picture of another size.
 
-    Source: Dosovitskiy et al. 2021 (arXiv:2010.11929), section 3.2.
+    Source: Dosovitskiy et al. 2021 (arXiv:2010.11929), section 3.2. Time is not stretched, see `SinCos`.
     """
 
     def __init__(self, dim: int, *, grid: Sequence[int]) -> None:
@@ -70,20 +72,30 @@ class Learned(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Add the vector of each token's cell.
+
+        Raises:
+            ValueError: a clip goes on past the end of the table in time, or it is no picture and of another size.
+        """
         table: Tensor = self.table
-        if self.grid != tuple(tokens.grid):
-            if len(self.grid) > 2:
+        grid = self.grid
+        fits = all(
+            new <= old if axis == "t" else new == old
+            for old, new, axis in zip(grid, tokens.grid, tokens.axes, strict=True)
+        )
+        if not fits:
+            if tokens.axes != ("h", "w"):
                 raise ValueError(
-                    f"positions: a learned table of {self.grid} cells cannot be stretched to {tuple(tokens.grid)}; "
-                    "use sincos positions for clips of other sizes"
+                    f"positions: a learned table of {grid} cells does not reach over {tuple(tokens.grid)} tokens; crop "
+                    "the clips, or use sincos positions"
                 )
-            mode = "bicubic" if len(self.grid) == 2 else "linear"
-            grid = table.T.reshape(1, -1, *self.grid)
-            stretched = F.interpolate(grid, size=tuple(tokens.grid), mode=mode, align_corners=False)
-            table = stretched.flatten(2)[0].T
-        place = torch.zeros_like(tokens.coords[:1, :, 0])
-        for axis, size in enumerate(tokens.grid):
-            place = place * size + tokens.coords[:1, :, axis]
+            cells = table.T.reshape(1, -1, *grid)
+            stretched = F.interpolate(cells, size=tuple(tokens.grid), mode="bicubic", align_corners=False)
+            table, grid = stretched.flatten(2)[0].T, tuple(tokens.grid)
+        coords = _shared(tokens.coords)
+        place = torch.zeros_like(coords[..., 0])
+        for axis, size in enumerate(grid):
+            place = place * size + coords[..., axis]
         return table[place]
 
 

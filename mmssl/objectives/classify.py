@@ -71,7 +71,11 @@ class Classify(nn.Module):
         self.mixup = mixup
         self.freeze_encoder = freeze_encoder
         # nothing is hidden here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = encoder.mask_token is not None or encoder.transformer.layer_drop > 0
+        self.skips_parameters = (
+            encoder.mask_token is not None
+            or encoder.transformer.layer_drop > 0
+            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
+        )
         self.pool: Callable[[Tensor, Tensor, int], Tensor]
         if pooling == "attention":
             self.pool = AttentionPool(encoder.dim, pool_heads)

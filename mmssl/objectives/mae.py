@@ -64,7 +64,11 @@ class MAE(nn.Module):
         self.pictures = pictures
         self.mask_ratio = mask_ratio
         # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = encoder.mask_token is not None or encoder.transformer.layer_drop > 0
+        self.skips_parameters = (
+            encoder.mask_token is not None
+            or encoder.transformer.layer_drop > 0
+            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
+        )
         self.predictor = Predictor(
             dim_in=encoder.dim,
             dim=decoder_dim,

@@ -236,7 +236,12 @@ class _Run:
                 if last or place.step % settings.log_every == 0:
                     self.report()
                 if settings.eval_every and (last or place.step % settings.eval_every == 0):
-                    self.score()
+                    try:
+                        self.score()
+                    except Exception:
+                        # whatever is wrong with the validation clips, the updates so far are not lost for it
+                        self.save()
+                        raise
                 if settings.save_every and place.step % settings.save_every == 0:
                     self.save()
             if self.stopping():

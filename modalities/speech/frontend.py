@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mmssl.nn.linear import Linear, product
 from mmssl.types import Frontend, Raw, Tokens, valid_mask
@@ -240,6 +241,7 @@ class StridedConv(torch.autograd.Function):
         return out if bias is None else out.add_(bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         kernel, stride = ctx.shape

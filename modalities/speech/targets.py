@@ -69,6 +69,7 @@ def features(raw: Raw, tokens: Tokens) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept must serve where there is a gradient, too
 def mel_bank(rate: int, width: int, bands: int) -> tuple[int, Tensor]:
     """Triangles of equal width on the mel scale 2595 log10(1 + f / 700), each with a peak of 1.
 

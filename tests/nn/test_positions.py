@@ -92,3 +92,16 @@ def test_convolutional_positions_hear_no_padding():
     alone = ours(x[1:, :12], speech(x[1:, :12], torch.tensor([12])))
     assert torch.allclose(ragged[1, :12], alone[0], atol=1e-6)
     assert ragged[1, 12:].abs().max() == 0
+
+
+@pytest.mark.parametrize("positions", [SinCos(8, train_grid=[12]), Learned(8, grid=[20])])
+def test_time_is_not_stretched_by_the_longest_clip_of_a_batch(positions):
+    x = torch.zeros(1, 20, 8)
+    long, short = speech(x, torch.tensor([20])), speech(x[:, :9], torch.tensor([9]))
+    assert torch.allclose(positions(x, long)[:, :9], positions(x[:, :9], short), atol=1e-6)
+
+
+def test_a_clip_past_the_end_of_a_learned_table_is_refused():
+    x = torch.zeros(1, 21, 8)
+    with pytest.raises(ValueError, match=r"a learned table of \(20,\) cells does not reach over \(21,\) tokens"):
+        Learned(8, grid=[20])(x, speech(x, torch.tensor([21])))

@@ -146,3 +146,17 @@ def test_attention_written_out_is_torchs():
     for given in (None, mask[:, None, None, :]):
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given)
         assert torch.allclose(room._attend_plainly(q, k, v, attn_mask=given, dropout_p=0.0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_attention_drops_while_training_only(precision):
+    ours = build(attention_dropout=0.5)
+    x = torch.randn(2, 9, 32)
+
+    def run():
+        with torch.autocast("cpu", dtype=precision, enabled=precision is not torch.float32), torch.no_grad():
+            return ours(x)[0]
+
+    assert not torch.equal(run(), run())
+    ours.eval()
+    assert torch.equal(run(), run())
