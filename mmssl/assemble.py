@@ -47,6 +47,9 @@ ENCODER = ("frontend", "positions", "transformer", "encoder")
 RATES = ("dropout", "attention_dropout", "activation_dropout", "drop_path", "layer_drop")
 # settings that say how a run is done and not what comes out of it: a run may be resumed with others
 PRACTICAL = {
+    "data.valid",
+    "data.on_bad_clip",
+    "data.max_bad_share",
     "data.workers",
     "data.cache",
     # with another number of processes it is set anew, so that the batch of an update stays the same
@@ -350,7 +353,12 @@ def read_config(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"{run}: no config.json here, so this is no folder of a run; a run writes it when it ends")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: this is not JSON ({error}); copy or export it again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: this is no description of an encoder; copy or export it again")
     if config.get("format") != FORMAT:
         raise ValueError(f"{path}: format {config.get('format')!r}, but this version of mmssl reads {FORMAT}")
     return config

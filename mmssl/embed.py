@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import glob
-import json
 import math
 import os
 import queue
@@ -58,10 +57,7 @@ def load(path: str | Path, *, device: str = "auto", precision: Precision = "floa
         folder = folder.parent
     if not folder.is_dir():
         raise ValueError(f"{path}: no such folder; give the folder of a run or of an exported encoder")
-    try:
-        config = read_config(folder)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'}: this is not JSON ({error}); copy or export it again") from None
+    config = read_config(folder)
     file = folder / "encoder.safetensors"
     if not file.is_file():
         raise ValueError(f"{folder}: no encoder.safetensors beside config.json; a run writes it when it ends")

@@ -79,7 +79,7 @@ class Classes:
     @classmethod
     def from_labels(cls, labels: Iterable[object]) -> Classes:
         """The distinct labels, sorted: as numbers where all of them are whole numbers, else as text."""
-        names = {str(label) for label in labels}
+        names = {_name(label) for label in labels}
         numbers = all(name.isdecimal() for name in names)
         return cls(sorted(names, key=lambda name: (int(name), name) if numbers else name))
 
@@ -89,7 +89,7 @@ class Classes:
         Raises:
             ValueError: there is no such class.
         """
-        id = self._ids.get(str(label))
+        id = self._ids.get(_name(label))
         if id is None:
             shown = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
             raise ValueError(f"the label {label!r} is not among the {len(self.names)} classes ({shown})")
@@ -99,5 +99,13 @@ class Classes:
         return len(self.names)
 
 
+def _name(label: object) -> str:
+    if not isinstance(label, (str, int, float)):
+        raise ValueError(f"the label {label!r} is no class: it must be text or a number")
+    return str(label)
+
+
 def _words(text: str) -> list[str]:
+    if not isinstance(text, str):
+        raise ValueError(f"the text {text!r} is no transcript: it must be text, in quotes")
     return unicodedata.normalize("NFC", text).split()

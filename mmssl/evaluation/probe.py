@@ -186,7 +186,8 @@ def fit_linear(
             best, chosen, highest, below = strength, probes[0], now, 0
         elif now < highest:
             below += 1
-            if below == 2 or now < highest - 0.01:
+            # not while nothing is above guessing: weak features take a weak penalty to show what they hold
+            if (below == 2 or now < highest - 0.01) and highest >= 2 / int(train[1].max() + 1):
                 break
         else:
             below = 0

@@ -229,8 +229,14 @@ class _Run:
             parts = []
             for _ in range(settings.accumulate):
                 # making an epoch's workers draws random numbers, at other times in a run that was resumed
-                with undisturbed(self.device):
-                    parts.append(next(batches))
+                try:
+                    with undisturbed(self.device):
+                        parts.append(next(batches))
+                except Exception:
+                    # a clip that cannot be read costs no update that was made before it
+                    if place.step and self.saved != place.step:
+                        self.save()
+                    raise
             if self.update(parts):
                 last = place.step == settings.steps
                 if last or place.step % settings.log_every == 0:

@@ -71,3 +71,15 @@ def test_a_label_that_is_no_class_is_named() -> None:
         Classes(["cat", "cat"])
     with pytest.raises(ValueError, match="each name once"):
         Classes([])
+
+
+@pytest.mark.parametrize("label", [None, ["cat"], {"name": "cat"}])
+def test_a_label_that_is_neither_text_nor_number_is_refused(label: object) -> None:
+    with pytest.raises(ValueError, match="is no class: it must be text or a number"):
+        Classes.from_labels(["dog", label])
+
+
+@pytest.mark.parametrize("text", [5, None])
+def test_a_transcript_that_is_no_text_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match="is no transcript: it must be text, in quotes"):
+        CharVocabulary.from_texts(["a", text])  # type: ignore[list-item]

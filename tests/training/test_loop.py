@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from toy import KILLED, Diverse, Loader, Toy, batch, built, gradient, run, start
 
 from mmssl.training import RunStopped, TrainSettings, checkpoint, train
-from mmssl.types import Batch, Loss
+from mmssl.types import BadClip, Batch, Loss
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -393,3 +394,38 @@ def test_statistics_are_gone_when_the_update_is_over(tmp_path: Path) -> None:
 def test_settings_outside_their_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainSettings(**settings)
+
+
+class Breaking(Loader):
+    """A loader whose clips cannot be read from some micro-batch on, until they were mended."""
+
+    mended = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        for n, part in enumerate(super().__iter__(), start=self.consumed):
+            if n >= 5 and not self.mended:
+                raise BadClip("nan.wav", "1 sample is NaN")
+            yield part
+
+
+def test_a_bad_clip_costs_no_update_before_it_and_the_run_goes_on_to_the_bit(tmp_path: Path) -> None:
+    settings = {"steps": 8, "save_every": 0}
+    unbroken = built(dropout=0.3)
+    run(tmp_path / "unbroken", unbroken, **settings)
+    broken = built(dropout=0.3)
+    with pytest.raises(BadClip):
+        run(tmp_path / "broken", broken, loader=Breaking(), **settings)
+    loader = Breaking()
+    loader.mended = True
+    resumed = built(dropout=0.3)
+    run(tmp_path / "broken", resumed, loader=loader, resume=True, **settings)
+    assert same(weights(unbroken), weights(resumed))
+
+
+def test_an_evaluation_that_fails_costs_no_update(tmp_path: Path) -> None:
+    def evaluate(step: int) -> dict[str, float]:
+        raise ValueError("valid.jsonl:3: the label 'zebra' is not among the 2 classes")
+
+    with pytest.raises(ValueError, match="zebra"):
+        run(tmp_path, built(), evaluate=evaluate, steps=4, eval_every=4, save_every=0)
+    assert checkpoint.latest(tmp_path / "checkpoints", say=print) is not None
