@@ -25,7 +25,7 @@ def test_no_digit_is_in_two_splits(demo):
 
 def test_a_scattered_digit_is_whole_and_goes_everywhere(demo):
     digits = np.random.default_rng(0).integers(1, 17, (3, 8, 8))
-    copies = demo.scatter(digits, 300, np.random.default_rng(1))
+    copies = demo.scatter(digits, 300, np.random.default_rng(1), canvas=16)
     assert copies.shape == (3, 300, 16, 16)
     places = set()
     for picture in copies[1]:
