@@ -14,6 +14,7 @@ Three promises that every stage keeps:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -225,7 +226,7 @@ class BadClip(ValueError):
         return BadClip, (self.path, self.reason)
 
 
-class Frontend(nn.Module):
+class Frontend(nn.Module, ABC):
     """The protocol of a modality's frontend: raw input to tokens.
 
     A frontend adds no position, draws no mask and knows no objective.
@@ -246,16 +247,17 @@ class Frontend(nn.Module):
     grad_mult: float
     min_length: int
 
+    @abstractmethod
     def lengths(self, raw: Raw) -> Tensor:
         """(B,) int64 on the CPU: tokens of each clip; equals `Tokens.valid.sum(1)`.
 
         Raises:
             ValueError: a clip is shorter than one token.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, raw: Raw) -> Tokens:
-        raise NotImplementedError
+        """(B, ...) raw input to (B, N, D) tokens."""
 
 
 class Objective(Protocol):

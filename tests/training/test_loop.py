@@ -161,7 +161,9 @@ def test_a_signal_saves_and_exits_with_zero_and_a_sentence(
 
 
 def test_a_second_signal_does_what_it_always_does(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
+    # a program that was started in the background of a shell is deaf to SIGINT, and so would this test be
+    before = signal.default_int_handler
+    inherited = signal.signal(signal.SIGINT, before)
 
     def told(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -171,8 +173,11 @@ def test_a_second_signal_does_what_it_always_does(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, built(then=told), steps=9)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, built(then=told), steps=9)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_a_torn_checkpoint_is_passed_over_and_the_run_ends_the_same(tmp_path: Path) -> None:
