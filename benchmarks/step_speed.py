@@ -159,8 +159,10 @@ def stepper(model: torch.nn.Module, loss: Callable[[], torch.Tensor], precision:
 def counted_by_torch() -> Iterator[None]:
     """While our products are counted they go through torch's own operations: the counter knows no others."""
     kept, linear._HAS_ONEDNN = linear._HAS_ONEDNN, False
-    yield
-    linear._HAS_ONEDNN = kept
+    try:
+        yield
+    finally:
+        linear._HAS_ONEDNN = kept
 
 
 def compare(modality: str, size: str, precision: torch.dtype, rounds: int) -> None:

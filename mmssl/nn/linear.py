@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 class Linear(nn.Linear):
     """torch's Linear. In float32 on the CPU its products go to oneDNN, as those in bfloat16 do by themselves.
 
-    On a processor that is not Intel's, oneDNN's float32 products took 0.8 to 0.95 of the time of those that torch
-    chooses by default (benchmarks/step_speed.py shows the step); the results agree to rounding.
+    On the processor of benchmarks/README.md oneDNN's float32 products were the faster ones, and the step with them;
+    the results agree to rounding.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from mmssl.types import valid_mask
 # On the CPU, rows at least this long are attended to one by one: the square of their padding would cost more than the
 # calls do. Shorter ones go as one padded call with a mask.
 _ROW_BY_ROW = 128
-# In bfloat16 on the CPU torch's own attention, with its backward pass, takes 2 to 9 times as long as its two products
-# written out (benchmarks/step_speed.py), up to where the scores of a row are as large as its activations.
+# In bfloat16 on the CPU torch's own attention, with its backward pass, is slower than its two products written out.
+# Longer rows keep torch's, which does not hold all scores at once.
 _PLAIN_ROWS = 1024
 
 

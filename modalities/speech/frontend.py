@@ -29,6 +29,20 @@ def conv_lengths(samples: Tensor, layers: Sequence[Sequence[int]]) -> Tensor:
     return samples
 
 
+def refuse_short(raw: Raw, least: int) -> None:
+    """Name the first clip that has fewer samples than one token sees.
+
+    Raises:
+        ValueError: there is one.
+    """
+    short = (raw.lengths < least).nonzero()[:, 0].tolist()
+    if short:
+        raise ValueError(
+            f"{raw.ids[short[0]]}: {int(raw.lengths[short[0]])} samples are shorter than one token, {least}; leave "
+            "such clips out of the manifest or set data.on_bad_clip=skip"
+        )
+
+
 class Waveform(Frontend):
     """The feature encoder of wav2vec 2.0, with statistics over real samples and frames only.
 
@@ -105,12 +119,7 @@ class Waveform(Frontend):
         nn.init.zeros_(self.project.bias)
 
     def lengths(self, raw: Raw) -> Tensor:
-        short = (raw.lengths < self.min_length).nonzero()[:, 0].tolist()
-        if short:
-            raise ValueError(
-                f"{raw.ids[short[0]]}: {int(raw.lengths[short[0]])} samples are shorter than one token, "
-                f"{self.min_length}; leave such clips out of the manifest or set data.on_bad_clip=skip"
-            )
+        refuse_short(raw, self.min_length)
         return conv_lengths(raw.lengths, self.layers)
 
     def forward(self, raw: Raw) -> Tokens:

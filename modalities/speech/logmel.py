@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.modalities.speech.frontend import refuse_short
 from mmssl.modalities.speech.targets import FLOOR, mel_bank
 from mmssl.nn.linear import Linear
 from mmssl.types import Frontend, Raw, Tokens, valid_mask
@@ -61,12 +62,7 @@ class LogMel(Frontend):
         nn.init.zeros_(self.project.bias)
 
     def lengths(self, raw: Raw) -> Tensor:
-        short = (raw.lengths < self.min_length).nonzero()[:, 0].tolist()
-        if short:
-            raise ValueError(
-                f"{raw.ids[short[0]]}: {int(raw.lengths[short[0]])} samples are shorter than one token, "
-                f"{self.min_length}; leave such clips out of the manifest or set data.on_bad_clip=skip"
-            )
+        refuse_short(raw, self.min_length)
         frames = torch.div(raw.lengths - self.window, self.hop, rounding_mode="floor") + 1
         return torch.div(frames, self.stack, rounding_mode="floor")
 
