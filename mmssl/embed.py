@@ -226,7 +226,7 @@ class Embedder:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 given = self.encoder.tokens(raw)
                 encoded = self.encoder(given, layers=sorted({i for i in layers if i >= 0}))
-            times = self._times(given, raw) if tokens else None
+            times = self._times(given) if tokens else None
             for i, into in zip(layers, gathered, strict=True):
                 x = encoded.x if i < 0 else encoded.layers[i]
                 into.add(places, pooled(x, encoded, given), x[:, encoded.n_prefix :], given.lengths, times)
@@ -307,12 +307,11 @@ class Embedder:
             self._objective = objective.eval().requires_grad_(False).to(self.device)
         return self._objective
 
-    def _times(self, tokens: Tokens, raw: Raw) -> Tensor | None:
+    def _times(self, tokens: Tokens) -> Tensor | None:
         """(B, N): the middle of what each token sees, in milliseconds."""
-        if tokens.step_ms is None or raw.rate is None:
+        if tokens.step_ms is None or tokens.span_ms is None:
             return None
-        width = 1000 * self.encoder.frontend.min_length / raw.rate
-        return tokens.coords[..., tokens.axes.index("t")] * tokens.step_ms + width / 2
+        return tokens.coords[..., tokens.axes.index("t")] * tokens.step_ms + tokens.span_ms / 2
 
     def _clips(self, inputs: Input | Sequence[Input], rate: float | None) -> _Clips:
         single = isinstance(inputs, (str, Path, np.ndarray, Tensor, Manifest)) or hasattr(inputs, "read")

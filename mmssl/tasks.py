@@ -259,12 +259,13 @@ class LogMel(nn.Module):
         return (torch.div(raw.lengths - self.min_length, self.hop, rounding_mode="floor") + 1).clamp_min(1)
 
     def tokens(self, raw: Raw) -> Tokens:
-        from mmssl.modalities.speech.targets import log_mel
+        from mmssl.modalities.speech.targets import WINDOW_MS, log_mel
 
         lengths = self.lengths(raw)
         size = int(lengths.max())
         coords = torch.arange(size, device=raw.data.device)[None, :, None].expand(len(raw), -1, -1)
-        bare = Tokens(raw.data.new_zeros(len(raw), size, 0), lengths, coords, ("t",), (size,), step_ms=self.step_ms)
+        empty = raw.data.new_zeros(len(raw), size, 0)
+        bare = Tokens(empty, lengths, coords, ("t",), (size,), step_ms=self.step_ms, span_ms=WINDOW_MS)
         return replace(bare, x=log_mel(raw, bare))
 
     def forward(self, tokens: Tokens, *, layers: Sequence[int] = ()) -> Encoded:

@@ -103,6 +103,7 @@ class Tokens:
     feat: (B, N, C) features before the projection: the patch itself, or normalized convolution outputs.
     pre_norm: (B, N, C) learned features before their last norm, for a penalty on their size; None where fixed.
     step_ms: milliseconds from one step on the time axis to the next.
+    span_ms: milliseconds that one token sees.
     """
 
     x: Tensor
@@ -113,6 +114,7 @@ class Tokens:
     feat: Tensor | None = None
     pre_norm: Tensor | None = None
     step_ms: float | None = None
+    span_ms: float | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -236,7 +238,7 @@ class Frontend(nn.Module, ABC):
     dim, feature_dim: widths of `x` and of `feat`.
     reader_settings: keyword arguments for the modality's reader: the rate or the channels that this frontend reads.
     grad_mult: factor on the gradient that reaches learned features, 0 to train them no more; where learned only.
-    min_length: raw units along time that one token sees, the least that a clip may have; 1 where there is no time.
+    min_length: raw units along time, the least that a clip may have; 1 where there is no time.
     """
 
     axes: ClassVar[tuple[str, ...]]

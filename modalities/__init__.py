@@ -6,8 +6,9 @@ Importing this package imports no decoder: readers load what they need when they
 if __name__ != "mmssl.modalities":
     raise ImportError("this folder is the package mmssl.modalities: write `from mmssl.modalities import ...`")
 
+from mmssl.modalities.audio import AUDIO
 from mmssl.modalities.image import IMAGE
 from mmssl.modalities.modality import Modality
 from mmssl.modalities.speech import SPEECH
 
-MODALITIES: dict[str, Modality] = {"speech": SPEECH, "image": IMAGE}
+MODALITIES: dict[str, Modality] = {"speech": SPEECH, "audio": AUDIO, "image": IMAGE}

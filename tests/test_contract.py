@@ -46,6 +46,11 @@ CLIPS = {
         {"bands": 8, "window_ms": 10, "hop_ms": 2.5, "rate": 8000},
         lambda: Convolutional(DIM, kernel=8, groups=4),
     ),
+    "audio/spectrogram": (
+        speech,
+        {"bands": 12, "size": [4, 4], "window_ms": 10, "hop_ms": 2.5, "rate": 8000},
+        lambda: SinCos(DIM),
+    ),
     "image/patches": (image, {"size": [4, 4]}, lambda: SinCos(DIM)),
 }
 SOURCES = [f"{name}/{frontend}" for name, modality in MODALITIES.items() for frontend in modality.frontends]
@@ -62,8 +67,11 @@ SETTINGS = {
     },
     "classify": {"n_classes": 3},
 }
-TARGET = {"speech": "log_mel", "image": "normalized_pixels"}
-REFUSED = {("ctc", "image/patches"): "CTC spells along time"}
+TARGET = {"speech": "log_mel", "audio": "normalized_spectrogram", "image": "normalized_pixels"}
+REFUSED = {
+    ("ctc", "audio/spectrogram"): "CTC spells along time",
+    ("ctc", "image/patches"): "CTC spells along time",
+}
 
 
 def encoder(source, **settings):

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmssl.modalities.image.frontend import Patches
 from mmssl.modalities.modality import Target
+from mmssl.modalities.patches import moments, normalized, patches, width
 from mmssl.types import Raw, Tokens
-
-_EPS = 1e-6  # of the variance, as He et al. have it
 
 
 def pixels(raw: Raw, tokens: Tokens) -> Tensor:
     """The patches as the frontend reads them, in deviations of the training data: (B, N, P)."""
-    return _patches(tokens)
+    return patches(tokens)
 
 
 def normalized_pixels(raw: Raw, tokens: Tokens) -> Tensor:
@@ -27,16 +25,7 @@ def normalized_pixels(raw: Raw, tokens: Tokens) -> Tensor:
     Source: He et al. 2022 (arXiv:2111.06377), section 4.1, "reconstruction target". All channels of a patch share one
     mean and one (unbiased) variance.
     """
-    patches = _patches(tokens)
-    size = patches.shape[-1]
-    if size < 2:
-        raise ValueError(
-            "objective.target=normalized_pixels: a patch of one value has no deviation; choose pixels, or larger "
-            "patches with frontend.size"
-        )
-    # A layer norm is the quickest way over the patches, but takes the biased variance.
-    bias = (size - 1) / size
-    return F.layer_norm(patches, (size,), eps=_EPS * bias) * bias**0.5
+    return normalized(tokens, plain="pixels")
 
 
 def unpatch(values: Tensor, grid: Sequence[int], size: Sequence[int], channels: int) -> Tensor:
@@ -67,13 +56,13 @@ def pixel_pictures(frontend: Patches, tokens: Tokens, masked: Tensor, values: Te
         "input", "masked" (hidden patches gray), "reconstruction": (B, C, H, W) in [0, 1]; "note": "".
     """
 
-    def lay(patches: Tensor) -> Tensor:
-        return unpatch(patches, tokens.grid, frontend.size, frontend.channels)
+    def lay(values: Tensor) -> Tensor:
+        return unpatch(values, tokens.grid, frontend.size, frontend.channels)
 
-    def draw(patches: Tensor) -> Tensor:
-        return (lay(patches) * frontend.get_buffer("std") + frontend.get_buffer("mean")).clamp(0, 1)
+    def draw(values: Tensor) -> Tensor:
+        return (lay(values) * frontend.get_buffer("std") + frontend.get_buffer("mean")).clamp(0, 1)
 
-    source = draw(_patches(tokens))
+    source = draw(patches(tokens))
     hidden = lay(masked[..., None].expand_as(values))
     return {
         "input": source,
@@ -89,31 +78,13 @@ def normalized_pixel_pictures(frontend: Patches, tokens: Tokens, masked: Tensor,
     The model never predicts a patch's mean and deviation, so they can only be taken from the hidden patch itself: the
     picture shows more than the model knows, and its note says so.
     """
-    mean, deviation = _moments(_patches(tokens))
+    mean, deviation = moments(patches(tokens))
     pictures = pixel_pictures(frontend, tokens, masked, values * deviation + mean)
     note = "the mean and deviation of each hidden patch are the true ones, which the model does not know (a leak)"
     return pictures | {"note": note}
 
 
-def _patches(tokens: Tokens) -> Tensor:
-    if tokens.feat is None:
-        raise ValueError(
-            "objective.target: pixels can only be had from a frontend that hands on its patches as features"
-        )
-    return tokens.feat.float()
-
-
-def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N, P) -> mean and deviation of each patch, (B, N, 1)."""
-    variance, mean = torch.var_mean(patches, -1, keepdim=True)
-    return mean, (variance + _EPS).sqrt()
-
-
-def _width(frontend: Patches) -> int:
-    return frontend.feature_dim
-
-
 TARGETS: dict[str, Target] = {
-    "pixels": Target(values=pixels, dim=_width, pictures=pixel_pictures),
-    "normalized_pixels": Target(values=normalized_pixels, dim=_width, pictures=normalized_pixel_pictures),
+    "pixels": Target(values=pixels, dim=width, pictures=pixel_pictures),
+    "normalized_pixels": Target(values=normalized_pixels, dim=width, pictures=normalized_pixel_pictures),
 }

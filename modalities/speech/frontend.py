@@ -147,6 +147,7 @@ class Waveform(Frontend):
             feat=feat,
             pre_norm=frames,
             step_ms=1000 * self.stride / self.rate,
+            span_ms=1000 * self.min_length / self.rate,
         )
 
     def _convolve(self, raw: Raw, lengths: Tensor) -> Tensor:

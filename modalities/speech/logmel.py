@@ -86,6 +86,7 @@ class LogMel(Frontend):
             grid=(size,),
             feat=feat,
             step_ms=1000 * self.stack * self.hop / self.rate,
+            span_ms=1000 * self.min_length / self.rate,
         )
 
     def _energies(self, raw: Raw, lengths: Tensor) -> Tensor:

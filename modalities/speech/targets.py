@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmssl.modalities.filterbank import triangles
 from mmssl.modalities.modality import Target
 from mmssl.types import Frontend, Raw, Tokens, valid_mask
 
@@ -68,28 +68,17 @@ def features(raw: Raw, tokens: Tokens) -> Tensor:
     return tokens.feat
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what is kept must serve where there is a gradient, too
 def mel_bank(rate: int, width: int, bands: int) -> tuple[int, Tensor]:
-    """Triangles of equal width on the mel scale 2595 log10(1 + f / 700), each with a peak of 1.
-
-    Source: Davis and Mermelstein 1980; the scale is O'Shaughnessy's, as in HTK.
+    """`triangles` from 0 to half the rate, over a Fourier transform that is fine enough for them.
 
     Returns:
         the size of the Fourier transform, the smallest power of two that leaves no band empty; and the weights,
         (fft // 2 + 1, bands).
     """
-    top = 2595 * math.log10(1 + rate / 2 / 700)
-    # on the CPU whatever the default device: the result is kept, and a bank is read as it is built
-    corners = 700 * (10 ** (torch.linspace(0, top, bands + 2, dtype=torch.float64, device="cpu") / 2595) - 1)
-    left, peak, right = corners[:-2], corners[1:-1], corners[2:]
     fft = 2 ** math.ceil(math.log2(width))
-    while True:
-        bins = torch.linspace(0, rate / 2, fft // 2 + 1, dtype=torch.float64, device="cpu")[:, None]
-        bank = torch.minimum((bins - left) / (peak - left), (right - bins) / (right - peak)).clamp_min(0)
-        if bool((bank.sum(0) > 0).all()):
-            return fft, bank.float()
+    while not bool((triangles(rate, fft, bands, sides="hertz").sum(0) > 0).all()):
         fft *= 2
+    return fft, triangles(rate, fft, bands, sides="hertz")
 
 
 def _feature_dim(frontend: Frontend) -> int:

@@ -1,0 +1,138 @@
+"""Audio: a waveform -> log-mel spectrogram -> patches of time and frequency, each one token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmssl.modalities.filterbank import Filterbank, Window, fill_to
+from mmssl.modalities.speech.frontend import refuse_short
+from mmssl.nn.linear import Linear
+from mmssl.types import Frontend, Raw, Tokens, valid_mask
+
+
+class SpectrogramPatches(Frontend):
+    """Patches of a clip's log-mel spectrogram, of any length, projected to the model's width.
+
+    Source: Gong et al. 2021 (AST, arXiv:2104.01778), section 2.1, and Huang et al. 2022 (Audio-MAE, arXiv:2207.06405),
+    section 3.1, with their constants of AudioSet.
+    Differs from both: clips are not cut or padded to 1024 frames. Where the last patch reaches past a clip's last
+        frame, the clip goes on with digital silence up to the patch's end, and no further: no frame is lost and a
+        clip's tokens are the same in any batch. Both papers put zeros before the normalization, where they are louder
+        than most sound.
+    Differs from AST: time is the outer axis of the tokens and of the values of a patch.
+
+    Args:
+        dim: width of the tokens.
+        size: frames and bands of a patch.
+        stride: frames and bands from one patch to the next; `size` by default. AST takes [10, 10]. Patches that overlap
+            leave out the highest bands where no whole patch fits.
+        mean, std: of the log-mel energies of the training data; `mmssl manifest --stats` measures them.
+        deviations: a normalized value of 1 lies so many deviations from the mean; CAV-MAE has 1.
+        bands, window_ms, hop_ms, window, low, high, preemphasis, rate: see `Filterbank`. Clips must have this rate.
+    """
+
+    axes: ClassVar[tuple[str, ...]] = ("t", "f")
+    learned: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        size: Sequence[int] = (16, 16),
+        stride: Sequence[int] | None = None,
+        mean: float = -4.2677393,
+        std: float = 4.5689974,
+        deviations: float = 2.0,
+        bands: int = 128,
+        window_ms: float = 25.0,
+        hop_ms: float = 10.0,
+        window: Window = "hanning",
+        low: float = 20.0,
+        high: float = 0.0,
+        preemphasis: float = 0.97,
+        rate: int = 16_000,
+    ) -> None:
+        super().__init__()
+        self.size = tuple(size)
+        self.stride = self.size if stride is None else tuple(stride)
+        if len(self.size) != 2 or len(self.stride) != 2 or min(self.size) < 1 or min(self.stride) < 1:
+            raise ValueError(
+                f"frontend.size={list(self.size)}, frontend.stride={list(self.stride)}: give two numbers above 0 each, "
+                "frames and bands"
+            )
+        if any(step > length for step, length in zip(self.stride, self.size, strict=True)):
+            raise ValueError(
+                f"frontend.stride={list(self.stride)}: longer than frontend.size={list(self.size)}, so that sound "
+                "between the patches would be lost"
+            )
+        rest = bands - self.size[1]
+        if rest < 0 or (self.stride[1] == self.size[1] and rest % self.stride[1]):
+            raise ValueError(
+                f"frontend.bands={bands}: not a whole number of patches of {self.size[1]} bands; change it, or "
+                "frontend.size"
+            )
+        if std <= 0 or deviations <= 0:
+            raise ValueError(f"frontend.std={std:g}, frontend.deviations={deviations:g}: both must be above 0")
+        self.dim, self.feature_dim = dim, math.prod(self.size)
+        self.down = rest // self.stride[1] + 1
+        self.mean, self.scale = mean, std * deviations
+        self.rate = rate
+        self.filterbank = Filterbank(
+            bands=bands,
+            window_ms=window_ms,
+            hop_ms=hop_ms,
+            window=window,
+            low=low,
+            high=high,
+            preemphasis=preemphasis,
+            rate=rate,
+        )
+        self.min_length = self.filterbank.width
+        self.reader_settings: dict[str, Any] = {"rate": rate}
+        self.project = Linear(self.feature_dim, dim)
+        nn.init.xavier_uniform_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def lengths(self, raw: Raw) -> Tensor:
+        return self._steps(raw) * self.down
+
+    def forward(self, raw: Raw) -> Tokens:
+        if raw.rate is not None and raw.rate != self.rate:
+            raise ValueError(
+                f"{raw.ids[0]}: {raw.rate:g} Hz, but this frontend reads {self.rate} Hz; resample the clip"
+            )
+        steps = self._steps(raw)
+        across, lengths = int(steps.max()), steps * self.down
+        (long, tall), (hop, up) = self.size, self.stride
+        with torch.autocast(raw.data.device.type, enabled=False):
+            frames = fill_to(self.filterbank(raw.data, raw.lengths), (across - 1) * hop + long)
+            cells = ((frames - self.mean) / self.scale).unfold(1, long, hop).unfold(2, tall, up)
+            feat = cells.reshape(len(raw), across * self.down, self.feature_dim)
+        x = self.project(feat)
+        if int(lengths.min()) < x.shape[1]:
+            valid = valid_mask(lengths, x.shape[1], x.device)[..., None]
+            x, feat = x * valid, feat * valid
+        times, bands = (torch.arange(n, device=x.device) for n in (across, self.down))
+        coords = torch.stack(torch.meshgrid(times, bands, indexing="ij"), -1).view(1, -1, 2)
+        frame_ms = 1000 * self.filterbank.hop / self.rate
+        return Tokens(
+            x=x,
+            lengths=lengths,
+            coords=coords.expand(len(x), -1, -1),
+            axes=self.axes,
+            grid=(across, self.down),
+            feat=feat,
+            step_ms=hop * frame_ms,
+            span_ms=(long - 1) * frame_ms + 1000 * self.filterbank.width / self.rate,
+        )
+
+    def _steps(self, raw: Raw) -> Tensor:
+        """(B,) patches along time: as many as it takes to cover every frame."""
+        refuse_short(raw, self.min_length)
+        frames = self.filterbank.frames(raw.lengths)
+        return torch.div(frames - self.size[0] - 1, self.stride[0], rounding_mode="floor").clamp_min(-1) + 2

@@ -1,0 +1,99 @@
+"""What of a spectrogram can be reconstructed, and how to look at it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmssl.modalities.audio.frontend import SpectrogramPatches
+from mmssl.modalities.filterbank import FLOOR
+from mmssl.modalities.modality import Target
+from mmssl.modalities.patches import moments, normalized, patches, width
+from mmssl.types import Raw, Tokens
+
+
+def spectrogram(raw: Raw, tokens: Tokens) -> Tensor:
+    """The patches as the frontend reads them, normalized by its constants: (B, N, P)."""
+    return patches(tokens)
+
+
+def normalized_spectrogram(raw: Raw, tokens: Tokens) -> Tensor:
+    """Each patch brought to mean 0 and deviation 1: (B, N, P). A patch of digital silence is zero.
+
+    Source: Huang et al. 2022 (Audio-MAE, arXiv:2207.06405), section 3.4, after He et al. 2022 (arXiv:2111.06377).
+    """
+    return normalized(tokens, plain="spectrogram")
+
+
+def unpatch(values: Tensor, tokens: Tokens, frontend: SpectrogramPatches) -> Tensor:
+    """Patches back to spectrograms; where patches overlap their mean.
+
+    Args:
+        values: (B, N, P), each patch ordered time, frequency.
+
+    Returns:
+        (B, T, F), zero where no patch lies; T and F are what the patches reach over.
+    """
+    reach = [(n - 1) * step + size for n, step, size in zip(tokens.grid, frontend.stride, frontend.size, strict=True)]
+
+    def lay(x: Tensor) -> Tensor:
+        # torch's fold goes over places in the same order: the first axis outermost
+        return F.fold(x.transpose(1, 2), reach, frontend.size, stride=frontend.stride)[:, 0]
+
+    return lay(values) / lay(torch.ones_like(values))
+
+
+def spectrogram_pictures(
+    frontend: SpectrogramPatches, tokens: Tokens, masked: Tensor, values: Tensor
+) -> dict[str, Any]:
+    """Pictures of a reconstruction of `spectrogram`: time to the right, low frequencies at the bottom.
+
+    Args:
+        tokens: (B, N) of the input.
+        masked: (B, N) bool, True = hidden; where patches overlap, hidden in any of them.
+        values: (B, N, P), predictions where hidden and the target elsewhere.
+
+    Returns:
+        "input", "masked" (hidden patches gray), "reconstruction": (B, 1, F, T) in [0, 1], from digital silence to the
+        clip's loudest value, 0 past a clip's end; "note": "".
+    """
+    source = patches(tokens)
+    real = unpatch(tokens.valid[..., None].expand_as(source).float(), tokens, frontend) > 0
+    silence = (math.log(FLOOR) - frontend.mean) / frontend.scale
+    loudest = source.flatten(1).amax(1).clamp_min(silence + 1e-3)[:, None, None]
+
+    def upright(x: Tensor) -> Tensor:
+        return (x * real).transpose(1, 2).flip(1)[:, None]
+
+    def draw(x: Tensor) -> Tensor:
+        return upright(((unpatch(x, tokens, frontend) - silence) / (loudest - silence)).clamp(0, 1))
+
+    shown = draw(source)
+    hidden = upright(unpatch(masked[..., None].expand_as(source).float(), tokens, frontend) > 0).bool()
+    return {"input": shown, "masked": torch.where(hidden, 0.5, shown), "reconstruction": draw(values), "note": ""}
+
+
+def normalized_spectrogram_pictures(
+    frontend: SpectrogramPatches, tokens: Tokens, masked: Tensor, values: Tensor
+) -> dict[str, Any]:
+    """Pictures of a reconstruction of `normalized_spectrogram`; see `spectrogram_pictures`.
+
+    The model never predicts a patch's mean and deviation, so they can only be taken from the hidden patch itself: the
+    picture shows more than the model knows, and its note says so.
+    """
+    mean, deviation = moments(patches(tokens))
+    pictures = spectrogram_pictures(frontend, tokens, masked, values * deviation + mean)
+    note = "the mean and deviation of each hidden patch are the true ones, which the model does not know (a leak)"
+    return pictures | {"note": note}
+
+
+TARGETS: dict[str, Target] = {
+    "spectrogram": Target(values=spectrogram, dim=width, pictures=spectrogram_pictures),
+    "normalized_spectrogram": Target(
+        values=normalized_spectrogram, dim=width, pictures=normalized_spectrogram_pictures
+    ),
+}

@@ -1,0 +1,191 @@
+"""Triangular mel filters, and Kaldi's log-mel filterbank over ragged batches: the signal code that sound shares."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl.types import valid_mask
+
+Window = Literal["hanning", "povey", "hamming", "rectangular"]
+# Kaldi's floor of an energy: silence becomes log(2^-23) = -15.94
+FLOOR = torch.finfo(torch.float32).eps
+# bands multiplied at a time, and frames worked on at a time on the CPU, in whose cache they then stay
+_BLOCK = 32
+_PIECE = 512
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept must serve where there is a gradient, too
+def triangles(
+    rate: int, fft: int, bands: int, *, low: float = 0.0, high: float | None = None, sides: Literal["hertz", "mel"]
+) -> Tensor:
+    """Filters whose corners are evenly spaced on the mel scale, each with a peak of 1.
+
+    Source: Davis and Mermelstein 1980; the scale 1127 ln(1 + f / 700) is O'Shaughnessy's, as in HTK and Kaldi.
+
+    Args:
+        rate: samples per second.
+        fft: size of the Fourier transform.
+        low, high: of the lowest and the highest filter, in Hz; half the rate by default.
+        sides: on which scale the sides of a triangle are straight: in "hertz" (HTK's figures, librosa) or in "mel"
+            (Kaldi).
+
+    Returns:
+        (fft // 2 + 1, bands) float32; a filter narrower than a bin may be empty.
+    """
+    high = rate / 2 if high is None else high
+    # On the CPU whatever the default device: the result is kept, and a bank is read as it is built. In the precision
+    # of the counterparts: the corners of a bank of narrow bands lie on few bins, and show it.
+    dtype = torch.float64 if sides == "hertz" else torch.float32
+    place = torch.arange(bands + 2, dtype=dtype, device="cpu")
+    bins = torch.arange(fft // 2 + 1, dtype=dtype, device="cpu")[:, None] * (rate / fft)
+    bottom, top = (1127 * math.log(1 + hertz / 700) for hertz in (low, high))
+    corners = bottom + place * ((top - bottom) / (bands + 1))
+    if sides == "hertz":
+        corners = 700 * ((corners / 1127).exp() - 1)
+    else:
+        bins = 1127 * (1 + bins / 700).log()
+    left, peak, right = corners[:-2], corners[1:-1], corners[2:]
+    return torch.minimum((bins - left) / (peak - left), (right - bins) / (right - peak)).clamp_min(0).float()
+
+
+class Filterbank(nn.Module):
+    """Log-mel energies as Kaldi computes them, without dither, of any number of clips at once.
+
+    Source: Povey et al. 2011, "The Kaldi speech recognition toolkit"; equal to torchaudio's `compliance.kaldi.fbank`
+    with its defaults for everything that is no argument here: power spectrum, `snip_edges`, no energy. The mean of each
+    frame goes first, so a constant offset of the clip changes nothing.
+
+    Args:
+        bands: mel bands. 128 of them between 20 and 8,000 Hz leave the third one empty at 16 kHz, as everywhere.
+        window_ms, hop_ms: length of a frame, and from one frame to the next.
+        window: of a frame; "povey" is hanning to the power .85.
+        low, high: in Hz, of the lowest and the highest band; `high` at or below 0 counts from half the rate.
+        preemphasis: this share of each sample's predecessor is taken off.
+        rate: samples per second.
+    """
+
+    def __init__(
+        self,
+        *,
+        bands: int,
+        window_ms: float,
+        hop_ms: float,
+        window: Window,
+        low: float,
+        high: float,
+        preemphasis: float,
+        rate: int,
+    ) -> None:
+        super().__init__()
+        top = high if high > 0 else rate / 2 + high
+        if not 0 <= low < top <= rate / 2:
+            raise ValueError(
+                f"frontend.low={low:g}, frontend.high={high:g}: the bands must lie between 0 and half the rate, "
+                f"{rate / 2:g} Hz"
+            )
+        # as Kaldi counts them, without rounding
+        self.width, self.hop = int(rate * window_ms / 1000), int(rate * hop_ms / 1000)
+        if self.width < 2 or self.hop < 1 or bands < 1:
+            raise ValueError(
+                f"frontend.window_ms={window_ms:g}, frontend.hop_ms={hop_ms:g}, frontend.bands={bands}: a frame at "
+                f"{rate} Hz would be {self.width} samples every {self.hop}; make them longer"
+            )
+        self.preemphasis = preemphasis
+        self.fft = 2 ** math.ceil(math.log2(self.width))
+        self.taper: Tensor
+        self.bank: Tensor
+        self.register_buffer("taper", _window(window, self.width), persistent=False)
+        bank = triangles(rate, self.fft, bands, low=low, high=top, sides="mel").clone()
+        bank[-1] = 0.0  # Kaldi leaves the bin at half the rate out
+        self.register_buffer("bank", bank, persistent=False)
+        # A bank is a band of a matrix: neighboring filters share a few bins, and the rest of their columns is zero.
+        self.blocks: list[tuple[slice, slice]] = []
+        for first in range(0, bands, _BLOCK):
+            used = bank[:, first : first + _BLOCK].any(1).nonzero()[:, 0].tolist() or [0]
+            self.blocks.append((slice(used[0], used[-1] + 1), slice(first, first + _BLOCK)))
+
+    def frames(self, samples: Tensor) -> Tensor:
+        """Whole frames in so many samples."""
+        return (torch.div(samples - self.width, self.hop, rounding_mode="floor") + 1).clamp_min(0)
+
+    def forward(self, waves: Tensor, lengths: Tensor) -> Tensor:
+        """Natural logarithms of band energies.
+
+        Args:
+            waves: (B, L); what stands past a clip's length is never read.
+            lengths: (B,) int64 on the CPU, samples.
+
+        Returns:
+            (B, T, F) float32, the floor past each clip's frames.
+        """
+        counts = self.frames(lengths)
+        size = int(counts.max())
+        with torch.no_grad(), torch.autocast(waves.device.type, enabled=False):
+            waves = waves.float()
+            # Preemphasis before frames are cut, since they overlap. A frame's first sample has its predecessor outside.
+            ahead = torch.sub(waves[:, 1:], waves[:, :-1], alpha=self.preemphasis)
+            plain = waves.unfold(1, self.width, self.hop)[:, :size]
+            ahead = ahead.unfold(1, self.width - 1, self.hop)[:, :size]
+            if waves.device.type != "cpu":
+                real = valid_mask(counts, size, waves.device)[..., None]
+                scratch = waves.new_zeros(len(waves), size, self.fft)
+                return torch.where(real, self._energies(plain, ahead, scratch), math.log(FLOOR))
+            out = waves.new_full((len(waves), size, self.bank.shape[1]), math.log(FLOOR))
+            scratch = waves.new_zeros(_PIECE, self.fft)
+            for clip, count in enumerate(counts.tolist()):
+                for start in range(0, count, _PIECE):
+                    part = clip, slice(start, min(start + _PIECE, count))
+                    out[part] = self._energies(plain[part], ahead[part], scratch[: part[1].stop - start])
+            return out
+
+    def _energies(self, plain: Tensor, ahead: Tensor, scratch: Tensor) -> Tensor:
+        """Log-mel energies of frames.
+
+        Args:
+            plain: (..., width) samples.
+            ahead: (..., width - 1) the same after preemphasis, without the first.
+            scratch: (..., fft) to work in; zero from `width` on, and left so.
+
+        Returns:
+            (..., F).
+        """
+        rest = 1 - self.preemphasis
+        mean = plain.mean(-1, keepdim=True)
+        # the first sample of a frame counts as its own predecessor
+        torch.sub(plain[..., :1], mean, out=scratch[..., :1]).mul_(rest)
+        torch.sub(ahead, mean, alpha=rest, out=scratch[..., 1 : self.width])
+        scratch[..., : self.width] *= self.taper
+        spectrum = torch.fft.rfft(scratch)
+        power = spectrum.real.square() + spectrum.imag.square()
+        energies = torch.cat([power[..., bins] @ self.bank[bins, bands] for bins, bands in self.blocks], -1)
+        return energies.clamp_min_(FLOOR).log_()
+
+
+def fill_to(frames: Tensor, size: int) -> Tensor:
+    """(B, T, F) energies -> (B, size, F): the clips go on with digital silence."""
+    return F.pad(frames, (0, 0, 0, size - frames.shape[1]), value=math.log(FLOOR))
+
+
+def _mel(hertz: Tensor) -> Tensor:
+    return 2595 * torch.log10(1 + hertz / 700)
+
+
+def _window(name: str, width: int) -> Tensor:
+    # symmetric, as Kaldi has them
+    hann = torch.hann_window(width, periodic=False)
+    windows = {
+        "hanning": hann,
+        "povey": hann**0.85,
+        "hamming": torch.hamming_window(width, periodic=False, alpha=0.54, beta=0.46),
+        "rectangular": torch.ones(width),
+    }
+    if name not in windows:
+        raise ValueError(f"frontend.window={name!r}: choose one of {', '.join(windows)}")
+    return windows[name]
