@@ -30,7 +30,7 @@ from mmssl.evaluation.speech import best_path, prefix_beam
 from mmssl.modalities import MODALITIES
 from mmssl.nn.pooling import Pool
 from mmssl.training.checkpoint import read_tensors
-from mmssl.types import BadClip, Batch, Embeddings, Frontend, Raw, Tokens, valid_mask
+from mmssl.types import BadClip, Batch, Embeddings, Frontend, Tokens, valid_mask
 
 Input: TypeAlias = str | Path | BinaryIO | np.ndarray | Tensor | Manifest
 Precision = Literal["float32", "bfloat16"]

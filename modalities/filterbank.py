@@ -128,7 +128,7 @@ class Filterbank(nn.Module):
         counts = self.frames(lengths)
         size = int(counts.max())
         with torch.no_grad(), torch.autocast(waves.device.type, enabled=False):
-            waves = waves.float()
+            waves = waves.to(self.taper.dtype)
             # Preemphasis before frames are cut, since they overlap. A frame's first sample has its predecessor outside.
             ahead = torch.sub(waves[:, 1:], waves[:, :-1], alpha=self.preemphasis)
             plain = waves.unfold(1, self.width, self.hop)[:, :size]

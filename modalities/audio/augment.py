@@ -1,6 +1,6 @@
 """What may be done to a recording before it is embedded, beside what speech has: (x (T,), rng, **settings) -> (T',).
 
-Two clips are mixed where labels can be mixed with them, in `Classify`; time and frequency are masked there too, on tokens.
+Two clips are mixed where labels can be mixed with them, in `Classify`; time and frequency are masked there too.
 """
 
 from __future__ import annotations

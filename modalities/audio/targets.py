@@ -30,13 +30,13 @@ def normalized_spectrogram(raw: Raw, tokens: Tokens) -> Tensor:
 
 
 def unpatch(values: Tensor, tokens: Tokens, frontend: SpectrogramPatches) -> Tensor:
-    """Patches back to spectrograms; where patches overlap their mean.
+    """Patches back to spectrograms; where real patches overlap their mean.
 
     Args:
         values: (B, N, P), each patch ordered time, frequency.
 
     Returns:
-        (B, T, F), zero where no patch lies; T and F are what the patches reach over.
+        (B, T, F), NaN where no real patch lies; T and F are what the patches reach over.
     """
     reach = [(n - 1) * step + size for n, step, size in zip(tokens.grid, frontend.stride, frontend.size, strict=True)]
 
@@ -44,7 +44,8 @@ def unpatch(values: Tensor, tokens: Tokens, frontend: SpectrogramPatches) -> Ten
         # torch's fold goes over places in the same order: the first axis outermost
         return F.fold(x.transpose(1, 2), reach, frontend.size, stride=frontend.stride)[:, 0]
 
-    return lay(values) / lay(torch.ones_like(values))
+    valid = tokens.valid[..., None].expand_as(values).to(values.dtype)
+    return lay(values * valid) / lay(valid)
 
 
 def spectrogram_pictures(
@@ -62,18 +63,18 @@ def spectrogram_pictures(
         clip's loudest value, 0 past a clip's end; "note": "".
     """
     source = patches(tokens)
-    real = unpatch(tokens.valid[..., None].expand_as(source).float(), tokens, frontend) > 0
     silence = (math.log(FLOOR) - frontend.mean) / frontend.scale
-    loudest = source.flatten(1).amax(1).clamp_min(silence + 1e-3)[:, None, None]
+    heard = source.masked_fill(~tokens.valid[..., None], silence).flatten(1)
+    loudest = heard.amax(1).clamp_min(silence + 1e-3)[:, None, None, None]
 
     def upright(x: Tensor) -> Tensor:
-        return (x * real).transpose(1, 2).flip(1)[:, None]
+        return unpatch(x, tokens, frontend).nan_to_num(silence).transpose(1, 2).flip(1)[:, None]
 
     def draw(x: Tensor) -> Tensor:
-        return upright(((unpatch(x, tokens, frontend) - silence) / (loudest - silence)).clamp(0, 1))
+        return ((upright(x) - silence) / (loudest - silence)).clamp(0, 1)
 
     shown = draw(source)
-    hidden = upright(unpatch(masked[..., None].expand_as(source).float(), tokens, frontend) > 0).bool()
+    hidden = upright(masked[..., None].expand_as(source).to(source.dtype)) > 0
     return {"input": shown, "masked": torch.where(hidden, 0.5, shown), "reconstruction": draw(values), "note": ""}
 
 

@@ -1,0 +1,91 @@
+import math
+
+import pytest
+import torch
+
+from mmssl.modalities.audio.frontend import SpectrogramPatches
+from mmssl.modalities.audio.targets import (
+    TARGETS,
+    normalized_spectrogram,
+    normalized_spectrogram_pictures,
+    spectrogram,
+    spectrogram_pictures,
+    unpatch,
+)
+from mmssl.modalities.filterbank import FLOOR
+from mmssl.types import Raw
+
+
+def sounds(lengths=(1000, 600)) -> Raw:
+    data = 0.1 * torch.randn(len(lengths), max(lengths), generator=torch.Generator().manual_seed(0))
+    return Raw(data, torch.tensor(lengths), [str(i) for i in range(len(lengths))], 8000.0)
+
+
+def frontend(**settings) -> SpectrogramPatches:
+    torch.manual_seed(0)
+    return SpectrogramPatches(dim=4, **{"bands": 12, "size": [2, 4], "rate": 8000} | settings)
+
+
+@pytest.mark.parametrize("stride", [None, [1, 2]])
+def test_unpatch_is_the_inverse_of_cutting_into_patches(stride) -> None:
+    raw, front = sounds((1000,)), frontend(stride=stride)
+    tokens = front(raw)
+    back = unpatch(spectrogram(raw, tokens), tokens, front) * front.scale + front.mean
+    frames = front.filterbank(raw.data, raw.lengths)  # 11 frames, the patches reach over 12, or 11 where they overlap
+    torch.testing.assert_close(back[:, :11], frames)
+    torch.testing.assert_close(back[:, 11:], torch.full_like(back[:, 11:], math.log(FLOOR)))
+
+
+def test_each_patch_has_mean_0_and_deviation_1_and_silence_is_zero() -> None:
+    raw, front = sounds(), frontend()
+    values = normalized_spectrogram(raw, front(raw))
+    whole = values[0, :15]  # 5 steps of 3; the sixth goes on with silence
+    torch.testing.assert_close(whole.mean(-1), torch.zeros(15), rtol=0, atol=1e-5)
+    torch.testing.assert_close(whole.std(-1), torch.ones(15), rtol=0, atol=1e-3)
+    raw.data.zero_()
+    assert not normalized_spectrogram(raw, front(raw)).any()
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_a_target_is_as_wide_as_it_says_and_fixed(name: str) -> None:
+    raw, front = sounds(), frontend()
+    tokens = front(raw)
+    values = TARGETS[name].values(raw, tokens)
+    assert values.shape == (*tokens.x.shape[:2], TARGETS[name].dim(front))
+    assert values.dtype == torch.float32
+    assert not values.requires_grad
+    assert not TARGETS[name].learned
+    assert not values[~tokens.valid].any()
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+@pytest.mark.parametrize("stride", [None, [1, 2]])
+def test_a_perfect_prediction_looks_like_the_input(name: str, stride) -> None:
+    raw, front = sounds(), frontend(stride=stride)
+    tokens = front(raw)
+    masked = torch.zeros(tokens.x.shape[:2], dtype=torch.bool)
+    masked[:, 0] = True
+    draw = TARGETS[name].pictures
+    assert draw is not None
+    shown = draw(front, tokens, masked, TARGETS[name].values(raw, tokens))
+    torch.testing.assert_close(shown["reconstruction"], shown["input"], rtol=1e-4, atol=1e-3)
+    assert shown["input"].amax((1, 2, 3)).tolist() == [1.0, 1.0]
+    # the first token is the first time and the lowest pitch: at the left, at the bottom
+    assert (shown["masked"][:, 0, -4:, :2] == 0.5).all()
+    torch.testing.assert_close(shown["masked"][:, :, :-4], shown["input"][:, :, :-4])
+    torch.testing.assert_close(shown["masked"][..., 2:], shown["input"][..., 2:])
+    # the second clip has (600 - 200) / 80 + 1 = 6 frames; behind them is nothing to see
+    assert not any(shown[key][1, :, :, 6:].any() for key in ("input", "masked", "reconstruction"))
+
+
+def test_a_picture_that_shows_more_than_the_model_knows_says_so() -> None:
+    raw, front = sounds(), frontend()
+    tokens = front(raw)
+    masked = tokens.valid
+    guess = torch.zeros_like(tokens.feat)
+    leaking = normalized_spectrogram_pictures(front, tokens, masked, guess)
+    honest = spectrogram_pictures(front, tokens, masked, guess)
+    assert "leak" in leaking["note"]
+    assert honest["note"] == ""
+    # nothing was predicted, yet each patch has its true mean: that is the leak
+    assert leaking["reconstruction"][0].std() > 2 * honest["reconstruction"][0].std()
