@@ -339,7 +339,7 @@ def export_config(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
         **{name: values[name] for name in ("modality", *ENCODER)},
         "augment_eval": values["augment"]["eval"],
         "objective": values["objective"],
-        "classes": Classes.from_labels(labels).names if key == "label" else None,
+        "classes": Classes.from_labels(_flat(labels, values["objective"])).names if key == "label" else None,
         "vocabulary": CharVocabulary.from_texts(labels).symbols if key == "text" else None,
     }
 
@@ -533,14 +533,23 @@ def _labeler(config: Config) -> Callable[[dict[str, Any]], Any] | None:
     key = LABELLED.get(config["objective"]["name"])
     if key is None:
         return None
-    encode = Classes(config["classes"]).encode if key == "label" else CharVocabulary(config["vocabulary"]).encode
-    return partial(_label, key, encode)
+    if key != "label":
+        return partial(_label, key, CharVocabulary(config["vocabulary"]).encode)
+    classes = Classes(config["classes"])
+    return partial(_label, key, classes.encode_all if config["objective"].get("multi_label") else classes.encode)
 
 
 def _label(key: str, encode: Callable[[Any], Any], row: dict[str, Any]) -> Any:
     if key not in row:
         raise ValueError(f"the row has no {key!r}, which this objective learns from; it has {', '.join(sorted(row))}")
     return encode(row[key])
+
+
+def _flat(labels: list[Any], objective: Config) -> list[Any]:
+    """Labels one by one, where a row may have a list of them."""
+    if not objective.get("multi_label"):
+        return labels
+    return [name for label in labels for name in (label if isinstance(label, list) else [label])]
 
 
 def _target(config: Config) -> Any:

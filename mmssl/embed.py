@@ -246,7 +246,7 @@ class Embedder:
         on_bad_clip: Literal["raise", "skip"] = "raise",
         progress: bool = False,
     ) -> list[str | None]:
-        """What a fine-tuned encoder says of each clip: its class, or its transcript.
+        """What a fine-tuned encoder says of each clip: its likeliest class, or its transcript.
 
         Args:
             beam: of the search for the likeliest transcript; None takes the best path. For transcripts only.
@@ -277,6 +277,41 @@ class Embedder:
 
         self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
         return said
+
+    def probabilities(
+        self,
+        inputs: Input | Sequence[Input],
+        *,
+        rate: float | None = None,
+        batch_size: int = 16,
+        batch_seconds: float = 60.0,
+        on_bad_clip: Literal["raise", "skip"] = "raise",
+        progress: bool = False,
+    ) -> Tensor:
+        """How likely a fine-tuned encoder holds each class of each clip: (B, classes), in the order of its config.
+
+        They add up to 1, or are each for itself where clips have several classes (`multi_label`).
+
+        Args:
+            inputs, rate, batch_size, batch_seconds, on_bad_clip, progress: see `embed`; NaN for a clip that was
+                skipped.
+
+        Raises:
+            ValueError: this encoder was not fine-tuned, or tells no classes.
+        """
+        objective = self._fine_tuned()
+        if self.config["classes"] is None:
+            raise ValueError(f"{self.name} writes transcripts and tells no classes; use predict")
+        clips = self._clips(inputs, rate)
+        found = torch.full((len(clips), len(self.config["classes"])), torch.nan)
+
+        def compute(batch: Batch, places: list[int]) -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                logits = objective.predict(batch.to(self.device)).cpu()
+            found[places] = logits.sigmoid() if objective.multi_label else logits.softmax(1)
+
+        self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
+        return found
 
     def _layers(self, layer: int | Sequence[int] | Literal["all"]) -> list[int]:
         if isinstance(layer, str) and layer != "all":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unicodedata import normalize
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from mmssl.embed import Embedder, Precision, load
 from mmssl.evaluation.knn import fit_knn
 from mmssl.evaluation.probe import STRENGTHS, fit_linear
 from mmssl.evaluation.protocol import Fit, Split, hold_out, measure
-from mmssl.evaluation.score import Score, wilson
+from mmssl.evaluation.score import Score, average_precisions, student, wilson
 from mmssl.evaluation.speech import error_rates
 from mmssl.modalities import MODALITIES
 from mmssl.types import Encoded, Raw, Tokens
@@ -81,7 +82,8 @@ def evaluate(
             line counts them.
 
     Returns:
-        {"accuracy": Score}, or {"wer": Score, "cer": Score} for "ctc".
+        {"accuracy": Score}; {"wer": Score, "cer": Score} for "ctc"; {"map": Score}, the mean average precision, for
+        "classify" where clips have several classes.
 
     Raises:
         ValueError: something that this task needs is missing, or manifests that do not fit each other.
@@ -283,6 +285,8 @@ def _fine_tuned(
     wanted = "vocabulary" if task == "ctc" else "classes"
     if embedder.config.get(wanted) is None:
         raise ValueError(f"task={task}: {embedder.name} has no {wanted}; give a run that was fine-tuned for it")
+    if task == "classify" and embedder.config["objective"].get("multi_label"):
+        return {"map": _several_classes(embedder, manifest, label, settings)}
     if task == "ctc":
         truth = [normalize("NFC", text) for text in manifest.column("text")]  # as the vocabulary spells
     else:
@@ -302,3 +306,29 @@ def _fine_tuned(
     low, high = wilson(right, len(pairs))
     protocol = f"the fine-tuned run's own classes; test touched once; {note}"
     return {"accuracy": Score("classify", right / len(pairs), low, high, len(pairs), protocol)}
+
+
+def _several_classes(embedder: Embedder, manifest: Manifest, label: str, settings: dict[str, Any]) -> Score:
+    """The mean average precision of a run whose clips have several classes each."""
+    classes = Classes(embedder.config["classes"])
+    truth = torch.zeros(len(manifest), len(classes), dtype=torch.bool)
+    for place, names in enumerate(manifest.column(label)):
+        try:
+            truth[place, classes.encode_all(names)] = True
+        except ValueError as error:
+            raise ValueError(f"{manifest.place(place)}: {error}") from None
+    found = embedder.probabilities(manifest, **settings)
+    read = torch.isfinite(found).all(1)
+    precisions = average_precisions(found[read].numpy(), truth[read].numpy())
+    heard = precisions[~np.isnan(precisions)]
+    if len(heard) < 2:
+        raise ValueError(f"task=classify: the test clips have {len(heard)} of the classes, and a mean takes two")
+    low, high = student(heard.tolist())
+    protocol = (
+        f"mean over the {len(heard)} of {len(classes)} classes that test clips have, interval over those classes; test "
+        f"touched once; {embedder.name}"
+    )
+    skipped = int((~read).sum())
+    protocol += f"; {skipped} clips could not be read" if skipped else ""
+    value = float(heard.mean())
+    return Score("classify", value, max(0.0, low), min(1.0, high), int(read.sum()), protocol, metric="mAP")

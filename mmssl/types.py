@@ -60,8 +60,8 @@ class Batch:
     inputs: modality name -> Raw, all with the same B.
     seeds: (B,) int64 on the CPU, a function of run seed, clip id and epoch: every mask is drawn from it, so resuming
         or another number of ranks changes no mask.
-    labels: (B,) int64 classes | (B, S) int64 characters padded with 0 | None.
-    label_lengths: (B,) int64 on the CPU, for character labels.
+    labels: (B,) int64 classes | (B, S) int64 characters, or several classes, padded with 0 | None.
+    label_lengths: (B,) int64 on the CPU, for (B, S) labels.
     """
 
     inputs: Mapping[str, Raw]

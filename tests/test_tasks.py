@@ -12,6 +12,7 @@ from mmssl.assemble import build_encoder, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.text import Classes
 from mmssl.embed import load
+from mmssl.evaluation.score import average_precisions
 from mmssl.tasks import LogMel, as_baseline, evaluate, labelled
 from mmssl.training.checkpoint import export_encoder
 from mmssl.types import Raw
@@ -37,6 +38,17 @@ SPEECH: dict[str, Any] = {
     "objective": {"name": "ctc"},
     "classes": None,
     "vocabulary": ["<blank>", "|", "g", "h", "i", "l", "o", "w"],
+}
+
+AUDIO: dict[str, Any] = {
+    **SPEECH,
+    "modality": "audio",
+    "frontend": {"name": "spectrogram", "size": [8, 16], "bands": 32, "rate": 8000},
+    "positions": {"name": "sincos"},
+    "encoder": {"prefix": 1},
+    "objective": {"name": "classify", "multi_label": True},
+    "classes": ["high", "long", "low"],
+    "vocabulary": None,
 }
 
 
@@ -210,3 +222,34 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         evaluate(image, **{"train": seen["train"], "test": seen["test"], **given})
+
+
+def test_clips_of_several_classes_are_measured_by_mean_average_precision(
+    heard: dict[str, Path], tmp_path: Path
+) -> None:
+    run = exported(tmp_path / "run", AUDIO, tuned=True)
+    names = [["low", "long"], "high", [], ["high", "long"]]
+    rows = [{**row, "label": label} for row, label in zip(Manifest(heard["test"]), names, strict=True)]
+    write_manifest(tmp_path / "test.jsonl", rows)
+    found = load(run).probabilities(tmp_path / "test.jsonl")
+    truth = np.array([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], dtype=bool)
+    score = evaluate(run, task="classify", test=tmp_path / "test.jsonl")["map"]
+    assert score.value == pytest.approx(average_precisions(found.numpy(), truth).mean())
+    assert (score.metric, score.n) == ("mAP", 4)
+    assert "3 of 3 classes" in score.protocol
+    write_manifest(tmp_path / "bad.jsonl", [{**rows[0], "label": ["loud"]}])
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1: the label 'loud' is not among the 3 classes"):
+        evaluate(run, task="classify", test=tmp_path / "bad.jsonl")
+
+
+def test_probabilities_of_one_class_a_clip_add_up_to_one(image: Path, seen: dict[str, Path]) -> None:
+    found = load(image).probabilities(seen["test"])
+    assert torch.allclose(found.sum(1), torch.ones(4))
+    assert [IMAGE["classes"][i] for i in found.argmax(1)] == load(image).predict(seen["test"])
+
+
+@pytest.mark.parametrize("baseline", [None, "random", "logmel"])
+def test_an_audio_encoder_and_its_baselines_are_probed(heard: dict[str, Path], tmp_path: Path, baseline: Any) -> None:
+    run = exported(tmp_path / "run", AUDIO)
+    score = evaluate(run, train=heard["train"], test=heard["test"], baseline=baseline, strength=1.0, layer=-1)
+    assert score["accuracy"].value == 1.0  # low from high is easy, for random weights too

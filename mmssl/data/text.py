@@ -95,13 +95,24 @@ class Classes:
             raise ValueError(f"the label {label!r} is not among the {len(self.names)} classes ({shown})")
         return id
 
+    def encode_all(self, labels: object) -> list[int]:
+        """The numbers of a list of classes, or of the only one.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        return [self.encode(label) for label in (labels if isinstance(labels, list) else [labels])]
+
     def __len__(self) -> int:
         return len(self.names)
 
 
 def _name(label: object) -> str:
     if not isinstance(label, (str, int, float)):
-        raise ValueError(f"the label {label!r} is no class: it must be text or a number")
+        raise ValueError(
+            f"the label {label!r} is no class: it must be text or a number (a list of them takes "
+            "objective.multi_label=true)"
+        )
     return str(label)
 
 

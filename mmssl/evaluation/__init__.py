@@ -3,13 +3,14 @@
 from mmssl.evaluation.knn import fit_knn, knn_predict
 from mmssl.evaluation.probe import LinearProbe, fit_linear, fit_path, fit_probe
 from mmssl.evaluation.protocol import Fitted, Split, draw_labels, hold_out, leave_out, measure
-from mmssl.evaluation.score import Score, bootstrap_rate, student, wilson
+from mmssl.evaluation.score import Score, average_precisions, bootstrap_rate, student, wilson
 
 __all__ = [
     "Fitted",
     "LinearProbe",
     "Score",
     "Split",
+    "average_precisions",
     "bootstrap_rate",
     "draw_labels",
     "fit_knn",

@@ -67,6 +67,27 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
     return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
+def average_precisions(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """For each class, the mean of the precisions at each clip that has it, the clips ranked by their score.
+
+    Source: as scikit-learn's `average_precision_score`: clips of equal score are one step of the ranking.
+
+    Args:
+        scores: (B, classes).
+        truth: (B, classes) bool.
+
+    Returns:
+        (classes,), NaN for a class that no clip has. Their mean over the others is what AudioSet calls mAP.
+    """
+    found = np.full(scores.shape[1], np.nan)
+    for column in np.flatnonzero(truth.any(0)):
+        order = np.argsort(-scores[:, column], kind="stable")
+        ranked, hits = scores[order, column], truth[order, column].cumsum()
+        last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)  # of each run of equal scores
+        found[column] = np.sum(np.diff(hits[last], prepend=0) * hits[last] / (last + 1)) / hits[-1]
+    return found
+
+
 def student(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of a few independent draws, by Student's t distribution."""
     from scipy.special import stdtrit  # here, because it costs a third of a second

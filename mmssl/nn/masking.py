@@ -6,6 +6,9 @@ Every function hides real tokens only, counts its ratio in each row's real token
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -88,6 +91,32 @@ def span_mask(
         first = noise.masked_fill(~valid_mask(lengths, size), 2.0).argmin(1)
         masked[whole, first[whole]] = False
     return plan_of(masked, lengths, rows=rows)
+
+
+def axis_mask(lengths: Tensor, *, grid: Sequence[int], ratios: Sequence[float], seeds: Tensor) -> MaskPlan:
+    """Hide whole steps of each axis: all tokens of some times, all tokens of some frequencies.
+
+    Source: Huang et al. 2022 (Audio-MAE, arXiv:2207.06405), section 3.3, for fine-tuning; after SpecAugment, Park et
+    al. 2019 (arXiv:1904.08779). The shares are of a clip's own steps and rounded to the nearest; one step of each axis
+    stays visible, and so does a token.
+
+    Args:
+        lengths: (B,) int64, real tokens.
+        grid: as in `Tokens`.
+        ratios: share of the steps to hide along each axis of the grid, in [0, 1).
+        seeds: (B,) int64.
+    """
+    lengths, size = lengths.cpu(), math.prod(grid)
+    valid = valid_mask(lengths, size)
+    masked = torch.zeros_like(valid)
+    for axis, ratio in enumerate(ratios):
+        place = torch.arange(size) // math.prod(grid[axis + 1 :]) % grid[axis]
+        extent = place.masked_fill(~valid, -1).amax(1) + 1  # the clip's own, not the batch's
+        hidden = torch.minimum((extent * ratio).round().long(), extent - 1)
+        noise = uniform(seeds, grid[axis], stream=axis)
+        rank = noise.masked_fill(~valid_mask(extent, grid[axis]), 2.0).argsort(1).argsort(1)
+        masked |= (rank < hidden[:, None])[:, place]
+    return plan_of(masked & valid, lengths)
 
 
 def plan_of(masked: Tensor, lengths: Tensor, *, rows: Tensor | None = None) -> MaskPlan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
 from mmssl.nn.heads import AttentionPool, ClassifierHead, first_pool, mean_pool
+from mmssl.nn.masking import axis_mask
 from mmssl.nn.spread import token_spread
 from mmssl.types import Batch, Hide, Loss, Raw, valid_mask
 
@@ -24,7 +25,8 @@ class Classify(nn.Module):
         Zhang et al. 2018 (arXiv:1710.09412).
     Differs from the paper: tokens are pooled after the encoder's final norm; each clip has a mixing share of its own,
         drawn from its seed; no cutmix.
-    Target: the manifest's label.
+    Target: the manifest's label, or with `multi_label` a list of labels: a binary cross-entropy for each class, as Gong
+        et al. 2021 (AST, arXiv:2104.01778) have it for AudioSet.
 
     Args:
         n_classes: labels are 0 to n_classes - 1.
@@ -33,6 +35,9 @@ class Classify(nn.Module):
         label_smoothing: share of the target spread evenly over the classes.
         mixup: alpha of the Beta distribution that the share is drawn from; 0 mixes nothing. Clip i is mixed with clip
             B - 1 - i of its micro-batch.
+        mask: axis -> share of its steps to hide while training, such as {t: 0.2, f: 0.2}; see `axis_mask`. Hidden
+            tokens are left out, so that a step gets cheaper.
+        multi_label: a clip has any number of classes, none too.
         freeze_encoder: train the head only; the encoder is in evaluation mode and gets no gradient.
         head_norm, head_dropout, head_std: see `ClassifierHead`.
     """
@@ -49,6 +54,8 @@ class Classify(nn.Module):
         pool_heads: int = 8,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
+        mask: Mapping[str, float] | None = None,
+        multi_label: bool = False,
         freeze_encoder: bool = False,
         head_norm: Literal["layer", "batch", "none"] = "layer",
         head_dropout: float = 0.0,
@@ -65,6 +72,21 @@ class Classify(nn.Module):
             raise ValueError(
                 "objective.pooling=class: this encoder has no class token (encoder.prefix=0); choose mean or attention"
             )
+        if multi_label and label_smoothing:
+            raise ValueError(
+                f"objective.label_smoothing={label_smoothing:g}: there is no share to spread where each class is told "
+                "for itself (objective.multi_label=true); set it to 0"
+            )
+        shares = dict(mask or {})
+        axes = encoder.frontend.axes
+        for axis, share in shares.items():
+            if axis not in axes or not 0 <= share < 1:
+                raise ValueError(
+                    f"objective.mask={{{axis}: {share}}}: give a share from 0 to below 1 for an axis of the tokens, "
+                    f"{', '.join(axes)}"
+                )
+        self.mask = [shares.get(axis, 0.0) for axis in axes] if any(shares.values()) else None
+        self.multi_label = multi_label
         self.encoder = encoder
         self.n_classes = n_classes
         self.label_smoothing = label_smoothing
@@ -93,27 +115,33 @@ class Classify(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> Loss:
-        """Sum of the clips' cross-entropies in nats; the count is clips."""
+        """Sum of the clips' cross-entropies in nats, with `multi_label` each the mean over classes; the count is clips.
+
+        The metric "accuracy" is the share of clips whose likeliest class is theirs, or one of theirs.
+        """
         raw, labels = batch.raw, self._labels(batch)
         share = None
         if self.training and self.mixup > 0:
             raw, share = mix(raw, batch.seeds, alpha=self.mixup)
-        logits, spread = self._logits(raw)
+        logits, spread = self._logits(raw, batch.seeds)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
-            losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+            losses = self._losses(logits, labels)
             if share is not None:
                 share = share.to(losses.device)
-                others = F.cross_entropy(logits, labels.flip(0), reduction="none", label_smoothing=self.label_smoothing)
-                losses = share * losses + (1 - share) * others
+                losses = share * losses + (1 - share) * self._losses(logits, labels.flip(0))
         total = losses.sum()
-        likeliest = labels if share is None else torch.where(share >= 0.5, labels, labels.flip(0))
-        right = (logits.argmax(1) == likeliest).sum()
+        if share is not None:
+            own = share >= 0.5
+            labels = torch.where(own[:, None] if self.multi_label else own, labels, labels.flip(0))
+        guess = logits.argmax(1)
+        right = (labels.gather(1, guess[:, None])[:, 0] if self.multi_label else guess == labels).sum()
         n = len(batch)
+        chance = (labels.sum() if self.multi_label else n) / self.n_classes
         metrics: dict[str, tuple[float | Tensor, float]] = {
             "loss": (total.detach(), n),
             "accuracy": (right, n),
-            "chance_accuracy": (n / self.n_classes, n),
+            "chance_accuracy": (chance, n),
             "feature_std": (spread * n, n),
         }
         return Loss(total, n, metrics)
@@ -125,15 +153,35 @@ class Classify(nn.Module):
     def after_step(self, step: int) -> None:
         """Nothing here changes with time."""
 
-    def _logits(self, raw: Raw) -> tuple[Tensor, Tensor]:
-        """The logits, and how far the encoder's tokens lie apart."""
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(B,) cross-entropies."""
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+
+    def _logits(self, raw: Raw, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The logits, and how far the encoder's tokens lie apart; with seeds, what a training step sees."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            encoded = self.encoder(self.encoder.tokens(raw))
+            tokens = self.encoder.tokens(raw)
+            if self.training and self.mask is not None and seeds is not None:
+                plan = axis_mask(tokens.lengths, grid=tokens.grid, ratios=self.mask, seeds=seeds)
+                encoded = self.encoder(tokens, plan, "drop")
+            else:
+                encoded = self.encoder(tokens)
         pooled = self.pool(encoded.x, encoded.lengths, encoded.n_prefix)
         return self.head(pooled), token_spread(encoded)
 
     def _labels(self, batch: Batch) -> Tensor:
+        """(B,) classes, or with `multi_label` (B, classes) float, 1 for each class that a clip has."""
         labels = batch.labels
+        if self.multi_label:
+            if labels is None or labels.ndim != 2 or batch.label_lengths is None:
+                raise ValueError("Classify: every clip needs a list of labels; give each manifest row a 'label'")
+            # what fills up a row is one class more, which is cut off
+            real = valid_mask(batch.label_lengths, labels.shape[1], labels.device)
+            place = labels.masked_fill(~real, self.n_classes)
+            several = torch.zeros(len(labels), self.n_classes + 1, device=labels.device)
+            return several.scatter_(1, place, 1.0)[:, : self.n_classes]
         if labels is None or labels.ndim != 1:
             raise ValueError("Classify: every clip needs one label; give each manifest row a 'label'")
         if labels.device.type == "cpu":  # elsewhere a look would wait for the device

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmssl.evaluation.score import Score, bootstrap_rate, student, wilson
+from mmssl.evaluation.score import Score, average_precisions, bootstrap_rate, student, wilson
 
 
 def test_wilson_interval_by_hand() -> None:
@@ -48,3 +48,21 @@ def test_a_score_prints_and_stores_its_protocol(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "score.json").read_text(encoding="utf-8"))
     assert stored["value"] == 0.9
     assert stored["protocol"] == "how it was measured"
+
+
+def test_average_precision_by_hand() -> None:
+    truth = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], dtype=bool)
+    # class 0 stands at ranks 1 and 3: (1/1 + 2/3) / 2; class 1 at rank 1 and at a shared 2 and 3: (1/1 + 2/3) / 2
+    scores = np.array([[0.9, 0.5, 0.1], [0.8, 0.7, 0.2], [0.7, 0.5, 0.3], [0.1, 0.2, 0.4]])
+    found = average_precisions(scores, truth)
+    assert found[:2] == pytest.approx([5 / 6, 5 / 6])
+    assert np.isnan(found[2])
+
+
+def test_average_precision_is_scikit_learns_with_ties_too() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    truth = rng.random((50, 6)) < 0.2
+    for scores in (rng.random((50, 6)), rng.integers(0, 5, (50, 6)) / 4):
+        theirs = [metrics.average_precision_score(truth[:, i], scores[:, i]) for i in range(6)]
+        assert average_precisions(scores, truth) == pytest.approx(np.array(theirs))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmssl.nn.masking import channel_mask, plan_of, random_mask, span_mask, take
+from mmssl.nn.masking import axis_mask, channel_mask, plan_of, random_mask, span_mask, take
 from mmssl.types import valid_mask
 
 LENGTHS = torch.tensor([49, 30, 12, 5, 2, 1])
@@ -94,3 +94,31 @@ def test_channels_are_hidden_in_runs_for_the_whole_clip():
 def test_a_ratio_that_leaves_nothing_is_refused(ratio):
     with pytest.raises(ValueError, match="mask_ratio"):
         random_mask(LENGTHS, ratio=ratio, seeds=SEEDS)
+
+
+def test_an_axis_mask_hides_whole_times_and_whole_frequencies_of_a_clips_own():
+    grid, times = (10, 4), torch.tensor([10, 5, 2, 1])
+    plan = axis_mask(times * 4, grid=grid, ratios=[0.3, 0.25], seeds=torch.arange(4))
+    for row, n in enumerate(times.tolist()):
+        masked = plan.masked[row].view(grid)
+        assert not masked[n:].any()
+        # of 10, 5, 2 and 1 times .3 is 3, 2 (1.5 to the even), 1 and 0; of 4 frequencies .25 is 1
+        whole_times, whole_bands = masked[:n].all(1), masked[:n].all(0)
+        assert int(whole_times.sum()) == {10: 3, 5: 2, 2: 1, 1: 0}[n]
+        assert int(whole_bands.sum()) == 1
+        assert torch.equal(masked[:n], whole_times[:, None] | whole_bands)
+        assert int(plan.keep_lengths[row]) == (n - int(whole_times.sum())) * 3
+
+
+def test_an_axis_mask_is_the_clips_own_in_whatever_batch_it_comes():
+    whole = axis_mask(torch.tensor([40, 20]), grid=(10, 4), ratios=[0.4, 0.5], seeds=torch.tensor([7, 8]))
+    alone = axis_mask(torch.tensor([20]), grid=(5, 4), ratios=[0.4, 0.5], seeds=torch.tensor([8]))
+    assert torch.equal(whole.masked[1, :20], alone.masked[0])
+    other = axis_mask(torch.tensor([20]), grid=(5, 4), ratios=[0.4, 0.5], seeds=torch.tensor([9]))
+    assert not torch.equal(other.masked, alone.masked)
+
+
+def test_an_axis_mask_always_leaves_a_token():
+    for seed in range(20):
+        plan = axis_mask(torch.tensor([12]), grid=(3, 4), ratios=[0.99, 0.99], seeds=torch.tensor([seed]))
+        assert plan.keep_lengths.tolist() == [1]

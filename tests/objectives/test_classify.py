@@ -11,6 +11,7 @@ from torch import Tensor
 from mmssl.encoder import Encoder
 from mmssl.modalities.image.frontend import Patches
 from mmssl.modalities.speech.frontend import Waveform
+from mmssl.nn.masking import axis_mask
 from mmssl.nn.positions import SinCos
 from mmssl.nn.seeds import seed_of
 from mmssl.nn.transformer import Transformer
@@ -259,3 +260,64 @@ def test_a_batch_without_labels_is_refused() -> None:
     batch = images()
     with pytest.raises(ValueError, match="give each manifest row a 'label'"):
         image_classifier()(Batch(batch.inputs, batch.seeds))
+
+
+def several(labels: list[list[int]]) -> Batch:
+    """The first pictures, each with a list of classes."""
+    batch = images(len(labels))
+    rows = [torch.tensor(row, dtype=torch.int64) for row in labels]
+    sizes = torch.tensor([len(row) for row in rows])
+    return Batch(batch.inputs, batch.seeds, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), sizes)
+
+
+def test_several_labels_cost_what_was_worked_by_hand() -> None:
+    objective = image_classifier(multi_label=True)
+    torch.nn.init.zeros_(objective.head.linear.weight)
+    with torch.no_grad():
+        objective.head.linear.bias.copy_(torch.tensor([math.log(3.0), 0.0, -math.log(3.0)]))  # .75, .5 and .25
+        loss = objective(several([[0, 2], [], [1]]))
+    first, none, last = ([0.75, 0.5, 0.25], [0.25, 0.5, 0.75], [0.25, 0.5, 0.75])
+    by_hand = sum(-sum(map(math.log, row)) / 3 for row in (first, none, last))
+    assert float(loss.total) == pytest.approx(by_hand, rel=1e-5)
+    # the likeliest is class 0, which the first clip has
+    assert [float(x) for x in loss.metrics["accuracy"]] == [1, 3]
+    assert [float(x) for x in loss.metrics["chance_accuracy"]] == [1, 3]  # three labels of three clips, three classes
+
+
+def test_mixed_clips_with_several_labels_pay_for_both_by_share() -> None:
+    objective, batch = image_classifier(multi_label=True, mixup=0.8).train(), several([[0], [1, 2]])
+    with torch.no_grad():
+        loss = objective(batch)
+        mixed, share = mix(batch.raw, batch.seeds, alpha=0.8)
+        logits = objective.predict(Batch({"image": mixed}, batch.seeds))
+    truth = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    soft = share[:, None] * truth + (1 - share[:, None]) * truth.flip(0)
+    by_hand = -(soft * logits.sigmoid().log() + (1 - soft) * (1 - logits.sigmoid()).log()).mean(1).sum()
+    torch.testing.assert_close(loss.total, by_hand)
+
+
+def test_several_labels_are_asked_for_by_name() -> None:
+    with pytest.raises(ValueError, match="every clip needs a list of labels"):
+        image_classifier(multi_label=True)(images())
+    with pytest.raises(ValueError, match="every clip needs one label"):
+        image_classifier()(several([[0], [1, 2]]))
+    with pytest.raises(ValueError, match="set it to 0"):
+        image_classifier(multi_label=True, label_smoothing=0.1)
+
+
+def test_a_masked_step_sees_the_tokens_that_the_mask_leaves_and_evaluation_sees_all() -> None:
+    objective, batch = image_classifier(mask={"h": 0.5, "w": 0.4}).train(), images()
+    tokens = objective.encoder.tokens(batch.raw)
+    plan = axis_mask(tokens.lengths, grid=tokens.grid, ratios=[0.5, 0.4], seeds=batch.seeds)
+    assert plan.keep_lengths.tolist() == [2] * 4  # of 2 x 3, one row and two columns
+    encoded = objective.encoder(tokens, plan, "drop")
+    logits = objective.head(objective.pool(encoded.x, encoded.lengths, encoded.n_prefix))
+    by_hand = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+    torch.testing.assert_close(objective(batch).total, by_hand)
+    torch.testing.assert_close(objective.eval()(batch).total, image_classifier().eval()(batch).total)
+
+
+@pytest.mark.parametrize("mask", [{"t": 0.2}, {"h": 1.0}, {"w": -0.1}])
+def test_a_mask_that_makes_no_sense_is_refused(mask: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="a share from 0 to below 1 for an axis of the tokens, h, w"):
+        image_classifier(mask=mask)

@@ -1,7 +1,7 @@
 """Our encoder on a spectrogram is AST as transformers has it, its two extra tokens and overlapping patches included.
 
 Theirs goes over frequency first: token (f, t) is number f * times + t, and a patch's values are frequency by time. Ours
-goes over time first in both. So patches' weights, the table of positions and the output are reordered, and nothing else.
+goes over time first in both. So patches' weights, the table of positions and the output are reordered, nothing else.
 """
 
 from __future__ import annotations
