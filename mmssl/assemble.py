@@ -39,7 +39,7 @@ from mmssl.training.loop import train as train_loop
 from mmssl.training.optimizer import build_optimizer
 from mmssl.training.pictures import write_sheet
 from mmssl.training.schedule import SCHEDULES
-from mmssl.types import Batch, Loss
+from mmssl.types import Batch, Frontend, Loss
 
 FORMAT = 1
 ENCODER = ("frontend", "positions", "transformer", "encoder")
@@ -137,9 +137,15 @@ def build_encoder(config: Config) -> Encoder:
         ValueError: settings that do not fit together.
     """
     transformer = Transformer(**config["transformer"])
-    frontend = _make(MODALITIES[config["modality"]].frontends, config["frontend"], dim=transformer.dim)
+    frontend = build_frontend(config, dim=transformer.dim)
     positions = _make(POSITIONS, config["positions"], dim=transformer.dim)
     return Encoder(frontend, transformer, positions, **config["encoder"])
+
+
+def build_frontend(config: Config, *, dim: int) -> Frontend:
+    """The frontend alone, for tokens of width `dim`."""
+    made: Frontend = _make(MODALITIES[config["modality"]].frontends, config["frontend"], dim=dim)
+    return made
 
 
 def build_objective(config: Config, encoder: Encoder) -> nn.Module:

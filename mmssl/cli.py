@@ -222,8 +222,10 @@ def evaluate(
 
 @command("mmssl manifest digits/ --label-from -1 --split train=0.9,valid=0.1 --by speaker --out manifests/digits")
 def manifest(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of files, and of uncompressed tar files.")],
-    modality: Annotated[str, typer.Option(help="speech or image: which files to look for.")] = "speech",
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of files, and of uncompressed tar files; a manifest: --stats.")
+    ],
+    modality: Annotated[str, typer.Option(help="speech, audio or image: which files to look for.")] = "speech",
     out: Annotated[
         Path | None, typer.Option(help="File to write, or with splits a folder for one file each.", show_default="DIR")
     ] = None,
@@ -243,15 +245,25 @@ def manifest(
     ] = None,
     by: Annotated[str, typer.Option(help="With --split: rows that agree in this key stay on one side.")] = "id",
     workers: Annotated[int, typer.Option(help="Threads that read headers.")] = 4,
+    stats: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="Measure the mean and deviation that this recipe normalizes by."),
+    ] = None,
 ) -> None:
     """Write a JSON-lines manifest of a folder: one row a clip, with durations, labels, transcripts and splits.
 
     Labels, splits and transcripts come from folder names or from a table. Files that cannot be read are named and left
-    out.
+    out. With --stats the constants of normalization are printed as settings of a recipe: of the training split where
+    there are splits; and where DIR is a manifest already, nothing is written.
     """
     from mmssl.data.manifest import scan, split_rows, write_manifest
     from mmssl.modalities import MODALITIES
 
+    if folder.suffix == ".jsonl":
+        if stats is None:
+            raise ValueError(f"{folder}: a manifest already; give a folder, or measure its clips with --stats RECIPE")
+        _print_stats(stats, folder)
+        return
     shares: dict[str, float] | None = None
     if split is not None:
         shares = {name: _number("--split", share, float) for name, share in _pairs("--split", split.split(","))}
@@ -285,6 +297,8 @@ def manifest(
         files = {place if place.suffix == ".jsonl" else place / "manifest.jsonl": found.rows}
     for file, rows in files.items():
         print(f"{file}: {write_manifest(file, rows)} clips")
+    if stats is not None:
+        _print_stats(stats, next((file for file in files if file.stem == "train"), next(iter(files))))
 
 
 @command("mmssl recipes image/mae_base > mine.yaml")
@@ -321,6 +335,16 @@ def _done(run: Path) -> None:
     if distributed.is_main():
         print(f"{run}: done; use it with mmssl.load({str(run)!r}), `mmssl embed {run}` or `mmssl evaluate {run}`")
     distributed.shutdown()
+
+
+def _print_stats(recipe: str, manifest: Path) -> None:
+    from mmssl.tasks import input_statistics
+
+    found = input_statistics(recipe, manifest, progress=sys.stderr.isatty())
+    for path, reason in found.bad.items():
+        print(f"left out: {path}: {reason}", file=sys.stderr)
+    print(found)
+    print(f"  {found.values:,} values of {found.clips:,} clips in {manifest}, as {recipe} reads them")
 
 
 def _is_for_the_user(error: Exception) -> bool:

@@ -30,7 +30,7 @@ ARROWS = {
         "distributed",
     ],
     "embed": [*PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "training.checkpoint"],
-    "tasks": [*PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
+    "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
 }
 FREE = {"__init__", "__main__", "cli", "recipes"}  # the front door may use every room; recipes hold no code
 

@@ -139,6 +139,8 @@ def test_a_folder_with_other_files_is_left_alone(pretrained: Path, manifests: Pa
         (["embed", "nowhere", "a.wav", "--layer", "last"], "nowhere: no such folder"),
         (["evaluate", "nowhere", "--test", "a.jsonl"], "nowhere: no such folder"),
         (["manifest", "nowhere"], "nowhere: no such folder"),
+        (["manifest", "a.jsonl"], "a.jsonl: a manifest already"),
+        (["manifest", "a.jsonl", "--stats", "small/mae_audio"], "a.jsonl: no such manifest"),
         (["manifest", ".", "--modality", "smell"], "--modality smell: one of speech, image"),
         (["manifest", ".", "--column", "text"], "--column text: expected NAME=VALUE"),
         (["manifest", ".", "--split", "train=most"], "--split: 'most' is no number"),
@@ -208,3 +210,14 @@ def test_help_answers_at_once_and_imports_no_torch() -> None:
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "mmssl", "recipes"], capture_output=True, text=True, check=True)
     assert "small/mae_image" in done.stdout
+
+
+def test_the_constants_of_normalization_are_measured(manifests: Path, pictures: Path, tmp_path: Path) -> None:
+    text = ok("manifest", manifests / "train.jsonl", "--stats", "small/mae_image")
+    assert text.startswith("frontend.mean=")
+    assert "12 clips" in text
+    # a folder is listed and measured in one go, on its training split
+    again = ok(
+        "manifest", pictures, "--modality", "image", "--split-from", 1, "--stats", "small/mae_image", "--out", tmp_path
+    )
+    assert text.splitlines()[0] in again

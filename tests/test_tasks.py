@@ -13,7 +13,9 @@ from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.text import Classes
 from mmssl.embed import load
 from mmssl.evaluation.score import average_precisions
-from mmssl.tasks import LogMel, as_baseline, evaluate, labelled
+from mmssl.modalities import MODALITIES
+from mmssl.modalities.audio.frontend import SpectrogramPatches
+from mmssl.tasks import LogMel, as_baseline, evaluate, input_statistics, labelled
 from mmssl.training.checkpoint import export_encoder
 from mmssl.types import Raw
 
@@ -253,3 +255,24 @@ def test_an_audio_encoder_and_its_baselines_are_probed(heard: dict[str, Path], t
     run = exported(tmp_path / "run", AUDIO)
     score = evaluate(run, train=heard["train"], test=heard["test"], baseline=baseline, strength=1.0, layer=-1)
     assert score["accuracy"].value == 1.0  # low from high is easy, for random weights too
+
+
+def test_constants_of_normalization_bring_the_spectrograms_to_mean_0_and_deviation_1(
+    heard: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [*Manifest(heard["train"]), {"audio": "missing.wav", "seconds": 0.5}]
+    write_manifest(tmp_path / "train.jsonl", rows)
+    found = input_statistics("small/mae_audio", tmp_path / "train.jsonl")
+    assert (found.clips, list(found.bad.values())) == (12, ["no such file or directory"])
+    frontend = SpectrogramPatches(dim=1, size=[1, 128], mean=found.mean[0], std=found.std[0], deviations=1.0)
+    frames = []
+    for row in Manifest(heard["train"]):
+        wave = MODALITIES["audio"].read(row["audio"], rate=16_000)
+        frames.append(frontend(Raw(wave[None], torch.tensor([len(wave)]), ["a"], 16_000)).feat[0])
+    values = torch.cat(frames).flatten()
+    assert found.values == len(values)
+    assert abs(float(values.mean())) < 1e-3
+    assert abs(float(values.std()) - 1) < 1e-3
+    assert str(found) == f"frontend.mean={found.mean[0]:.6g} frontend.std={found.std[0]:.6g}"
+    with pytest.raises(ValueError, match="logmel has no constants of the data"):
+        input_statistics("small/wav2vec2_speech", heard["train"])

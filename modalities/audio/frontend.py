@@ -131,6 +131,13 @@ class SpectrogramPatches(Frontend):
             span_ms=(long - 1) * frame_ms + 1000 * self.filterbank.width / self.rate,
         )
 
+    def measured(self, raw: Raw) -> Tensor:
+        """(M, 1): the log-mel energies of all real frames, of which `mean` and `std` are the constants."""
+        refuse_short(raw, self.min_length)
+        counts = self.filterbank.frames(raw.lengths)
+        frames = self.filterbank(raw.data, raw.lengths)
+        return frames[valid_mask(counts, frames.shape[1], frames.device)].view(-1, 1)
+
     def _steps(self, raw: Raw) -> Tensor:
         """(B,) patches along time: as many as it takes to cover every frame."""
         refuse_short(raw, self.min_length)

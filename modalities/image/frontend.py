@@ -72,6 +72,10 @@ class Patches(Frontend):
             )
         return height // self.size[0], width // self.size[1]
 
+    def measured(self, raw: Raw) -> Tensor:
+        """(M, C): all pixels, of which `mean` and `std` are the constants."""
+        return raw.data.transpose(0, 1).flatten(1).T
+
     def lengths(self, raw: Raw) -> Tensor:
         return torch.full((len(raw),), math.prod(self.grid(raw)))
 

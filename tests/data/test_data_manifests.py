@@ -163,6 +163,27 @@ def test_sign_digits_are_split_by_person(tmp_path: Path) -> None:
         script("sign_digits").main(tmp_path / "in", tmp_path / "out")
 
 
+def test_esc10_leaves_out_one_fold_after_the_other(tmp_path: Path) -> None:
+    for folder, fold in (("001 - Dog bark", 1), ("001 - Dog bark", 2), ("002 - Rain", 3), ("rain", 4), ("rain", 5)):
+        path = tmp_path / "in" / folder / f"{fold}-{fold}00{fold}-A.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.zeros(800), 8000)
+    script("esc10").main(tmp_path / "in", tmp_path / "out")
+    tests = [list(Manifest(tmp_path / "out" / f"fold{fold}" / "test.jsonl")) for fold in range(1, 6)]
+    assert [[(row["id"], row["label"], row["fold"]) for row in part] for part in tests] == [
+        [("dog_bark/1-1001-A", "dog_bark", "1")],
+        [("dog_bark/2-2002-A", "dog_bark", "2")],
+        [("rain/3-3003-A", "rain", "3")],
+        [("rain/4-4004-A", "rain", "4")],
+        [("rain/5-5005-A", "rain", "5")],
+    ]
+    train = Manifest(tmp_path / "out" / "fold2" / "train.jsonl")
+    assert sorted(train.column("fold")) == ["1", "3", "4", "5"]
+    soundfile.write(tmp_path / "in" / "rain" / "drops.wav", np.zeros(800), 8000)
+    with pytest.raises(ValueError, match="rain/drops.wav: expected CLASS/FOLD-NUMBER-TAKE"):
+        script("esc10").main(tmp_path / "in", tmp_path / "out")
+
+
 def index(root: Path, name: str) -> list[dict[str, str]]:
     return [row for _, row in read_table(root / name / "index.tsv")]
 
@@ -170,6 +191,7 @@ def index(root: Path, name: str) -> list[dict[str, str]]:
 @pytest.mark.data
 def test_the_splits_are_those_of_the_real_sets(data_root: Path) -> None:
     fsdd, signs = script("fsdd"), script("sign_digits")
+    assert {row["fold"] for row in index(data_root, "esc10")} == set(script("esc10").FOLDS)
     for row in index(data_root, "fsdd"):
         assert fsdd.SPLITS.get(row["speaker"], "train") == row["speaker_split"]
         assert fsdd.WORDS[int(row["label"])] == row["text"]

@@ -105,7 +105,7 @@ def test_tokens_and_both_extra_tokens_are_those_of_ast() -> None:
 
 
 def test_the_spectrogram_is_that_of_their_feature_extractor() -> None:
-    pytest.importorskip("torchaudio")
+    pytest.importorskip("torchaudio", exc_type=ImportError)
     extract = transformers.ASTFeatureExtractor(max_length=98)
     wave = 0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(2))
     theirs = extract(wave.numpy(), sampling_rate=16_000, return_tensors="pt").input_values[0]
