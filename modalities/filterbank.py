@@ -16,7 +16,7 @@ Window = Literal["hanning", "povey", "hamming", "rectangular"]
 # Kaldi's floor of an energy: silence becomes log(2^-23) = -15.94
 FLOOR = torch.finfo(torch.float32).eps
 # bands multiplied at a time, and frames worked on at a time on the CPU, in whose cache they then stay
-_BLOCK = 32
+_BLOCK = 16
 _PIECE = 512
 
 
@@ -104,8 +104,10 @@ class Filterbank(nn.Module):
         self.register_buffer("taper", _window(window, self.width), persistent=False)
         bank = triangles(rate, self.fft, bands, low=low, high=top, sides="mel").clone()
         bank[-1] = 0.0  # Kaldi leaves the bin at half the rate out
-        self.register_buffer("bank", bank, persistent=False)
         # A bank is a band of a matrix: neighboring filters share a few bins, and the rest of their columns is zero.
+        # Each bin stands twice, for the squares of its real and of its imaginary part, so that nobody has to add them.
+        bank = bank.repeat_interleave(2, 0)
+        self.register_buffer("bank", bank, persistent=False)
         self.blocks: list[tuple[slice, slice]] = []
         for first in range(0, bands, _BLOCK):
             used = bank[:, first : first + _BLOCK].any(1).nonzero()[:, 0].tolist() or [0]
@@ -129,43 +131,38 @@ class Filterbank(nn.Module):
         size = int(counts.max())
         with torch.no_grad(), torch.autocast(waves.device.type, enabled=False):
             waves = waves.to(self.taper.dtype)
-            # Preemphasis before frames are cut, since they overlap. A frame's first sample has its predecessor outside.
-            ahead = torch.sub(waves[:, 1:], waves[:, :-1], alpha=self.preemphasis)
-            plain = waves.unfold(1, self.width, self.hop)[:, :size]
-            ahead = ahead.unfold(1, self.width - 1, self.hop)[:, :size]
-            if waves.device.type != "cpu":
-                real = valid_mask(counts, size, waves.device)[..., None]
-                scratch = waves.new_zeros(len(waves), size, self.fft)
-                return torch.where(real, self._energies(plain, ahead, scratch), math.log(FLOOR))
+            frames = waves.unfold(1, self.width, self.hop)[:, :size]
             out = waves.new_full((len(waves), size, self.bank.shape[1]), math.log(FLOOR))
-            scratch = waves.new_zeros(_PIECE, self.fft)
-            for clip, count in enumerate(counts.tolist()):
-                for start in range(0, count, _PIECE):
-                    part = clip, slice(start, min(start + _PIECE, count))
-                    out[part] = self._energies(plain[part], ahead[part], scratch[: part[1].stop - start])
+            if waves.device.type == "cpu":
+                scratch = waves.new_zeros(_PIECE, self.fft)
+                for clip, count in enumerate(counts.tolist()):
+                    for start in range(0, count, _PIECE):
+                        part = clip, slice(start, min(start + _PIECE, count))
+                        self._energies(frames[part], scratch[: part[1].stop - start], out[part])
+            else:
+                self._energies(frames, waves.new_zeros(len(waves), size, self.fft), out)
+                # where padding was worked on, too
+                out = torch.where(valid_mask(counts, size, waves.device)[..., None], out, math.log(FLOOR))
             return out
 
-    def _energies(self, plain: Tensor, ahead: Tensor, scratch: Tensor) -> Tensor:
+    def _energies(self, frames: Tensor, scratch: Tensor, out: Tensor) -> None:
         """Log-mel energies of frames.
 
         Args:
-            plain: (..., width) samples.
-            ahead: (..., width - 1) the same after preemphasis, without the first.
+            frames: (..., width) samples.
             scratch: (..., fft) to work in; zero from `width` on, and left so.
-
-        Returns:
-            (..., F).
+            out: (..., F) to be filled.
         """
-        rest = 1 - self.preemphasis
-        mean = plain.mean(-1, keepdim=True)
+        inside = scratch[..., : self.width]
+        torch.sub(frames[..., 1:], frames[..., :-1], alpha=self.preemphasis, out=inside[..., 1:])
         # the first sample of a frame counts as its own predecessor
-        torch.sub(plain[..., :1], mean, out=scratch[..., :1]).mul_(rest)
-        torch.sub(ahead, mean, alpha=rest, out=scratch[..., 1 : self.width])
-        scratch[..., : self.width] *= self.taper
-        spectrum = torch.fft.rfft(scratch)
-        power = spectrum.real.square() + spectrum.imag.square()
-        energies = torch.cat([power[..., bins] @ self.bank[bins, bands] for bins, bands in self.blocks], -1)
-        return energies.clamp_min_(FLOOR).log_()
+        torch.mul(frames[..., :1], 1 - self.preemphasis, out=inside[..., :1])
+        inside -= (1 - self.preemphasis) * frames.mean(-1, keepdim=True)
+        inside *= self.taper
+        squares = torch.view_as_real(torch.fft.rfft(scratch)).flatten(-2).square_()
+        for bins, bands in self.blocks:
+            out[..., bands] = squares[..., bins] @ self.bank[bins, bands]
+        out.clamp_min_(FLOOR).log_()
 
 
 def fill_to(frames: Tensor, size: int) -> Tensor:
