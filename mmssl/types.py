@@ -261,6 +261,16 @@ class Frontend(nn.Module, ABC):
     def forward(self, raw: Raw) -> Tokens:
         """(B, ...) raw input to (B, N, D) tokens."""
 
+    def measured(self, raw: Raw) -> Tensor:
+        """(M, C): the values that the frontend brings to mean 0 by constants of the training data, in C channels.
+
+        Raises:
+            ValueError: it has no such constants.
+        """
+        raise ValueError(
+            f"{type(self).__name__} normalizes by no constants of the data; choose a recipe with spectrogram or patches"
+        )
+
 
 class Objective(Protocol):
     """A loss and the parts it owns. Two methods, one file, one paper."""

@@ -38,7 +38,8 @@ def unpatch(values: Tensor, tokens: Tokens, frontend: SpectrogramPatches) -> Ten
     Returns:
         (B, T, F), NaN where no real patch lies; T and F are what the patches reach over.
     """
-    reach = [(n - 1) * step + size for n, step, size in zip(tokens.grid, frontend.stride, frontend.size, strict=True)]
+    sizes = zip(tokens.grid, frontend.stride, frontend.size, strict=True)
+    reach = tuple((n - 1) * step + size for n, step, size in sizes)
 
     def lay(x: Tensor) -> Tensor:
         # torch's fold goes over places in the same order: the first axis outermost
