@@ -64,6 +64,7 @@ PRACTICAL = {
 }
 
 Config = Mapping[str, Any]
+Span = Callable[[float, np.random.Generator], tuple[float, float]]
 
 # what an objective asks for in its constructor and no recipe can say; (config, encoder) -> value
 PROVIDED: dict[str, Callable[[Config, Encoder], Any]] = {
@@ -163,14 +164,22 @@ def build_reader(config: Config, encoder: Encoder) -> Callable[..., Tensor]:
 
 def build_augment(steps: Sequence[Mapping[str, Any]], modality: str, encoder: Encoder) -> Augment:
     """One function of the steps that a recipe lists; what the frontend fixes, such as the rate, is filled in."""
-    functions = []
-    for step in steps:
-        settings = dict(step)
-        function = MODALITIES[modality].augments[settings.pop("name")]
-        known = inspect.signature(function).parameters
-        fixed = {name: value for name, value in encoder.frontend.reader_settings.items() if name in known}
-        functions.append(partial(function, **settings, **fixed))
-    return Augment(tuple(functions))
+    table = MODALITIES[modality].augments
+    return Augment(tuple(_fixed(table, step, encoder) for step in steps if step["name"] in table))
+
+
+def build_span(steps: Sequence[Mapping[str, Any]], modality: str, encoder: Encoder) -> Span | None:
+    """Which part of a clip is to be read, (seconds, generator) -> (start, duration); None for all of it."""
+    table = MODALITIES[modality].spans
+    return next((_fixed(table, step, encoder) for step in steps if step["name"] in table), None)
+
+
+def _fixed(table: Mapping[str, Callable[..., Any]], step: Mapping[str, Any], encoder: Encoder) -> Callable[..., Any]:
+    settings = dict(step)
+    function = table[settings.pop("name")]
+    known = inspect.signature(function).parameters
+    fixed = {name: value for name, value in encoder.frontend.reader_settings.items() if name in known}
+    return partial(function, **settings, **fixed)
 
 
 @dataclass(frozen=True)
@@ -191,10 +200,17 @@ def build_dataset(
     """The clips of a manifest as an objective wants them; `side`, "train" or "eval", chooses the augmentations."""
     name, data = config["modality"], DataSettings(**recipe.values["data"])
     frontend = encoder.frontend
+    span = build_span(recipe.values["augment"][side], name, encoder)
+    if span is not None and data.cache:
+        raise recipe.error(
+            "data.cache", "data.cache: a kept clip would be the same part every time; set it to false, or read clips whole"
+        )
     return ManifestDataset(
         manifest,
         media={name: MODALITIES[name].media},
         readers={name: build_reader(config, encoder)},
+        hints={name: MODALITIES[name].hints},
+        spans={} if span is None else {name: span},
         augments={name: build_augment(recipe.values["augment"][side], name, encoder)},
         rates={name: frontend.reader_settings.get("rate")},
         shortest={name: frontend.min_length},
@@ -216,6 +232,8 @@ def build_plan(recipe: Recipe, manifest: Manifest, *, side: Literal["train", "ev
     for step in recipe.values["augment"][side]:
         if by_length and "seconds" in step:  # a crop: no clip is longer than that after it
             lengths = np.minimum(lengths, step["seconds"])
+        if by_length and "frames" in step:
+            lengths = np.minimum(lengths, step["frames"] / recipe.values["frontend"]["rate"])
     return BatchPlan(
         lengths,
         batch_size=data.batch_size,
@@ -452,8 +470,12 @@ def _augments(recipe: Recipe, modality: Modality) -> dict[str, list[dict[str, An
         if not isinstance(steps, list):
             raise recipe.error(f"augment.{side}", f"'augment.{side}' should be a list of steps (got {steps!r})")
         # the rate and the channels are the frontend's
-        keys = [f"augment.{side}.{place}" for place in range(len(steps))]
-        found[side] = [_named(recipe, key, modality.augments, given=["x", "rng", "rate", "channels"]) for key in keys]
+        given = ["x", "whole", "rng", "rate", "channels"]
+        found[side] = []
+        for place in range(len(steps)):
+            # a span says what is read, so nothing can come before it
+            table = {**modality.spans, **modality.augments} if place == 0 else modality.augments
+            found[side].append(_named(recipe, f"augment.{side}.{place}", table, given=given))
     return found
 
 

@@ -9,5 +9,6 @@ if __name__ != "mmssl.modalities":
 from mmssl.modalities.image import IMAGE
 from mmssl.modalities.modality import Modality
 from mmssl.modalities.speech import SPEECH
+from mmssl.modalities.video import VIDEO
 
-MODALITIES: dict[str, Modality] = {"speech": SPEECH, "image": IMAGE}
+MODALITIES: dict[str, Modality] = {"speech": SPEECH, "image": IMAGE, "video": VIDEO}

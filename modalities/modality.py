@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +36,9 @@ class Modality:
     frontends, augments, targets: what a recipe may name.
     read: (source, **frontend.reader_settings) -> the raw clip.
     probe: source -> what a manifest row says of a file.
+    hints: keys of that which `read` takes too.
+    spans: what a recipe may name as the first of its augmentations, to be read instead of the whole clip:
+        (seconds, generator, **settings) -> (start, duration).
     """
 
     name: str
@@ -46,3 +49,5 @@ class Modality:
     probe: Callable[..., dict[str, Any]]
     augments: dict[str, Callable[..., Tensor]]
     targets: dict[str, Target]
+    hints: tuple[str, ...] = ()
+    spans: dict[str, Callable[..., tuple[float, float]]] = field(default_factory=dict)

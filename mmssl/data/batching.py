@@ -227,16 +227,19 @@ def one_pass(
 
 
 def collate_samples(samples: list[Sample]) -> Batch:
-    """One batch: waveforms padded with zeros to the longest, pictures stacked, labels padded with 0.
+    """One batch: waveforms and video padded with zeros to the longest, pictures stacked, labels padded with 0.
 
     Raises:
-        ValueError: pictures of several sizes, or labels of some clips only.
+        ValueError: pictures or frames of several sizes, or labels of some clips only.
     """
     ids = [sample.id for sample in samples]
     inputs = {}
     for name in samples[0].inputs:
         clips = [sample.inputs[name] for sample in samples]
-        data, lengths = _pad_waves(clips) if clips[0].ndim == 1 else _stack_pictures(name, ids, clips)
+        if clips[0].ndim == 4:
+            data, lengths = _pad_video(name, ids, clips)
+        else:
+            data, lengths = _pad_waves(clips) if clips[0].ndim == 1 else _stack_pictures(name, ids, clips)
         inputs[name] = Raw(data, lengths, ids, samples[0].rates[name])
     labels, label_lengths = _labels(samples)
     seeds = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
@@ -260,6 +263,16 @@ def _stack_pictures(name: str, ids: list[str], clips: list[Tensor]) -> tuple[Ten
                 "to one in `augment`, for example with resize and center_crop"
             )
     return torch.stack(clips), torch.ones(len(clips), dtype=torch.int64)
+
+
+def _pad_video(name: str, ids: list[str], clips: list[Tensor]) -> tuple[Tensor, Tensor]:
+    # a first frame of each, which must be alike as pictures must
+    first, _ = _stack_pictures(name, ids, [clip[:, 0] for clip in clips])
+    lengths = torch.tensor([clip.shape[1] for clip in clips], dtype=torch.int64)
+    data = first.new_zeros(len(clips), first.shape[1], int(lengths.max()), *first.shape[2:])
+    for row, clip in zip(data, clips, strict=True):
+        row[:, : clip.shape[1]] = clip
+    return data, lengths
 
 
 def _labels(samples: list[Sample]) -> tuple[Tensor | None, Tensor | None]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ ATTEMPTS = 20  # substitutes tried for one bad clip; so many in a row do not hap
 class Sample:
     """One clip.
 
-    inputs: modality -> (L,) waveform | (C, H, W) picture.
+    inputs: modality -> (L,) waveform | (C, H, W) picture | (C, T, H, W) video.
     rates: modality -> units along time per second, None where there is no time.
     seed: a function of run seed, epoch and id; masks are drawn from it.
     bad: what was met on the way to this clip and could not be read.
@@ -48,6 +49,9 @@ class ManifestDataset(Dataset[Sample]):
     Args:
         media: modality -> the key of a row that names its file.
         readers: modality -> (path or binary file, **{start, duration} where the row has them) -> the raw clip.
+        hints: modality -> further keys of a row that its reader takes.
+        spans: modality -> (seconds, generator) -> (start, duration): the part of a clip that is read, where it is not
+            all of it. Its reader takes that function without its generator, as `span`.
         augments: modality -> (clip, generator) -> clip.
         rates: modality -> what `Sample.rates` says.
         shortest: modality -> units along time that a clip must have after augmentation; shorter ones are bad clips.
@@ -55,7 +59,8 @@ class ManifestDataset(Dataset[Sample]):
         seed: of the run.
         on_bad_clip: "raise" stops at the first one; "skip" puts another clip, always the same one, in its place.
         max_bad_share: of the manifest's clips, beyond which "skip" stops too.
-        cache: keep decoded clips, not yet augmented, in memory: once for every loader worker.
+        cache: keep decoded clips, not yet augmented, in memory: once for every loader worker. Not with spans, which
+            read another part each time.
     """
 
     def __init__(
@@ -64,6 +69,8 @@ class ManifestDataset(Dataset[Sample]):
         *,
         media: Mapping[str, str],
         readers: Mapping[str, Callable[..., Tensor]],
+        hints: Mapping[str, Sequence[str]] | None = None,
+        spans: Mapping[str, Callable[[float, np.random.Generator], tuple[float, float]]] | None = None,
         augments: Mapping[str, Callable[[Tensor, np.random.Generator], Tensor]] | None = None,
         rates: Mapping[str, float | None] | None = None,
         shortest: Mapping[str, int] | None = None,
@@ -77,9 +84,13 @@ class ManifestDataset(Dataset[Sample]):
             raise ValueError(f"on_bad_clip: expected raise or skip, got {on_bad_clip!r}")
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share: expected a share of the clips from 0 to 1, got {max_bad_share}")
+        if cache and spans:
+            raise ValueError("data.cache: a kept clip would be the same part every time; set it to false")
         self.manifest = manifest
         self.media = dict(media)
         self.readers = dict(readers)
+        self.hints = dict(hints or {})
+        self.spans = dict(spans or {})
         self.augments = dict(augments or {})
         self.rates = {name: (rates or {}).get(name) for name in media}
         self.shortest = dict(shortest or {})
@@ -125,14 +136,15 @@ class ManifestDataset(Dataset[Sample]):
         seed = _hash(self.seed, epoch, row["id"])
         # spawned from the seed, not equal to it: masks are drawn from the seed too
         generator = np.random.default_rng([seed, 1])
-        raw = self._raw(index, row)
+        raw = self._raw(index, row, generator)
         inputs = {}
         for name, clip in raw.items():
             inputs[name] = self.augments[name](clip, generator) if name in self.augments else clip
             need = self.shortest.get(name, 1)
-            if clip.ndim == 1 and len(inputs[name]) < need:
+            if _steps(inputs[name]) < need:
+                unit = "samples" if clip.ndim == 1 else "frames"
                 raise BadClip(
-                    row["id"], f"{len(inputs[name])} samples long, and shorter than the {need} that one token needs"
+                    row["id"], f"{_steps(inputs[name])} {unit} long, and shorter than the {need} that one token needs"
                 )
         try:
             label = None if self.label is None else self.label(row)
@@ -151,7 +163,7 @@ class ManifestDataset(Dataset[Sample]):
             "manifest": str(self.manifest.path),
         }
 
-    def _raw(self, index: int, row: dict[str, Any]) -> dict[str, Tensor]:
+    def _raw(self, index: int, row: dict[str, Any], generator: np.random.Generator) -> dict[str, Tensor]:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         raw = {}
@@ -163,19 +175,24 @@ class ManifestDataset(Dataset[Sample]):
                 )
             value = row[key]
             parts = value if isinstance(value, list) else [value]
-            clips = [self._read_part(index, name, row, part) for part in parts]
-            raw[name] = clips[0] if len(clips) == 1 else torch.cat(clips, dim=-1)
+            clips = [self._read_part(index, name, row, part, generator) for part in parts]
+            raw[name] = clips[0] if len(clips) == 1 else torch.cat(clips, dim=_time_axis(clips[0]))
             self._check_length(index, name, row, raw[name])
         if self._cache is not None:
             self._cache[index] = raw
         return raw
 
-    def _read_part(self, index: int, name: str, row: dict[str, Any], part: Any) -> Tensor:
+    def _read_part(
+        self, index: int, name: str, row: dict[str, Any], part: Any, generator: np.random.Generator
+    ) -> Tensor:
         place = part if isinstance(part, dict) else {**row, "path": part}
         path = place.get("path")
         if not isinstance(path, str):
             raise ValueError(f"{self.manifest.place(index)}: {self.media[name]!r} must be a path, got {part!r}")
-        segment = {key: float(place[key]) for key in ("start", "duration") if key in place}
+        segment: dict[str, Any] = {key: float(place[key]) for key in ("start", "duration") if key in place}
+        segment |= {key: place[key] for key in self.hints.get(name, ()) if key in place}
+        if name in self.spans:
+            segment["span"] = partial(self.spans[name], rng=generator)
         if "offset" not in place:
             return self.readers[name](path, **segment)
         try:
@@ -186,10 +203,10 @@ class ManifestDataset(Dataset[Sample]):
     def _check_length(self, index: int, name: str, row: dict[str, Any], clip: Tensor) -> None:
         """A clip much longer than its row says would break the bound that the batch was planned by."""
         rate, stated = self.rates[name], row.get("seconds", math.inf)
-        if rate is not None and clip.shape[-1] / rate > 1.1 * stated + 0.5:
+        if rate is not None and _steps(clip) / rate > 1.1 * stated + 0.5:
             raise BadClip(
                 row["id"],
-                f"{clip.shape[-1] / rate:.2f} s long where {self.manifest.place(index)} says {stated:g} s; "
+                f"{_steps(clip) / rate:.2f} s long where {self.manifest.place(index)} says {stated:g} s; "
                 "write the manifest again",
             )
 
@@ -248,6 +265,15 @@ class BadClips:
                 continue  # a line that a killed run left half written; its clip is met again
             if bad.get("manifest") == str(self.manifest.path):
                 self._ids.add(bad["id"])
+
+
+def _time_axis(clip: Tensor) -> int:
+    return 1 if clip.ndim == 4 else -1
+
+
+def _steps(clip: Tensor) -> int:
+    """Units along time; 1 of a picture."""
+    return 1 if clip.ndim == 3 else clip.shape[_time_axis(clip)]
 
 
 def _hash(*parts: int | str) -> int:
