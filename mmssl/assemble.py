@@ -201,10 +201,6 @@ def build_dataset(
     name, data = config["modality"], DataSettings(**recipe.values["data"])
     frontend = encoder.frontend
     span = build_span(recipe.values["augment"][side], name, encoder)
-    if span is not None and data.cache:
-        raise recipe.error(
-            "data.cache", "data.cache: a kept clip would be the same part every time; set it to false, or read clips whole"
-        )
     return ManifestDataset(
         manifest,
         media={name: MODALITIES[name].media},

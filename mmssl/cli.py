@@ -223,7 +223,7 @@ def evaluate(
 @command("mmssl manifest digits/ --label-from -1 --split train=0.9,valid=0.1 --by speaker --out manifests/digits")
 def manifest(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of files, and of uncompressed tar files.")],
-    modality: Annotated[str, typer.Option(help="speech or image: which files to look for.")] = "speech",
+    modality: Annotated[str, typer.Option(help="speech, image or video: which files to look for.")] = "speech",
     out: Annotated[
         Path | None, typer.Option(help="File to write, or with splits a folder for one file each.", show_default="DIR")
     ] = None,

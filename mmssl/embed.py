@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmssl.assemble import build_augment, build_encoder, build_objective, build_reader, read_config
+from mmssl.assemble import build_augment, build_encoder, build_objective, build_reader, build_span, read_config
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
 from mmssl.data.manifest import Manifest
@@ -196,8 +196,8 @@ class Embedder:
 
         Args:
             inputs: one of these or a sequence of them: a path; a glob pattern; a folder (all files of the modality
-                below it); a manifest (.jsonl); an open binary file; an array or tensor: (L,) samples or (C, H, W)
-                pixels in [0, 1], or with one axis more several such clips.
+                below it); a manifest (.jsonl); an open binary file; an array or tensor: (L,) samples, (C, H, W)
+                pixels in [0, 1], or (C, T, H, W) of frames, or with one axis more several such clips.
             layer: -1 the encoder's output, after its final norm where it has one; 0 the input of the first block; i the
                 output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass.
             pool: how tokens become the scene, see `Pool.named`.
@@ -322,6 +322,11 @@ class Embedder:
         augment = build_augment(self.config["augment_eval"], self.modality, self.encoder)
         read = build_reader(self.config, self.encoder)
         settings = self.encoder.frontend.reader_settings
+        span = build_span(self.config["augment_eval"], self.modality, self.encoder)
+        if span is not None:
+            read_part = partial(read, span=partial(span, rng=np.random.default_rng(0)))
+        else:
+            read_part = read
 
         def ready(make: Callable[..., Tensor], *given: Any) -> Tensor:
             # nothing that is done for evaluation is random; the augmentations take a generator all the same
@@ -335,13 +340,15 @@ class Embedder:
                         manifest,
                         media={self.modality: kind.media},
                         readers={self.modality: read},
+                        hints={self.modality: kind.hints},
+                        spans={} if span is None else {self.modality: span},
                         augments={self.modality: augment},
                         rates={self.modality: settings.get("rate")},
                     )
                 )
             elif isinstance(item, (str, Path)):
                 for path in _expand(str(item), kind.suffixes, self.modality):
-                    clips.add((path, partial(ready, read, path)))
+                    clips.add((path, partial(ready, read_part, path)))
             elif isinstance(item, (np.ndarray, Tensor)):
                 batch = _split(item, f"input {place}", kind.media)
                 for i, clip in enumerate(batch):
@@ -351,7 +358,7 @@ class Embedder:
                     else:
                         clips.add((name, partial(ready, _picture, clip, name, settings["channels"])))
             elif hasattr(item, "read"):
-                clips.add((str(getattr(item, "name", f"input {place}")), partial(ready, read, item)))
+                clips.add((str(getattr(item, "name", f"input {place}")), partial(ready, read_part, item)))
             else:
                 raise ValueError(
                     f"input {place}: {type(item).__name__} is none of path, glob, folder, manifest, binary file, array "
@@ -624,12 +631,16 @@ def _expand(text: str, suffixes: Collection[str], modality: str) -> list[str]:
     return matching
 
 
+# what an array of each media is
+_AXES = {"audio": "(samples,)", "image": "(channels, height, width)", "video": "(channels, frames, height, width)"}
+
+
 def _split(array: np.ndarray | Tensor, name: str, media: str) -> list[Tensor]:
     """The clips of an array: one, or one for each place on an axis in front."""
     x = torch.as_tensor(array)
-    axes = 1 if media == "audio" else 3
+    meaning = _AXES[media]
+    axes = len(meaning.split())
     if x.ndim not in (axes, axes + 1):
-        meaning = "(samples,)" if media == "audio" else "(channels, height, width)"
         raise ValueError(
             f"{name}: an array of shape {tuple(x.shape)}; a clip is {meaning}, with or without an axis of "
             "clips in front"
@@ -656,7 +667,8 @@ def _wave(x: Tensor, name: str, rate: float | None, own_rate: float) -> Tensor:
 def _picture(x: Tensor, name: str, channels: int) -> Tensor:
     """Pixels as a reader would give them."""
     if x.shape[0] != channels and x.shape[-1] == channels:
-        raise BadClip(name, f"pixels of shape {tuple(x.shape)}; they must be (channels, height, width)")
+        meaning = _AXES["image" if x.ndim == 3 else "video"]
+        raise BadClip(name, f"pixels of shape {tuple(x.shape)}; they must be {meaning}")
     if x.dtype == torch.uint8:
         x = x / 255
     x = x.detach().float().cpu()

@@ -34,6 +34,21 @@ def image(lengths=(1, 1, 1, 1), fill=0.0):
     return Raw(torch.rand(len(lengths), 3, 16, 24), torch.tensor(lengths), [f"i{i}" for i in range(len(lengths))])
 
 
+def video(lengths=(6, 2, 5, 4), fill=0.0):
+    clips = torch.rand(len(lengths), 3, max(lengths), 8, 12)
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    clips = torch.where(real[:, None, :, None, None], clips, fill)
+    return Raw(clips, torch.tensor(lengths), [f"v{i}" for i in range(len(lengths))], 5.0)
+
+
+def cut(raw, row):
+    """A clip of a batch without its padding."""
+    n = int(raw.lengths[row])
+    data = raw.data[row : row + 1]
+    data = data[:, :n] if data.ndim == 2 else data[:, :, :n] if data.ndim == 5 else data
+    return Raw(data, raw.lengths[row : row + 1], raw.ids[row : row + 1], raw.rate)
+
+
 # modality/frontend -> (its clips, settings of the frontend, positions)
 CLIPS = {
     "speech/waveform": (
@@ -47,6 +62,7 @@ CLIPS = {
         lambda: Convolutional(DIM, kernel=8, groups=4),
     ),
     "image/patches": (image, {"size": [4, 4]}, lambda: SinCos(DIM)),
+    "video/tubes": (video, {"size": [2, 4, 4], "rate": 5}, lambda: SinCos(DIM)),
 }
 SOURCES = [f"{name}/{frontend}" for name, modality in MODALITIES.items() for frontend in modality.frontends]
 SETTINGS = {
@@ -62,8 +78,11 @@ SETTINGS = {
     },
     "classify": {"n_classes": 3},
 }
-TARGET = {"speech": "log_mel", "image": "normalized_pixels"}
-REFUSED = {("ctc", "image/patches"): "CTC spells along time"}
+TARGET = {"speech": "log_mel", "image": "normalized_pixels", "video": "normalized_pixels"}
+REFUSED = {
+    ("ctc", "image/patches"): "CTC spells along time",
+    ("ctc", "video/tubes"): "CTC spells along time",
+}
 
 
 def encoder(source, **settings):
@@ -119,9 +138,8 @@ def test_a_pair_that_makes_no_sense_says_so(name, source):
 def test_a_clip_alone_equals_the_same_clip_in_a_ragged_batch(source):
     body, raw = encoder(source).eval(), CLIPS[source][0]()
     together = body(body.tokens(raw), layers=[0, 1, 2])
-    for row, n in enumerate(raw.lengths):
-        data = raw.data[row : row + 1, :n] if raw.rate else raw.data[row : row + 1]
-        alone = body(body.tokens(Raw(data, raw.lengths[row : row + 1], ["x"], raw.rate)), layers=[0, 1, 2])
+    for row in range(len(raw)):
+        alone = body(body.tokens(cut(raw, row)), layers=[0, 1, 2])
         size = int(alone.lengths[0])
         assert together.lengths[row] == size
         assert torch.allclose(together.x[row, :size], alone.x[0], atol=1e-5)
@@ -245,11 +263,10 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(name, source):
     whole = batch(name, source)
     parts = []
     for row in range(len(whole)):
-        raw, rows = whole.raw, slice(row, row + 1)
-        data = raw.data[rows, : raw.lengths[row]] if raw.rate else raw.data[rows]
+        rows = slice(row, row + 1)
         parts.append(
             Batch(
-                {source: Raw(data, raw.lengths[rows], raw.ids[rows], raw.rate)},
+                {source: cut(whole.raw, row)},
                 seeds=whole.seeds[rows],
                 labels=None if whole.labels is None else whole.labels[rows],
                 label_lengths=None if whole.label_lengths is None else whole.label_lengths[rows],

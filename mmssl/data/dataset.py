@@ -85,7 +85,9 @@ class ManifestDataset(Dataset[Sample]):
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share: expected a share of the clips from 0 to 1, got {max_bad_share}")
         if cache and spans:
-            raise ValueError("data.cache: a kept clip would be the same part every time; set it to false")
+            raise ValueError(
+                "data.cache=true: a kept clip would be the same part every time; set it to false, or read clips whole"
+            )
         self.manifest = manifest
         self.media = dict(media)
         self.readers = dict(readers)

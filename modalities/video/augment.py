@@ -1,7 +1,7 @@
 """What may be done to a clip before it is embedded. Every function is (x (C, T, H, W), rng, **settings) -> clip.
 
-All are pure, take values in [0, 1] and give values in [0, 1]. What is drawn is drawn once for the whole clip: a crop or a
-color of its own in each frame would look like motion. Which part of a long file is read is not here but in `spans.py`.
+All are pure, take values in [0, 1] and give values in [0, 1]. What is drawn is drawn once for the whole clip: a crop or
+a color of its own in each frame would look like motion. Which part of a long file is read, `spans.py` says.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def _upright(frame: Any) -> np.ndarray:
 
 
 def _picture_test(codec: Any) -> Any:
-    """packet -> whether it holds a picture: some hold parameters or nothing, and are counted as frames by containers."""
+    """packet -> whether it holds a picture: containers count as frames those that hold parameters or nothing, too."""
     extra = bytes(codec.extradata or b"")
     if codec.name == "vp8":
         return lambda data: bool(data[0] & 0x10)  # the others are references that are never shown
@@ -237,7 +237,7 @@ class _Session:
 
     def __init__(self, path: str | None, content: bytes) -> None:
         self.path = path
-        self.file: BinaryIO = io.BytesIO(content) if path is None else open(path, "rb")
+        self.file: BinaryIO = io.BytesIO(content) if path is None else open(path, "rb")  # noqa: SIM115 kept open
         self.timeline = read_timeline(self.file)
 
     def describe(self, *, decord: bool) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def serve() -> None:
         request = json.loads(line)
         content = requests.read(request.get("size", 0))
         if hasattr(signal, "alarm"):
-            # not handled, so that it ends this process whatever holds Python's lock, also when nobody is left to kill it
+            # not handled, so that it ends this process whatever holds Python's lock, also where nobody is left to do so
             signal.setitimer(signal.ITIMER_REAL, request["limit"] + 1.0)
         pixels: np.ndarray | None = None
         try:

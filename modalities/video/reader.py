@@ -110,7 +110,6 @@ def probe(source: str | Path | BinaryIO, *, limit: float = LIMIT) -> dict[str, A
     """
     name, path, content = _source(source)
 
-
     def describe(decord: bool) -> dict[str, Any]:
         with borrowed() as worker:
             _ask(worker, name, {"do": "open", "path": path}, content, limit)
