@@ -27,7 +27,8 @@ def read(source: str | Path | BinaryIO, *, rate: int, start: float = 0.0, durati
     """A mono waveform at `rate`, from wav, flac, ogg, opus, aiff (soundfile) or mp3, m4a, webm, mp4 ... (PyAV).
 
     Channels are averaged. n samples at another rate become ceil(n * rate / own rate), as torchaudio and librosa count
-    them. A wav, ogg or mp3 file that was cut off gives what is there; a flac or m4a file is refused.
+    them. A wav, ogg or mp3 file that was cut off gives what is there; a flac or m4a file is refused. The sound of a
+    video starts with its first frame: silence stands where it comes later, and what is heard before is left out.
 
     Args:
         source: a path, or a seekable binary file.
@@ -195,7 +196,14 @@ def _decode_by_pyav(
             rate, channels = stream.rate, stream.channels
             first, count = round(start * rate), _frames(duration, rate)
             plain = av.AudioResampler(format="fltp", rate=rate)
+            seen = _first_picture(container)
             for frame in container.decode(stream):
+                if seen is not None and frame.time is not None:
+                    early = round((seen - frame.time) * rate)
+                    if early < 0:
+                        blocks.append(np.zeros(-early, np.float32)[first:])
+                        total -= early
+                    first, seen = first + max(0, early), None
                 for part in plain.resample(frame):
                     block = part.to_ndarray().mean(axis=0, dtype=np.float32)
                     blocks.append(block[max(0, first - total) :])
@@ -211,6 +219,14 @@ def _decode_by_pyav(
         raise _outside(name, start, total / rate)
     _check_segment(name, start, duration, len(wave) / rate)
     return wave, rate, channels
+
+
+def _first_picture(container: Any) -> float | None:
+    """Seconds at which a video's first frame appears, from where its sound is counted too; None for sound alone."""
+    for stream in container.streams.video:
+        if not int(stream.disposition) & 0x400 and stream.start_time is not None:  # a cover picture has no time
+            return float(stream.start_time * stream.time_base)
+    return None
 
 
 def _pyav_reason(error: Exception, decoded: int, tried: str) -> str:
