@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,7 +108,7 @@ class Decoder:
 
 _lock = threading.Lock()
 _idle: list[Decoder] = []
-_all: weakref.WeakSet[Decoder] = weakref.WeakSet()
+_all: set[Decoder] = set()
 
 
 @contextmanager
@@ -117,9 +116,15 @@ def borrowed() -> Iterator[Decoder]:
     """A process for one file: each thread that reads has one of its own, which the next file finds running."""
     with _lock:
         decoder = _idle.pop() if _idle else None
-    if decoder is None or not decoder.alive:
+    if decoder is not None and not decoder.alive:
+        with _lock:
+            _all.discard(decoder)
+        decoder.close()
+        decoder = None
+    if decoder is None:
         decoder = Decoder()
-        _all.add(decoder)
+        with _lock:
+            _all.add(decoder)
     decoder.opened += 1
     try:
         yield decoder
@@ -129,6 +134,8 @@ def borrowed() -> Iterator[Decoder]:
             with _lock:
                 _idle.append(decoder)
         else:
+            with _lock:
+                _all.discard(decoder)
             decoder.close()
 
 
@@ -136,8 +143,8 @@ def stop() -> None:
     """End all processes; the next clip starts another."""
     with _lock:
         _idle.clear()
-        for decoder in list(_all):
-            decoder.close()
+        while _all:
+            _all.pop().close()
 
 
 def _forget() -> None:
@@ -145,9 +152,8 @@ def _forget() -> None:
     global _lock
     _lock = threading.Lock()
     _idle.clear()
-    for decoder in list(_all):
-        decoder.forget()
-    _all.clear()
+    while _all:
+        _all.pop().forget()
 
 
 atexit.register(stop)
