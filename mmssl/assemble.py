@@ -64,7 +64,7 @@ PRACTICAL = {
 }
 
 Config = Mapping[str, Any]
-Span = Callable[[float, np.random.Generator], tuple[float, float]]
+Span = Callable[..., tuple[float, float]]
 
 # what an objective asks for in its constructor and no recipe can say; (config, encoder) -> value
 PROVIDED: dict[str, Callable[[Config, Encoder], Any]] = {
@@ -169,7 +169,7 @@ def build_augment(steps: Sequence[Mapping[str, Any]], modality: str, encoder: En
 
 
 def build_span(steps: Sequence[Mapping[str, Any]], modality: str, encoder: Encoder) -> Span | None:
-    """Which part of a clip is to be read, (seconds, generator) -> (start, duration); None for all of it."""
+    """Which part of a clip is to be read, (seconds, rng=generator) -> (start, duration); None for all."""
     table = MODALITIES[modality].spans
     return next((_fixed(table, step, encoder) for step in steps if step["name"] in table), None)
 

@@ -323,10 +323,8 @@ class Embedder:
         read = build_reader(self.config, self.encoder)
         settings = self.encoder.frontend.reader_settings
         span = build_span(self.config["augment_eval"], self.modality, self.encoder)
-        if span is not None:
-            read_part = partial(read, span=partial(span, rng=np.random.default_rng(0)))
-        else:
-            read_part = read
+        part = {} if span is None else {"span": partial(span, rng=np.random.default_rng(0))}
+        read_part = partial(read, **part)
 
         def ready(make: Callable[..., Tensor], *given: Any) -> Tensor:
             # nothing that is done for evaluation is random; the augmentations take a generator all the same

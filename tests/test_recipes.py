@@ -15,10 +15,10 @@ RECIPES = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in
 
 
 @pytest.fixture(scope="session")
-def manifests(sounds: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def manifests(sounds: Path, pictures: Path, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Modality -> folder with train.jsonl and test.jsonl, which have labels and texts."""
     folder = tmp_path_factory.mktemp("manifests")
-    for name, files in (("speech", sounds), ("image", pictures)):
+    for name, files in (("speech", sounds), ("image", pictures), ("video", videos)):
         kind = MODALITIES[name]
         found = scan(
             files,
@@ -32,7 +32,7 @@ def manifests(sounds: Path, pictures: Path, tmp_path_factory: pytest.TempPathFac
         )
         for split, rows in split_rows(found.rows).items():
             write_manifest(folder / name / f"{split}.jsonl", rows)
-    return {name: folder / name for name in ("speech", "image")}
+    return {name: folder / name for name in ("speech", "image", "video")}
 
 
 def toy(name: str, manifests: dict[str, Path]) -> Recipe:
@@ -68,7 +68,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 8
+    assert len(RECIPES) == 13
 
 
 @pytest.mark.parametrize("name", RECIPES)

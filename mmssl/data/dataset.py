@@ -50,8 +50,8 @@ class ManifestDataset(Dataset[Sample]):
         media: modality -> the key of a row that names its file.
         readers: modality -> (path or binary file, **{start, duration} where the row has them) -> the raw clip.
         hints: modality -> further keys of a row that its reader takes.
-        spans: modality -> (seconds, generator) -> (start, duration): the part of a clip that is read, where it is not
-            all of it. Its reader takes that function without its generator, as `span`.
+        spans: modality -> (seconds, rng=generator) -> (start, duration): the part of a clip that is read, where it is
+            not all of it. Its reader takes that function, with its generator, as `span`.
         augments: modality -> (clip, generator) -> clip.
         rates: modality -> what `Sample.rates` says.
         shortest: modality -> units along time that a clip must have after augmentation; shorter ones are bad clips.
@@ -70,7 +70,7 @@ class ManifestDataset(Dataset[Sample]):
         media: Mapping[str, str],
         readers: Mapping[str, Callable[..., Tensor]],
         hints: Mapping[str, Sequence[str]] | None = None,
-        spans: Mapping[str, Callable[[float, np.random.Generator], tuple[float, float]]] | None = None,
+        spans: Mapping[str, Callable[..., tuple[float, float]]] | None = None,
         augments: Mapping[str, Callable[[Tensor, np.random.Generator], Tensor]] | None = None,
         rates: Mapping[str, float | None] | None = None,
         shortest: Mapping[str, int] | None = None,

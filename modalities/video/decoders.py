@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-# What decord was never seen to be wrong on. It refuses AV1 and gif; from MPEG transport streams, and from AVI whose frames
-# are not shown as they are stored, it gives wrong frames without a word.
+# What decord was never seen to be wrong on. It refuses AV1 and gif; from MPEG transport streams, and from AVI whose
+# frames are not shown as they are stored, it gives wrong frames without a word.
 DECORD_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 DECORD_CODECS = {"h264", "hevc", "vp9", "vp8", "mpeg4", "mjpeg"}
 

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from mmssl.data.dataset import ManifestDataset
-from mmssl.data.manifest import Manifest, read_table, write_manifest
+from mmssl.data.manifest import Manifest, read_slice, read_table, write_manifest
 from mmssl.modalities.image.reader import read as read_image
 from mmssl.modalities.speech.reader import probe
 from mmssl.modalities.speech.reader import read as read_speech
+from mmssl.modalities.video.reader import read as read_video
 
 FOLDER = Path(__file__).parents[2] / "data_manifests"
 
@@ -161,6 +162,54 @@ def test_sign_digits_are_split_by_person(tmp_path: Path) -> None:
     (tmp_path / "in" / "0" / "example.jpg").write_bytes((tmp_path / "in" / "0" / "IMG_1118.JPG").read_bytes())
     with pytest.raises(ValueError, match="0/example.jpg: expected DIGIT/IMG_NUMBER.jpg"):
         script("sign_digits").main(tmp_path / "in", tmp_path / "out")
+
+
+def test_motion_is_told_by_no_frame_and_by_every_two(tmp_path: Path) -> None:
+    motion = script("motion")
+    motion.main(tmp_path, {"train": 16, "valid": 8, "test": 8})
+    rows = list(Manifest(tmp_path / "train.jsonl"))
+    assert len(rows) == 16
+    assert sorted({row["label"] for row in rows}) == sorted(motion.DIRECTIONS)
+    for number, name in enumerate(motion.DIRECTIONS):
+        clip = motion.draw(number, np.random.default_rng([0, number])).astype(float)
+        row = next(row for row in rows if row["id"] == f"train_{number:05}")
+        assert row["label"] == name
+        content = read_slice(row["video"], row["offset"], row["size"])
+        stored = read_video(content, rate=8, channels=1)[0].numpy() * 255
+        assert stored.shape == clip.shape
+        assert np.abs(stored - clip).mean() < 4
+        # where the second frame fits the first best, by the cross-correlation on the torus
+        spectra = np.fft.fft2(clip[[0, 3]] - clip[[0, 3]].mean())
+        peak = np.fft.ifft2(spectra[1] * spectra[0].conj()).real
+        down, across = ((place + 16) % 32 - 16 for place in np.unravel_index(peak.argmax(), peak.shape))
+        angle = 2 * np.pi * number / 8
+        assert np.cos(np.arctan2(-down, across) - angle) > 0.9
+
+
+def test_sample_videos_become_windows(tmp_path: Path, videos: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with tarfile.open(folder / "videos.tar", "w") as shard:
+        shard.add(videos / "train" / "up" / "0.mp4", arcname="a.mp4")
+        shard.add(videos / "test" / "up" / "6.mp4", arcname="b.mp4")
+    (folder / "index.tsv").write_text("file\tsplit\tfps\na.mp4\ttrain\t8.0\nb.mp4\ttest\t8.0\n")
+    for name, key in (("windows", "scene"), ("event_windows", "event")):
+        lines = [f"file\tstart\tframes\t{key}\tsplit", "a.mp4\t4\t8\tone\ttrain", "b.mp4\t0\t8\ttwo\ttest"]
+        (folder / f"{name}.tsv").write_text("\n".join(lines))
+    script("sample_videos").main(folder, tmp_path / "out")
+    rows = {path.stem: list(Manifest(path)) for path in (tmp_path / "out").glob("*.jsonl")}
+    assert set(rows) == {"pretrain_train", "scene_train", "scene_test", "event_train", "event_test"}
+    [window] = rows["scene_train"]
+    assert (window["id"], window["start"], window["duration"], window["label"]) == ("a@4", 0.5, 1.0, "one")
+    dataset = ManifestDataset(
+        Manifest(tmp_path / "out" / "scene_train.jsonl"),
+        media={"video": "video"},
+        readers={"video": lambda source, **part: read_video(source, rate=8, **part)},
+        rates={"video": 8.0},
+        hints={"video": ("decoder",)},
+    )
+    whole = read_video(videos / "train" / "up" / "0.mp4", rate=8)
+    assert torch.equal(dataset[0, 0].inputs["video"], whole[:, 4:12])
 
 
 def index(root: Path, name: str) -> list[dict[str, str]]:
