@@ -42,7 +42,7 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 gray mp4 files of 16 frames of 32 x 32 at 8 a second, as <split>/<way>/<n>.mp4: stripes that move up or down."""
+    """16 gray mp4 files, 32 x 32, 16 frames at 8 a second, as <split>/<way>/<n>.mp4: stripes that move up or down."""
     import av
 
     folder = tmp_path_factory.mktemp("videos")
