@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from mmssl.encoder import Encoder
 from mmssl.modalities.speech.logmel import LogMel
 from mmssl.modalities.video.frontend import Tubes
 from mmssl.nn.masking import tube_mask
+from mmssl.nn.positions import SinCos
+from mmssl.nn.transformer import Transformer
+from mmssl.objectives.mae import MAE
 from mmssl.types import Raw
 
 
@@ -48,3 +52,9 @@ def test_sound_has_no_places():
     raw = Raw(torch.rand(1, 1600), torch.tensor([1600]), ["a"], 16000.0)
     with pytest.raises(ValueError, match="objective.mask=tube: .* these tokens lie on t; choose random"):
         tube_mask(LogMel(dim=4)(raw), ratio=0.5, seeds=torch.arange(1))
+
+
+def test_a_mask_that_does_not_exist_is_answered_with_those_that_do():
+    encoder = Encoder(Tubes(dim=6), Transformer(dim=6, depth=1, heads=1), SinCos(6))
+    with pytest.raises(ValueError, match="objective.mask='cube': choose one of random, tube"):
+        MAE(encoder, target=lambda raw, tokens: tokens.feat, target_dim=1536, mask="cube")
