@@ -249,7 +249,8 @@ def manifest(
     Labels, splits and transcripts come from folder names or from a table. Files that cannot be read are named and left
     out.
     """
-    from mmssl.data.manifest import scan, split_rows, write_manifest
+    from mmssl.data.manifest import split_rows, write_manifest
+    from mmssl.data.scan import scan
     from mmssl.modalities import MODALITIES
 
     shares: dict[str, float] | None = None

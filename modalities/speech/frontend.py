@@ -39,7 +39,7 @@ def refuse_short(raw: Raw, least: int) -> None:
     if short:
         raise ValueError(
             f"{raw.ids[short[0]]}: {int(raw.lengths[short[0]])} samples are shorter than one token, {least}; leave "
-            "such clips out of the manifest or set data.on_bad_clip=skip"
+            "such clips out"
         )
 
 

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from mmssl.data.dataset import ManifestDataset
-from mmssl.data.manifest import Manifest, read_table, write_manifest
+from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.data.scan import read_table
 from mmssl.modalities.image.reader import read as read_image
 from mmssl.modalities.speech.reader import probe
 from mmssl.modalities.speech.reader import read as read_speech
