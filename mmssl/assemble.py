@@ -333,7 +333,7 @@ def export_config(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
     """
     values = recipe.values
     key = LABELLED.get(values["objective"]["name"])
-    labels = [] if key is None else manifest.column(key)
+    labels = iter(()) if key is None else manifest.values(key)
     return {
         "format": FORMAT,
         **{name: values[name] for name in ("modality", *ENCODER)},

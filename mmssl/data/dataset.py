@@ -56,6 +56,9 @@ class ManifestDataset(Dataset[Sample]):
         on_bad_clip: "raise" stops at the first one; "skip" puts another clip, always the same one, in its place.
         max_bad_share: of the manifest's clips, beyond which "skip" stops too.
         cache: keep decoded clips, not yet augmented, in memory: once for every loader worker.
+
+    Raises:
+        ValueError: a row has no file of a modality, or a setting outside its range.
     """
 
     def __init__(
@@ -77,6 +80,8 @@ class ManifestDataset(Dataset[Sample]):
             raise ValueError(f"on_bad_clip: expected raise or skip, got {on_bad_clip!r}")
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share: expected a share of the clips from 0 to 1, got {max_bad_share}")
+        for name, key in media.items():
+            manifest.require(key, name)
         self.manifest = manifest
         self.media = dict(media)
         self.readers = dict(readers)
@@ -119,7 +124,6 @@ class ManifestDataset(Dataset[Sample]):
 
         Raises:
             BadClip: it cannot be read, is not what its row says, or has a label that does not fit.
-            ValueError: its row has no file of a modality.
         """
         row = self.manifest[index]
         seed = _hash(self.seed, epoch, row["id"])
@@ -156,25 +160,18 @@ class ManifestDataset(Dataset[Sample]):
             return self._cache[index]
         raw = {}
         for name, key in self.media.items():
-            if key not in row:
-                raise ValueError(
-                    f"{self.manifest.place(index)}: no {key!r}, which {name} reads; the row has "
-                    f"{', '.join(sorted(row))}"
-                )
             value = row[key]
             parts = value if isinstance(value, list) else [value]
-            clips = [self._read_part(index, name, row, part) for part in parts]
+            clips = [self._read_part(name, row, part) for part in parts]
             raw[name] = clips[0] if len(clips) == 1 else torch.cat(clips, dim=-1)
             self._check_length(index, name, row, raw[name])
         if self._cache is not None:
             self._cache[index] = raw
         return raw
 
-    def _read_part(self, index: int, name: str, row: dict[str, Any], part: Any) -> Tensor:
+    def _read_part(self, name: str, row: dict[str, Any], part: Any) -> Tensor:
         place = part if isinstance(part, dict) else {**row, "path": part}
-        path = place.get("path")
-        if not isinstance(path, str):
-            raise ValueError(f"{self.manifest.place(index)}: {self.media[name]!r} must be a path, got {part!r}")
+        path = place["path"]
         segment = {key: float(place[key]) for key in ("start", "duration") if key in place}
         if "offset" not in place:
             return self.readers[name](path, **segment)

@@ -1,6 +1,6 @@
 """Manifests: one JSON object a line, one line a clip, read by byte offset; and how one is written.
 
-A manifest in memory is two arrays, never a list of dicts: that costs 720 bytes a row, in every process.
+A manifest in memory is an array of 13 bytes a row, never a list of dicts: that costs 720, in every process.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,15 @@ Row = dict[str, Any]
 
 MEDIA = ("audio", "image", "video")  # the keys of a row whose values are files
 INDEX_FROM = 200_000  # rows: reading fewer takes a second or so, and a file beside each small manifest is clutter
-_INDEX = np.dtype([("offset", "<i8"), ("seconds", "<f4")])
+# key -> what it must be, its types, its least value
+_PLACES: dict[str, tuple[str, type[Any] | UnionType, float]] = {
+    "start": ("seconds from 0 on", int | float, 0),
+    "duration": ("seconds above 0", int | float, 0),
+    "offset": ("a number of bytes", int, 0),
+    "size": ("a number of bytes", int, 0),
+}
+# media: bit i is set where the row has the key MEDIA[i]
+_INDEX = np.dtype([("offset", "<i8"), ("seconds", "<f4"), ("media", "u1")])
 
 
 class Manifest(Sequence[Row]):
@@ -75,18 +84,29 @@ class Manifest(Sequence[Row]):
             )
         return np.asarray(self._index["seconds"])
 
-    def column(self, key: str) -> list[Any]:
-        """The value that every row has for `key`.
+    def values(self, key: str) -> Iterator[Any]:
+        """The value that every row has for `key`, row by row: they are never all in memory.
 
         Raises:
             ValueError: a row has no such key.
         """
-        values = []
         for place, row in enumerate(self):
             if key not in row:
                 raise ValueError(f"{self.place(place)}: the row has no {key!r}, only {', '.join(sorted(row))}")
-            values.append(row[key])
-        return values
+            yield row[key]
+
+    def require(self, media: str, reader: str) -> None:
+        """See that every row names a file of a medium.
+
+        Raises:
+            ValueError: a row names none; `reader` is who wants to read it.
+        """
+        lacking = np.flatnonzero(self._index["media"] & (1 << MEDIA.index(media)) == 0)
+        if len(lacking):
+            row = self[int(lacking[0])]
+            raise ValueError(
+                f"{self.place(lacking[0])}: no {media!r}, which {reader} reads; the row has {', '.join(sorted(row))}"
+            )
 
     def place(self, index: int) -> str:
         """Where row `index` stands: the file and its line, counted from 1."""
@@ -121,28 +141,35 @@ class Manifest(Sequence[Row]):
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows, all or nothing, and say how many.
 
-    Media inside the manifest's own folder are written relative to it, so that the folder can move.
+    Paths of media are seen from the working directory, as everywhere in Python and as `Manifest` gives them. Those
+    inside the manifest's own folder are written relative to it, so that the folder can move, and others in full.
 
     Raises:
         ValueError: there are no rows.
+        OSError: the file cannot be written; what was there stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     root = os.path.join(os.path.abspath(path.parent), "")
     unfinished = path.with_name(path.name + ".tmp")
     count = 0
-    with open(unfinished, "w", encoding="utf-8", newline="\n") as handle:
-        for row in rows:
-            local = dict(row)
-            for key in MEDIA:
-                if key in local:
-                    local[key] = _map_paths(local[key], lambda name: name.removeprefix(root))
-            handle.write(_json_line(local))
-            count += 1
-    if not count:
-        unfinished.unlink()
-        raise ValueError(f"{path}: there are no rows to write")
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "w", encoding="utf-8", newline="\n") as handle:
+            for row in rows:
+                local = dict(row)
+                for key in MEDIA:
+                    if key in local:
+                        local[key] = _map_paths(local[key], lambda name: os.path.abspath(name).removeprefix(root))
+                handle.write(_json_line(local))
+                count += 1
+        if not count:
+            raise ValueError(f"{path}: there are no rows to write")
+        os.replace(unfinished, path)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     return count
 
 
@@ -182,7 +209,7 @@ def split_rows(
 
 def _map_paths(value: Any, change: Callable[[str], str]) -> Any:
     """The value of a media key with `change` applied to its path, or to the path of each part."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value:
         return change(value)
     if isinstance(value, list):
         return [_map_paths(part, change) for part in value]
@@ -231,7 +258,7 @@ def _read_index(path: Path) -> np.ndarray:
         unfinished = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
         try:
             with open(unfinished, "wb") as handle:
-                np.save(handle, np.concatenate([np.array([(stamp, math.nan)], _INDEX), index]))
+                np.save(handle, np.concatenate([np.array([(stamp, math.nan, 0)], _INDEX), index]))
             os.replace(unfinished, kept)
         except OSError:
             unfinished.unlink(missing_ok=True)  # a read-only folder or a full disk: it is only slower the next time
@@ -239,34 +266,76 @@ def _read_index(path: Path) -> np.ndarray:
 
 
 def _make_index(path: Path) -> np.ndarray:
-    offsets, seconds = array("q"), array("f")
+    offsets, seconds, media = array("q"), array("f"), array("B")
     offset = 0
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):
             if not line.isspace():
+                try:
+                    stated, bits = _checked(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: {error}") from None
                 offsets.append(offset)
-                seconds.append(_checked_seconds(line, f"{path}:{number}"))
+                seconds.append(stated)
+                media.append(bits)
             offset += len(line)
     if not offsets:
         raise ValueError(f"{path}: the manifest has no rows")
     index = np.empty(len(offsets), _INDEX)
-    index["offset"], index["seconds"] = offsets, seconds
+    index["offset"], index["seconds"], index["media"] = offsets, seconds, media
     return index
 
 
-def _checked_seconds(line: bytes, place: str) -> float:
+def _checked(line: bytes) -> tuple[float, int]:
+    """The seconds and the media of a row.
+
+    Raises:
+        ValueError: it is none; the caller knows its place.
+    """
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 ({error.reason}); save the manifest as UTF-8") from None
+        raise ValueError(f"not UTF-8 ({error.reason}); save the manifest as UTF-8") from None
     except ValueError as error:
-        raise ValueError(f"{place}: not a JSON object ({error}): {_shown(line)}") from None
+        raise ValueError(f"not a JSON object ({error}): {_shown(line)}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: not a JSON object: {_shown(line)}")
+        raise ValueError(f"not a JSON object: {_shown(line)}")
+    if not row.keys().isdisjoint(_PLACES):
+        _check_place(row)
     seconds = row.get("seconds", row.get("duration", math.nan))
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0 or math.isinf(seconds):
-        raise ValueError(f"{place}: 'seconds' must be a number above 0, got {seconds!r}")
-    return seconds
+        raise ValueError(f"'seconds' must be a number above 0, got {seconds!r}")
+    bits = 0
+    for bit, key in enumerate(MEDIA):
+        if key in row:
+            bits |= 1 << bit
+            if type(row[key]) is not str or not row[key]:
+                _check_media(key, row[key])
+    return seconds, bits
+
+
+def _check_media(key: str, value: Any) -> None:
+    parts = value if isinstance(value, list) else [value]
+    if not parts:
+        raise ValueError(f"{key!r} must name at least one file, got []")
+    for part in parts:
+        path = part.get("path") if isinstance(part, dict) else part
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"{key!r} must be a path, got {part!r}")
+        if isinstance(part, dict):
+            _check_place(part)
+
+
+def _check_place(place: Row) -> None:
+    """What says which part of a file a clip is."""
+    for key, (rule, kinds, least) in _PLACES.items():
+        value = place.get(key, least)
+        if value is None and key == "size":
+            continue  # to the end of the file
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
+            raise ValueError(f"{key!r} must be {rule}, got {value!r}")
+    if "duration" in place and not place["duration"]:
+        raise ValueError("'duration' must be seconds above 0, got 0")
 
 
 def _shown(line: bytes) -> str:

@@ -138,7 +138,7 @@ def number(row: dict[str, Any]) -> int:
 
 
 def make(folder: Path, numbers: list[int], **settings: Any) -> tuple[ManifestDataset, BatchPlan]:
-    rows = [{"audio": f"{n}.txt", "seconds": (n % 7 + 1) / 10, "label": n} for n in numbers]
+    rows = [{"audio": str(folder / f"{n}.txt"), "seconds": (n % 7 + 1) / 10, "label": n} for n in numbers]
     write_manifest(folder / "a.jsonl", rows)
     manifest = Manifest(folder / "a.jsonl")
     dataset = ManifestDataset(

@@ -91,11 +91,12 @@ def test_the_cache_keeps_what_was_read_and_not_what_was_augmented(tmp_path: Path
 def test_slices_segments_and_parts_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_text("....1 2 3 4....")
     (tmp_path / "b.txt").write_text("5 6 7 8")
+    tar, txt = str(tmp_path / "a.tar"), str(tmp_path / "b.txt")
     rows = [
-        {"audio": "a.tar", "offset": 4, "size": 7},
-        {"audio": "b.txt", "start": 0.1, "duration": 0.2},
-        {"audio": {"path": "a.tar", "offset": 4, "size": 7, "start": 0.2}},
-        {"audio": [{"path": "a.tar", "offset": 4, "size": 3}, "b.txt", {"path": "b.txt", "start": 0.3}]},
+        {"audio": tar, "offset": 4, "size": 7},
+        {"audio": txt, "start": 0.1, "duration": 0.2},
+        {"audio": {"path": tar, "offset": 4, "size": 7, "start": 0.2}},
+        {"audio": [{"path": tar, "offset": 4, "size": 3}, txt, {"path": txt, "start": 0.3}]},
     ]
     write_manifest(tmp_path / "a.jsonl", rows)
     clips = dataset(Manifest(tmp_path / "a.jsonl"))
@@ -106,7 +107,7 @@ def test_slices_segments_and_parts_are_read(tmp_path: Path) -> None:
 def test_a_row_may_have_several_modalities(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("1 2")
     (tmp_path / "b.txt").write_text("3")
-    write_manifest(tmp_path / "a.jsonl", [{"audio": "a.txt", "image": "b.txt"}])
+    write_manifest(tmp_path / "a.jsonl", [{"audio": str(tmp_path / "a.txt"), "image": str(tmp_path / "b.txt")}])
     clips = ManifestDataset(
         Manifest(tmp_path / "a.jsonl"),
         media={"speech": "audio", "image": "image"},
@@ -125,7 +126,7 @@ def test_a_bad_clip_stops_a_run_that_does_not_skip(tmp_path: Path) -> None:
 
 def test_a_bad_clip_in_a_shard_is_named_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_text("....x....")
-    write_manifest(tmp_path / "a.jsonl", [{"audio": "a.tar", "offset": 4, "size": 1}])
+    write_manifest(tmp_path / "a.jsonl", [{"audio": str(tmp_path / "a.tar"), "offset": 4, "size": 1}])
     with pytest.raises(BadClip, match=r"a.tar#4: unreadable \(ValueError\)"):
         dataset(Manifest(tmp_path / "a.jsonl"))[0, 0]
 
@@ -177,7 +178,8 @@ def test_a_clip_shorter_than_a_token_is_a_bad_clip(tmp_path: Path) -> None:
 
 def test_a_clip_much_longer_than_its_row_says_is_a_bad_clip(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" ".join(["1"] * 100))
-    write_manifest(tmp_path / "a.jsonl", [{"audio": "a.txt", "seconds": 2.0}, {"audio": "a.txt", "seconds": 9.0}])
+    rows = [{"audio": str(tmp_path / "a.txt"), "seconds": seconds} for seconds in (2.0, 9.0)]
+    write_manifest(tmp_path / "a.jsonl", rows)
     clips = dataset(Manifest(tmp_path / "a.jsonl"))
     with pytest.raises(BadClip, match=r"10.00 s long where .*a.jsonl:1 says 2 s; write the manifest again"):
         clips[0, 0]
@@ -185,12 +187,9 @@ def test_a_clip_much_longer_than_its_row_says_is_a_bad_clip(tmp_path: Path) -> N
 
 
 def test_a_row_without_the_modality_is_named_by_its_line(tmp_path: Path) -> None:
-    write_manifest(tmp_path / "a.jsonl", [{"image": "a.png"}, {"audio": 7}])
-    clips = dataset(Manifest(tmp_path / "a.jsonl"), on_bad_clip="skip")
-    with pytest.raises(ValueError, match="a.jsonl:1: no 'audio', which sound reads; the row has id, image"):
-        clips[0, 0]
-    with pytest.raises(ValueError, match="a.jsonl:2: 'audio' must be a path, got 7"):
-        clips[1, 0]
+    write_manifest(tmp_path / "a.jsonl", [{"audio": "a.wav"}, {"image": "a.png"}])
+    with pytest.raises(ValueError, match="a.jsonl:2: no 'audio', which sound reads; the row has id, image"):
+        dataset(Manifest(tmp_path / "a.jsonl"), on_bad_clip="skip")
 
 
 def test_settings_without_sense_are_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_rows_are_read_by_place(tmp_path: Path) -> None:
     assert [manifest[i]["id"] for i in (4, 0, -1, 2)] == ["ü4", "ü0", "ü4", "ü2"]
     assert [row["id"] for row in manifest] == [f"ü{i}" for i in range(5)]
     assert manifest.lengths().tolist() == [0.5, 1.5, 2.5, 3.5, 4.5]
-    assert manifest.column("id") == [f"ü{i}" for i in range(5)]
+    assert list(manifest.values("id")) == [f"ü{i}" for i in range(5)]
     with pytest.raises(IndexError):
         manifest[5]
 
@@ -38,17 +38,17 @@ def test_blank_lines_and_the_marks_of_other_systems_do_no_harm(tmp_path: Path) -
         tmp_path / "a.jsonl", b'\xef\xbb\xbf{"id": "a", "seconds": 1}\r', "", "  ", '{"id": "b", "seconds": 2}\r', ""
     )
     manifest = Manifest(path)
-    assert manifest.column("id") == ["a", "b"]
+    assert list(manifest.values("id")) == ["a", "b"]
     assert [manifest.place(i) for i in range(2)] == [f"{path}:1", f"{path}:4"]
 
 
 def test_a_selection_is_a_manifest(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *(json.dumps({"id": str(i), "seconds": i + 1}) for i in range(5)))
     part = Manifest(path).select([3, 0])
-    assert part.column("id") == ["3", "0"]
+    assert list(part.values("id")) == ["3", "0"]
     assert part.lengths().tolist() == [4, 1]
     assert part.place(0) == f"{path}:4"
-    assert Manifest(path)[1:3].column("id") == ["1", "2"]
+    assert list(Manifest(path)[1:3].values("id")) == ["1", "2"]
 
 
 def test_paths_are_seen_from_the_folder_of_the_manifest(tmp_path: Path) -> None:
@@ -87,6 +87,19 @@ def test_every_clip_has_an_id_of_its_own(tmp_path: Path, row: dict[str, Any], id
         (b'{"id": "\xe4"}', "a.jsonl:3: not UTF-8"),
         ('{"seconds": -1}', "a.jsonl:3: 'seconds' must be a number above 0, got -1"),
         ('{"seconds": "5"}', "a.jsonl:3: 'seconds' must be a number above 0, got '5'"),
+        ('{"audio": "a", "start": "x"}', "a.jsonl:3: 'start' must be seconds from 0 on, got 'x'"),
+        ('{"audio": "a", "start": null}', "a.jsonl:3: 'start' must be seconds from 0 on, got None"),
+        ('{"audio": "a", "start": NaN}', "a.jsonl:3: 'start' must be seconds from 0 on, got nan"),
+        ('{"audio": "a", "duration": []}', r"a.jsonl:3: 'duration' must be seconds above 0, got \[\]"),
+        ('{"audio": "a", "duration": 0, "seconds": 1}', "a.jsonl:3: 'duration' must be seconds above 0, got 0"),
+        ('{"audio": "a", "offset": 1.5}', "a.jsonl:3: 'offset' must be a number of bytes, got 1.5"),
+        ('{"audio": "a", "offset": 1, "size": -1}', "a.jsonl:3: 'size' must be a number of bytes, got -1"),
+        ('{"audio": []}', r"a.jsonl:3: 'audio' must name at least one file, got \[\]"),
+        ('{"audio": null}', "a.jsonl:3: 'audio' must be a path, got None"),
+        ('{"image": ""}', "a.jsonl:3: 'image' must be a path, got ''"),
+        ('{"audio": ["a", 7]}', "a.jsonl:3: 'audio' must be a path, got 7"),
+        ('{"audio": {"offset": 3}}', "a.jsonl:3: 'audio' must be a path, got {'offset': 3}"),
+        ('{"audio": [{"path": "a", "offset": "3"}]}', "a.jsonl:3: 'offset' must be a number of bytes, got '3'"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named_by_its_number(tmp_path: Path, line: str | bytes, sentence: str) -> None:
@@ -110,7 +123,24 @@ def test_missing_keys_are_named_with_their_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a.jsonl:2: the row has no 'seconds'"):
         manifest.lengths()
     with pytest.raises(ValueError, match=r"a.jsonl:2: the row has no 'text', only audio, id"):
-        manifest.column("text")
+        list(manifest.values("text"))
+
+
+def test_a_row_that_lacks_a_file_is_found_before_any_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"audio": "a", "image": "b"}', "", '{"image": "b"}', '{"id": "c"}')
+    manifest = Manifest(path)
+    with pytest.raises(ValueError, match="a.jsonl:3: no 'audio', which speech reads; the row has id, image"):
+        manifest.require("audio", "speech")
+    with pytest.raises(ValueError, match="a.jsonl:4: no 'image', which eyes reads; the row has id"):
+        manifest.require("image", "eyes")
+    manifest.select([1, 0]).require("image", "eyes")
+
+
+def test_values_are_read_one_by_one(tmp_path: Path) -> None:
+    values = Manifest(write(tmp_path / "a.jsonl", '{"text": "a"}', '{"label": 1}')).values("text")
+    assert next(values) == "a"
+    with pytest.raises(ValueError, match="a.jsonl:2: the row has no 'text', only id, label"):
+        next(values)
 
 
 def test_a_manifest_that_changes_while_it_is_open_is_noticed(tmp_path: Path) -> None:
@@ -134,13 +164,13 @@ def test_the_index_of_a_long_manifest_is_kept_until_the_manifest_changes(
     with monkeypatch.context() as patch:
         patch.setattr(module, "_make_index", lambda path: pytest.fail("the index was not used"))
         again = Manifest(path)
-    assert again.column("id") == ["0", "1", "2", "3"]
+    assert list(again.values("id")) == ["0", "1", "2", "3"]
     assert again.lengths().tolist() == [1, 2, 3, 4]
     assert isinstance(again._index, np.memmap)  # costs no memory in any process
     content = path.read_text().replace('"1"', '"x"')
     path.write_text(content)
     os.utime(path, ns=(0, 0))
-    assert Manifest(path).column("id") == ["0", "x", "2", "3"]
+    assert list(Manifest(path).values("id")) == ["0", "x", "2", "3"]
     for rubbish in (b"", b"rubbish", kept.read_bytes()[:-10]):
         kept.write_bytes(rubbish)
         assert Manifest(path).lengths().tolist() == [1, 2, 3, 4]
@@ -162,6 +192,32 @@ def test_what_is_written_is_read_back_and_the_folder_can_move(tmp_path: Path) ->
     assert "ü" in (tmp_path / "moved" / "a.jsonl").read_text(encoding="utf-8")
 
 
+def test_paths_are_written_as_they_are_seen_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = [tmp_path / "here.wav", tmp_path / "lists" / "inside.wav"]
+    (tmp_path / "lists").mkdir()
+    for path in make:
+        path.write_text(path.name)
+    monkeypatch.chdir(tmp_path)
+    write_manifest("lists/a.jsonl", [{"audio": "here.wav"}, {"audio": ["lists/inside.wav", "./lists/../here.wav"]}])
+    assert json.loads((tmp_path / "lists/a.jsonl").read_text().splitlines()[1])["audio"][0] == "inside.wav"
+    # what a manifest gives, another one can be written of
+    (tmp_path / "other").mkdir()
+    write_manifest("other/b.jsonl", Manifest("lists/a.jsonl"))
+    monkeypatch.chdir(tmp_path / "other")
+    first, second = (row["audio"] for row in Manifest("b.jsonl"))
+    assert Path(first).read_text() == "here.wav"
+    assert [Path(path).read_text() for path in second] == ["inside.wav", "here.wav"]
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.jsonl'"):
+        write_manifest(tmp_path / "a.jsonl", [{"audio": "a.wav"}])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_manifest_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"id": "old"}')
 
@@ -171,10 +227,10 @@ def test_a_manifest_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="stopped"):
         write_manifest(path, rows())
-    assert Manifest(path).column("id") == ["old"]
+    assert list(Manifest(path).values("id")) == ["old"]
     with pytest.raises(ValueError, match="no rows to write"):
         write_manifest(path, [])
-    assert Manifest(path).column("id") == ["old"]
+    assert list(Manifest(path).values("id")) == ["old"]
 
 
 def test_rows_are_split_by_their_split_or_by_shares() -> None:
