@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmssl.data.manifest import Manifest, read_slice
-from mmssl.types import BadClip
+from mmssl.types import BadClip, Raw
 
 Label = int | list[int] | None
 ATTEMPTS = 20  # substitutes tried for one bad clip; so many in a row do not happen below a share worth going on with
@@ -50,7 +50,8 @@ class ManifestDataset(Dataset[Sample]):
         readers: modality -> (path or binary file, **{start, duration} where the row has them) -> the raw clip.
         augments: modality -> (clip, generator) -> clip.
         rates: modality -> what `Sample.rates` says.
-        shortest: modality -> units along time that a clip must have after augmentation; shorter ones are bad clips.
+        fits: modality -> (one clip after augmentation) -> anything; a ValueError of it makes the clip a bad one, and so
+            does one of `augments`.
         label: row -> label; a ValueError of it makes the clip a bad one.
         seed: of the run.
         on_bad_clip: "raise" stops at the first one; "skip" puts another clip, always the same one, in its place.
@@ -69,7 +70,7 @@ class ManifestDataset(Dataset[Sample]):
         readers: Mapping[str, Callable[..., Tensor]],
         augments: Mapping[str, Callable[[Tensor, np.random.Generator], Tensor]] | None = None,
         rates: Mapping[str, float | None] | None = None,
-        shortest: Mapping[str, int] | None = None,
+        fits: Mapping[str, Callable[[Raw], object]] | None = None,
         label: Callable[[dict[str, Any]], Label] | None = None,
         seed: int = 0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
@@ -87,7 +88,7 @@ class ManifestDataset(Dataset[Sample]):
         self.readers = dict(readers)
         self.augments = dict(augments or {})
         self.rates = {name: (rates or {}).get(name) for name in media}
-        self.shortest = dict(shortest or {})
+        self.fits = dict(fits or {})
         self.label = label
         self.seed = seed
         self.on_bad_clip = on_bad_clip
@@ -111,7 +112,7 @@ class ManifestDataset(Dataset[Sample]):
                 sample = self.read(place, epoch)
             except BadClip as error:
                 if self.on_bad_clip == "raise":
-                    raise
+                    raise self.refusal(place, error) from None
                 bad.append(self.describe(place, epoch, error))
                 last = error
                 place = _hash(self.seed, epoch, index, attempt) % len(self.manifest)
@@ -132,17 +133,23 @@ class ManifestDataset(Dataset[Sample]):
         raw = self._raw(index, row)
         inputs = {}
         for name, clip in raw.items():
-            inputs[name] = self.augments[name](clip, generator) if name in self.augments else clip
-            need = self.shortest.get(name, 1)
-            if clip.ndim == 1 and len(inputs[name]) < need:
-                raise BadClip(
-                    row["id"], f"{len(inputs[name])} samples long, and shorter than the {need} that one token needs"
-                )
+            try:
+                inputs[name] = self.augments[name](clip, generator) if name in self.augments else clip
+                if name in self.fits:
+                    self.fits[name](_alone(row["id"], inputs[name], self.rates[name]))
+            except ValueError as error:
+                raise BadClip(row["id"], str(error).removeprefix(f"{row['id']}: ")) from None
         try:
             label = None if self.label is None else self.label(row)
         except ValueError as error:
             raise BadClip(self.manifest.place(index), str(error)) from None
         return Sample(row["id"], inputs, self.rates, label, seed)
+
+    def refusal(self, index: int, error: BadClip) -> BadClip:
+        """The error of a run that stops at a bad clip: with the place of its row, and the way out."""
+        place = self.manifest.place(index)
+        where = "" if place in str(error) else f" (at {place})"
+        return BadClip(error.path, f"{error.reason}{where}; data.on_bad_clip=skip goes on without such clips")
 
     def describe(self, index: int, epoch: int, error: BadClip) -> dict[str, Any]:
         """What `bad_clips.jsonl` says of a bad clip."""
@@ -206,6 +213,7 @@ class BadClips:
         self.manifest = manifest
         self.max_share = max_share
         self._ids: set[str] = set()
+        self._end = 0  # of what was read of the file
         self._read()
 
     def __len__(self) -> int:
@@ -225,7 +233,7 @@ class BadClips:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as handle:
                 handle.write("".join(json.dumps(bad) + "\n" for bad in new.values()))
-            self._read()  # other ranks write here too
+            self._read()  # what other ranks wrote in the meantime
         share = len(self._ids) / len(self.manifest)
         if share > self.max_share:
             bad = next(reversed(new.values()))
@@ -235,16 +243,34 @@ class BadClips:
                 + (f", all are in {self.path}" if self.path else "")
             )
 
+    @property
+    def remark(self) -> str:
+        """How many clips could not be read, and where they are named; empty where there are none."""
+        if not self._ids:
+            return ""
+        where = "" if self.path is None else f"; they are named in {self.path}"
+        return f"{self.manifest.path}: {len(self._ids)} of {len(self.manifest)} clips could not be read so far{where}"
+
     def _read(self) -> None:
+        """Take note of the lines that the file has got since the last time."""
         if self.path is None or not self.path.is_file():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        with open(self.path, "rb") as handle:
+            handle.seek(self._end)
+            lines, newline, _ = handle.read().rpartition(b"\n")
+        self._end += len(lines) + len(newline)  # the end of a line that is being written comes the next time
+        for line in lines.splitlines():
             try:
                 bad = json.loads(line)
             except ValueError:
                 continue  # a line that a killed run left half written; its clip is met again
             if bad.get("manifest") == str(self.manifest.path):
                 self._ids.add(bad["id"])
+
+
+def _alone(id: str, clip: Tensor, rate: float | None) -> Raw:
+    """A batch of one clip."""
+    return Raw(clip[None], torch.tensor([len(clip) if clip.ndim == 1 else 1]), [id], rate)
 
 
 def _hash(*parts: int | str) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmssl.data.dataset import BadClips, ManifestDataset, Sample
 from mmssl.data.manifest import Manifest, write_manifest
-from mmssl.types import BadClip
+from mmssl.types import BadClip, Raw
 
 
 def read(source: Any, start: float = 0.0, duration: float | None = None) -> Tensor:
@@ -120,7 +120,8 @@ def test_a_row_may_have_several_modalities(tmp_path: Path) -> None:
 
 
 def test_a_bad_clip_stops_a_run_that_does_not_skip(tmp_path: Path) -> None:
-    with pytest.raises(BadClip, match=r"1.txt: unreadable \(ValueError\)"):
+    sentence = r"1.txt: unreadable \(ValueError\) \(at .*a.jsonl:2\); data.on_bad_clip=skip goes on without such clips$"
+    with pytest.raises(BadClip, match=sentence):
         dataset(make(tmp_path, 3, bad=(1,)))[1, 0]
 
 
@@ -161,19 +162,31 @@ def test_a_label_that_does_not_fit_makes_a_bad_clip_with_its_line(tmp_path: Path
         return row["label"]
 
     manifest = make(tmp_path, 6)
-    with pytest.raises(BadClip, match=r"a.jsonl:3: the label 2 is not among the 2 classes"):
+    with pytest.raises(BadClip, match=r"a.jsonl:3: the label 2 is not among the 2 classes \(0, 1\); data.on_bad_clip="):
         dataset(manifest, label=label)[2, 0]
     assert dataset(manifest, label=label, on_bad_clip="skip")[2, 0].label in (0, 1)
 
 
-def test_a_clip_shorter_than_a_token_is_a_bad_clip(tmp_path: Path) -> None:
+def test_a_clip_that_the_frontend_or_an_augmentation_cannot_take_is_a_bad_clip(tmp_path: Path) -> None:
+    def two(raw: Raw) -> None:
+        if raw.lengths[0] < 2:
+            raise ValueError(f"{raw.ids[0]}: {int(raw.lengths[0])} samples at {raw.rate} Hz are too few")
+
+    def crop(clip: Tensor, rng: np.random.Generator) -> Tensor:
+        if len(clip) < 2:
+            raise ValueError("crop: the clip is too short; leave it out")
+        return clip[:1]
+
     manifest = make(tmp_path, 3)
-    assert len(dataset(manifest, shortest={"sound": 2})[1, 0].inputs["sound"]) == 2
-    with pytest.raises(BadClip, match="clip0: 1 samples long, and shorter than the 2 that one token needs"):
-        dataset(manifest, shortest={"sound": 2})[0, 0]
-    cut = {"sound": lambda clip, rng: clip[:0]}
-    with pytest.raises(BadClip, match="clip2: 0 samples long"):
-        dataset(manifest, augments=cut)[2, 0]
+    assert len(dataset(manifest, fits={"sound": two})[1, 0].inputs["sound"]) == 2
+    refused = r"clip0: 1 samples at 10.0 Hz are too few \(at .*a.jsonl:1\); data.on_bad_clip=skip goes on without"
+    with pytest.raises(BadClip, match=refused):
+        dataset(manifest, fits={"sound": two})[0, 0]
+    with pytest.raises(BadClip, match="clip2: 1 samples"):  # as it is after augmentation
+        dataset(manifest, fits={"sound": two}, augments={"sound": crop})[2, 0]
+    with pytest.raises(BadClip, match="clip0: crop: the clip is too short; leave it out"):
+        dataset(manifest, augments={"sound": crop})[0, 0]
+    assert dataset(manifest, fits={"sound": two}, on_bad_clip="skip")[0, 0].bad[0]["id"] == "clip0"
 
 
 def test_a_clip_much_longer_than_its_row_says_is_a_bad_clip(tmp_path: Path) -> None:
@@ -213,6 +226,21 @@ def test_bad_clips_are_written_once_each(tmp_path: Path) -> None:
     written = [json.loads(line) for line in (tmp_path / "run" / "bad_clips.jsonl").read_text().splitlines()]
     assert written == [bad("a", manifest), bad("b", manifest)]
     assert len(clips) == 2
+    assert clips.remark.startswith(f"{manifest.path}: 2 of 10 clips could not be read so far; they are named in ")
+
+
+def test_what_other_ranks_note_is_read_once(tmp_path: Path) -> None:
+    manifest, path = make(tmp_path, 10), tmp_path / "bad_clips.jsonl"
+    first, second = (BadClips(path, manifest=manifest, max_share=1.0) for _ in range(2))
+    assert first.remark == ""
+    first.add([bad("a", manifest)])
+    second.add([bad("b", manifest)])
+    assert len(second) == 2
+    # lines that were read are not read again: what is put in their place is not noticed
+    text = path.read_text()
+    path.write_text(text.replace('"id": "a"', '"id": "x"').replace('"id": "b"', '"id": "y"'))
+    second.add([bad("c", manifest)])
+    assert len(second) == 3
 
 
 def test_too_many_bad_clips_end_the_run_also_after_resuming_and_over_ranks(tmp_path: Path) -> None:
