@@ -384,8 +384,10 @@ def write_npz(
         with unfinished.open("wb") as file:
             np.savez(file, **arrays)
         os.replace(unfinished, path)
-    except OSError:
+    except OSError as error:
         unfinished.unlink(missing_ok=True)
+        if error.filename is None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     return path
 

@@ -38,7 +38,7 @@ class Modality:
     extents: of the augmentations that change how long a clip is: (clips,) seconds, or how large: (clips, 2) height and
         width of a picture, and their settings -> the same afterwards, at most.
     read: (source, **frontend.reader_settings) -> the raw clip.
-    probe: source -> what a manifest row says of a file.
+    probe: source -> what a manifest row says of a file; "remark", where there is one, is for the user instead.
     """
 
     name: str

@@ -186,14 +186,14 @@ def split_rows(
     Raises:
         ValueError: shares that do not add up to 1, or a row without the key.
     """
-    if shares is not None and not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
-        raise ValueError(f"split_rows: the shares {dict(shares)} add up to {sum(shares.values()):g}, not to 1")
+    if shares is not None:
+        check_shares(shares)
     key = "split" if shares is None else by
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if key not in row:
             raise ValueError(
-                f"split_rows: the row of {row.get('id', 'an unnamed clip')} has no {key!r}; name a column or a folder "
+                f"splits: the row of {row.get('id', 'an unnamed clip')} has no {key!r}; name a column or a folder "
                 "level that tells it, or give shares"
             )
         if shares is None:
@@ -205,6 +205,19 @@ def split_rows(
         name = list(shares)[min(int(place), len(shares) - 1)]
         found[name].append({**row, "split": name})
     return dict(found)
+
+
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Shares of splits must be above 0 and add up to 1.
+
+    Raises:
+        ValueError: they do not.
+    """
+    written = ",".join(f"{name}={share:g}" for name, share in shares.items())
+    if not all(share > 0 for share in shares.values()):
+        raise ValueError(f"splits: the shares {written} must all be above 0")
+    if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
+        raise ValueError(f"splits: the shares {written} add up to {sum(shares.values()):g}, not to 1")
 
 
 def _map_paths(value: Any, change: Callable[[str], str]) -> Any:

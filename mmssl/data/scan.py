@@ -25,14 +25,24 @@ class ScanResult:
 
     rows: one a readable clip, in the order of their names (of the table, where there is one).
     bad: (path, reason) of each file that cannot be read, and of each line of the table that names no file.
+    remarks: (path, sentence) of each file that is in `rows` and has something odd about it.
     unlisted: files that the table does not name; they are not in `rows`.
     ignored: suffix -> number of files that are not of this media.
     """
 
     rows: list[Row] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
+    remarks: list[tuple[str, str]] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
+
+
+class NoClips(ValueError):
+    """A folder without a file of the media that was looked for; `ignored` as in `ScanResult`."""
+
+    def __init__(self, sentence: str, ignored: Counter[str]) -> None:
+        super().__init__(sentence)
+        self.ignored = ignored
 
 
 @dataclass
@@ -65,7 +75,8 @@ def scan(
 
     Args:
         media: the key that names a row's file: "audio", "image".
-        probe: (path or binary file) -> what to note of the clip ("seconds", "height"); raises `BadClip`.
+        probe: (path or binary file) -> what to note of the clip ("seconds", "height"), and perhaps a "remark" for the
+            user; raises `BadClip`.
         suffixes: with their dot, in lower case. They choose what is looked at; what a file is, its content decides.
         label_from, split_from, text_from: the folder whose name is the clip's label, split, transcript: 1 is the first
             below `folder`, -1 the one that the file lies in.
@@ -76,11 +87,13 @@ def scan(
         workers: threads that read headers.
 
     Raises:
-        ValueError: no such folder, nothing in it to look at, or a table that cannot be read.
+        NoClips: nothing in it to look at.
+        ValueError: no such folder, or a table that cannot be read.
     """
     root = os.path.abspath(folder)
     if not os.path.isdir(root):
-        raise ValueError(f"{folder}: no such folder")
+        what = "a file; give the folder that it lies in" if os.path.isfile(root) else "no such folder"
+        raise ValueError(f"{folder}: {what}")
     if media not in MEDIA:
         raise ValueError(f"scan: media {media!r} is not among {', '.join(MEDIA)}")
     result = ScanResult()
@@ -89,7 +102,10 @@ def scan(
         clips = _listed(clips, root, Path(tsv), dict(columns or {}), result)
     if not clips and not result.bad:
         others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in result.ignored.most_common(5))
-        raise ValueError(f"{folder}: no {media} file here ({' '.join(sorted(suffixes))}); found {others or 'nothing'}")
+        raise NoClips(
+            f"{folder}: no {media} file here ({' '.join(sorted(suffixes))}); found {others or 'nothing'}",
+            result.ignored,
+        )
     levels = {"label": label_from, "split": split_from, "text": text_from}
 
     def look(part: list[_Clip]) -> list[Row | tuple[str, str]]:
@@ -102,6 +118,8 @@ def scan(
                 if isinstance(item, tuple):
                     result.bad.append(item)
                 else:
+                    if "remark" in item:
+                        result.remarks.append((item[media], item.pop("remark")))
                     result.rows.append(item)
     return result
 
