@@ -182,7 +182,7 @@ def test_bad_files_are_named_and_left_out_of_a_manifest(pictures: Path, tmp_path
     assert result.stderr.startswith(f"left out: {folder / 'bad.png'}: ")
 
 
-def test_a_manifest_that_nothing_can_be_written_in_is_refused_with_the_way_out(pictures: Path, tmp_path: Path) -> None:
+def test_a_folder_that_gives_no_row_is_refused_with_the_way_out(pictures: Path, tmp_path: Path) -> None:
     sentence = said("manifest", pictures, "--out", tmp_path)
     assert sentence.startswith(f"{pictures}: no audio file here (")
     assert sentence.endswith("; found 16 .png; --modality image looks for those")
@@ -191,7 +191,7 @@ def test_a_manifest_that_nothing_can_be_written_in_is_refused_with_the_way_out(p
         f"{pictures}: none of the 16 files gives a row; the first is {pictures / 'test/checks/15.png'}: "
         "has no folder of level 3 to take its label from (its folders: ['test', 'checks'])"
     )
-    one = pictures / "test/checks/14.png"
+    one = pictures / "test/checks/15.png"
     assert said("manifest", one) == f"{one}: a file; give the folder that it lies in"
     assert list(tmp_path.iterdir()) == []
 

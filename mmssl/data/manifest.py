@@ -131,7 +131,7 @@ class Manifest(Sequence[Row]):
             row = json.loads(line)
         except ValueError:
             raise ValueError(f"{self.path}: changed since it was opened, no row starts at byte {offset} now") from None
-        row.setdefault("id", _default_id(row))
+        row["id"] = str(row["id"]) if "id" in row else _default_id(row)
         for key in MEDIA:
             if key in row:
                 row[key] = _map_paths(row[key], lambda name: os.path.join(self.path.parent, name))
@@ -313,6 +313,8 @@ def _checked(line: bytes) -> tuple[float, int]:
         raise ValueError(f"not a JSON object ({error}): {_shown(line)}") from None
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object: {_shown(line)}")
+    if not isinstance(row.get("id", ""), str | int):
+        raise ValueError(f"'id' must be text or a number, got {row['id']!r}")
     if not row.keys().isdisjoint(_PLACES):
         _check_place(row)
     seconds = row.get("seconds", row.get("duration", math.nan))

@@ -69,6 +69,7 @@ def test_paths_are_seen_from_the_folder_of_the_manifest(tmp_path: Path) -> None:
     [
         ({"audio": "a.wav"}, "a.wav"),
         ({"audio": "a.wav", "id": "mine"}, "mine"),
+        ({"audio": "a.wav", "id": 7}, "7"),
         ({"audio": "a.tar", "offset": 512, "size": 1}, "a.tar#512"),
         ({"audio": "a.wav", "start": 1.5}, "a.wav@1.5"),
         ({"audio": [{"path": "a.tar", "offset": 9}, {"path": "a.tar", "offset": 2}]}, "a.tar#9"),
@@ -94,6 +95,7 @@ def test_every_clip_has_an_id_of_its_own(tmp_path: Path, row: dict[str, Any], id
         ('{"audio": "a", "duration": 0, "seconds": 1}', "a.jsonl:3: 'duration' must be seconds above 0, got 0"),
         ('{"audio": "a", "offset": 1.5}', "a.jsonl:3: 'offset' must be a number of bytes, got 1.5"),
         ('{"audio": "a", "offset": 1, "size": -1}', "a.jsonl:3: 'size' must be a number of bytes, got -1"),
+        ('{"audio": "a", "id": null}', "a.jsonl:3: 'id' must be text or a number, got None"),
         ('{"audio": []}', r"a.jsonl:3: 'audio' must name at least one file, got \[\]"),
         ('{"audio": null}', "a.jsonl:3: 'audio' must be a path, got None"),
         ('{"image": ""}', "a.jsonl:3: 'image' must be a path, got ''"),
