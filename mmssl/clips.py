@@ -246,7 +246,10 @@ def _expand(text: str, suffixes: Collection[str], modality: str) -> list[str]:
 
 def _split(array: np.ndarray | Tensor, name: str, media: str, shortest: int) -> list[Tensor]:
     """The clips of an array: one, or one for each place on an axis in front; `shortest` is what a token sees of one."""
-    x = torch.as_tensor(array)
+    try:
+        x = torch.as_tensor(array)
+    except TypeError:
+        raise ValueError(f"{name}: an array of {array.dtype} holds no numbers; give paths as a list") from None
     axes = 1 if media == "audio" else 3
     if x.ndim not in (axes, axes + 1):
         meaning = "(samples,)" if media == "audio" else "(channels, height, width)"

@@ -214,6 +214,7 @@ def test_a_picture_that_does_not_fit_is_a_bad_clip(tmp_path: Path) -> None:
         ("nothing/*.wav", "no file matches"),
         (torch.zeros(2, 3, 4), "a clip is \\(samples,\\)"),
         (torch.tensor(1.0), "a clip is \\(samples,\\)"),
+        (np.array(["a.wav", "b.wav"]), "an array of <U5 holds no numbers; give paths as a list"),
         (None, "NoneType is none of path"),
         ([None], "input 0: NoneType is none of path"),
         (7, "int is none of path"),

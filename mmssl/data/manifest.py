@@ -46,7 +46,8 @@ class Manifest(Sequence[Row]):
     Rows come with the paths of their media joined to the manifest's folder, and with an `id`.
 
     Raises:
-        ValueError: no such file, no rows, or a line that is not a JSON object, by its number.
+        ValueError: no such file, no rows, or a line that is not a JSON object or does not say where a clip lies, by its
+            number.
     """
 
     def __init__(self, path: str | Path) -> None:

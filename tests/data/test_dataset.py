@@ -150,6 +150,17 @@ def test_a_skipped_clip_is_named_and_replaced_by_the_same_other_one(tmp_path: Pa
         first.read(3, 2)
 
 
+def test_lines_are_not_counted_for_clips_that_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def label(row: dict[str, Any]) -> int:
+        if row["label"] == 2:
+            raise ValueError("no label fits")
+        return 0
+
+    monkeypatch.setattr(Manifest, "place", lambda self, index: pytest.fail("the manifest was read up to the clip"))
+    clips = dataset(make(tmp_path, 20, bad=(3,)), label=label, on_bad_clip="skip")
+    assert [clips[i, 0].bad[0]["id"] for i in (2, 3)] == ["clip2", "clip3"]
+
+
 def test_where_everything_is_bad_the_search_ends(tmp_path: Path) -> None:
     with pytest.raises(BadClip, match="unreadable .*; and so were 19 clips taken at random in its place"):
         dataset(make(tmp_path, 4, bad=(0, 1, 2, 3)), on_bad_clip="skip")[0, 0]
@@ -162,7 +173,9 @@ def test_a_label_that_does_not_fit_makes_a_bad_clip_with_its_line(tmp_path: Path
         return row["label"]
 
     manifest = make(tmp_path, 6)
-    with pytest.raises(BadClip, match=r"a.jsonl:3: the label 2 is not among the 2 classes \(0, 1\); data.on_bad_clip="):
+    with pytest.raises(
+        BadClip, match=r"clip2: the label 2 is not among the 2 classes \(0, 1\) \(at .*a.jsonl:3\); data."
+    ):
         dataset(manifest, label=label)[2, 0]
     assert dataset(manifest, label=label, on_bad_clip="skip")[2, 0].label in (0, 1)
 
@@ -194,7 +207,9 @@ def test_a_clip_much_longer_than_its_row_says_is_a_bad_clip(tmp_path: Path) -> N
     rows = [{"audio": str(tmp_path / "a.txt"), "seconds": seconds} for seconds in (2.0, 9.0)]
     write_manifest(tmp_path / "a.jsonl", rows)
     clips = dataset(Manifest(tmp_path / "a.jsonl"))
-    with pytest.raises(BadClip, match=r"10.00 s long where .*a.jsonl:1 says 2 s; write the manifest again"):
+    with pytest.raises(
+        BadClip, match=r"10.00 s long where its row says 2 s; write the manifest again \(at .*a.jsonl:1\)"
+    ):
         clips[0, 0]
     assert len(clips[1, 0].inputs["sound"]) == 100
 
