@@ -7,6 +7,7 @@ changes.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from mmssl import distributed
 from mmssl.data.batching import BatchPlan, Loader, one_pass
-from mmssl.data.dataset import ManifestDataset
+from mmssl.data.dataset import ATTEMPTS, ManifestDataset
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import CharVocabulary, Classes
 from mmssl.encoder import Encoder
@@ -39,7 +40,7 @@ from mmssl.training.loop import train as train_loop
 from mmssl.training.optimizer import build_optimizer
 from mmssl.training.pictures import write_sheet
 from mmssl.training.schedule import SCHEDULES
-from mmssl.types import Batch, Loss
+from mmssl.types import BadClip, Batch, Loss, Raw
 
 FORMAT = 1
 ENCODER = ("frontend", "positions", "transformer", "encoder")
@@ -89,6 +90,9 @@ class DataSettings:
         on_bad_clip: "raise" stops at the first clip that cannot be read, "skip" counts and names it and goes on.
         max_bad_share: of the clips, beyond which "skip" stops too.
         cache: keep decoded clips in memory.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     train: str
@@ -100,6 +104,16 @@ class DataSettings:
     on_bad_clip: Literal["raise", "skip"] = "raise"
     max_bad_share: float = 0.01
     cache: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"data.{name}={value}: must be at least {least}")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"data.max_seconds={self.max_seconds}: must be above 0; leave it out for no such bound")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share={self.max_bad_share}: must be a share of the clips, from 0 to 1")
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -185,46 +199,126 @@ class Augment:
         return x
 
 
+def extents(steps: Sequence[Mapping[str, Any]], modality: str, before: np.ndarray) -> np.ndarray:
+    """What clips measure after the steps that a recipe lists, at most: see `Modality.extents`."""
+    for step in steps:
+        settings = dict(step)
+        change = MODALITIES[modality].extents.get(settings.pop("name"))
+        before = before if change is None else change(before, **settings)
+    return before
+
+
 def build_dataset(
-    recipe: Recipe, config: Config, encoder: Encoder, manifest: Manifest, *, side: str
+    recipe: Recipe, config: Config, encoder: Encoder, manifest: Manifest, *, side: Literal["train", "eval"]
 ) -> ManifestDataset:
-    """The clips of a manifest as an objective wants them; `side`, "train" or "eval", chooses the augmentations."""
-    name, data = config["modality"], DataSettings(**recipe.values["data"])
-    frontend = encoder.frontend
-    return ManifestDataset(
+    """The clips of a manifest as an objective wants them; `side` chooses the augmentations.
+
+    Raises:
+        RecipeError: a setting outside its range, or pictures of several sizes that are to lie in one batch.
+        ValueError: a row that names no file of the modality.
+    """
+    name, frontend = config["modality"], encoder.frontend
+    data = _placed(recipe, lambda: DataSettings(**recipe.values["data"]))
+    steps = recipe.values["augment"][side]
+    # a copy without weights: what is sent to loader workers must not lie on a GPU
+    lengths = copy.deepcopy(frontend).to("meta").lengths
+    dataset = ManifestDataset(
         manifest,
         media={name: MODALITIES[name].media},
         readers={name: build_reader(config, encoder)},
-        augments={name: build_augment(recipe.values["augment"][side], name, encoder)},
+        augments={name: build_augment(steps, name, encoder)},
         rates={name: frontend.reader_settings.get("rate")},
-        shortest={name: frontend.min_length},
+        fits={name: lengths},
         label=_labeler(config),
         seed=recipe.values["trainer"]["seed"],
         on_bad_clip=data.on_bad_clip,
         max_bad_share=data.max_bad_share,
         cache=data.cache,
     )
+    if MODALITIES[name].media == "image" and data.batch_size != 1 and not _one_size(steps, name):
+        _check_sizes(recipe, manifest, side)
+        dataset.fits = {name: partial(_fits, lengths, _first_size(dataset, name))}
+    return dataset
+
+
+def _one_size(steps: Sequence[Mapping[str, Any]], modality: str) -> bool:
+    """Whether pictures of whatever size are of the same one after these steps."""
+    one, other = extents(steps, modality, np.array([[301, 170], [211, 411]])).tolist()
+    return bool(one == other)
+
+
+def _check_sizes(recipe: Recipe, manifest: Manifest, side: str) -> None:
+    """See that the sizes that the rows state come to one.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    first, first_id = None, ""
+    for place, row in enumerate(manifest):
+        if not all(isinstance(row.get(key), int) for key in ("height", "width")):
+            continue
+        stated = np.array([[row["height"], row["width"]]])
+        size = tuple(extents(recipe.values["augment"][side], recipe.values["modality"], stated)[0].tolist())
+        if first is None:
+            first, first_id = size, row["id"]
+        elif size != first:
+            raise recipe.error(
+                f"augment.{side}",
+                f"augment.{side} leaves {first_id} at {first[0]} x {first[1]} pixels and {row['id']} "
+                f"({manifest.place(place)}) at {size[0]} x {size[1]}, but a batch holds pictures of one size; add for "
+                "example a resize and a center_crop, or set data.batch_size to 1",
+            )
+
+
+def _first_size(dataset: ManifestDataset, modality: str) -> tuple[int, ...] | None:
+    """The shape of the first clip that can be read; None where none of the first few can."""
+    for place in range(min(len(dataset), ATTEMPTS)):
+        try:
+            return tuple(dataset.read(place, 0).inputs[modality].shape)
+        except BadClip:
+            continue
+    return None
+
+
+def _fits(lengths: Callable[[Raw], Tensor], shape: tuple[int, ...] | None, raw: Raw) -> None:
+    """Raises ValueError where a picture is none for the frontend, or of another shape than the others."""
+    lengths(raw)
+    own = tuple(raw.data.shape[1:])
+    if shape is not None and own != shape:
+        own_text, text = (" x ".join(map(str, one)) for one in (own, shape))
+        raise ValueError(
+            f"{own_text}, where the first picture of the manifest is {text}, and a batch holds pictures of one size; "
+            "bring them to one in `augment`, for example with resize and center_crop"
+        )
 
 
 def build_plan(recipe: Recipe, manifest: Manifest, *, side: Literal["train", "eval"]) -> BatchPlan:
-    """Which clips go together: shuffled anew in each epoch for "train", every clip in order of length for "eval"."""
-    data, training = DataSettings(**recipe.values["data"]), side == "train"
-    by_length = MODALITIES[recipe.values["modality"]].media != "image" and (data.bucket or data.max_seconds is not None)
+    """Which clips go together: shuffled anew in each epoch for "train", every clip in order of length for "eval".
+
+    Raises:
+        RecipeError: no bound, one outside its range, or clips that are longer than it.
+        ValueError: a row that does not state its length.
+    """
+    data, training = _placed(recipe, lambda: DataSettings(**recipe.values["data"])), side == "train"
+    modality = recipe.values["modality"]
+    by_length = MODALITIES[modality].media != "image" and (data.bucket or data.max_seconds is not None)
     if data.batch_size is None and (data.max_seconds is None or not by_length):
         raise recipe.error("data", "micro-batches have no bound: set data.batch_size, or data.max_seconds for sound")
-    lengths = manifest.lengths() if by_length else np.ones(len(manifest), np.float32)
-    for step in recipe.values["augment"][side]:
-        if by_length and "seconds" in step:  # a crop: no clip is longer than that after it
-            lengths = np.minimum(lengths, step["seconds"])
-    return BatchPlan(
-        lengths,
-        batch_size=data.batch_size,
-        max_length=data.max_seconds if by_length else None,
-        bucket=data.bucket and by_length,
-        seed=recipe.values["trainer"]["seed"],
-        shuffle=training,
-        longer="refuse" if training else "alone",
-    )
+    lengths = np.ones(len(manifest), np.float32)
+    if by_length:
+        lengths = extents(recipe.values["augment"][side], modality, manifest.lengths())
+    try:
+        return BatchPlan(
+            lengths,
+            batch_size=data.batch_size,
+            max_length=data.max_seconds if by_length else None,
+            bucket=data.bucket and by_length,
+            seed=recipe.values["trainer"]["seed"],
+            shuffle=training,
+            longer="refuse" if training else "alone",
+        )
+    except ValueError as error:  # the rest was seen to above
+        raise recipe.error("data.max_seconds", f"data.max_seconds={data.max_seconds}: {error}") from None
 
 
 def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
@@ -250,6 +344,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     resume = _claim(run, recipe)
 
     data = recipe.values["data"]
+    _placed(recipe, lambda: DataSettings(**data))
     manifest = Manifest(data["train"])
     config = export_config(recipe, manifest)
     torch.manual_seed(settings.seed)
@@ -270,6 +365,8 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     evaluate = None
     if data["valid"] is not None:
         valid = Manifest(data["valid"])
+        if data["on_bad_clip"] == "raise":
+            _check_labels(config, valid)
         batches = partial(
             one_pass,
             build_dataset(recipe, config, encoder, valid, side="eval"),
@@ -333,7 +430,7 @@ def export_config(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
     """
     values = recipe.values
     key = LABELLED.get(values["objective"]["name"])
-    labels = [] if key is None else manifest.column(key)
+    labels = iter(()) if key is None else manifest.values(key)
     return {
         "format": FORMAT,
         **{name: values[name] for name in ("modality", *ENCODER)},
@@ -535,6 +632,25 @@ def _labeler(config: Config) -> Callable[[dict[str, Any]], Any] | None:
         return None
     encode = Classes(config["classes"]).encode if key == "label" else CharVocabulary(config["vocabulary"]).encode
     return partial(_label, key, encode)
+
+
+def _check_labels(config: Config, manifest: Manifest) -> None:
+    """See that training knows the labels of held-out clips: these are read at the first evaluation only.
+
+    Raises:
+        ValueError: it does not, by the place of the row.
+    """
+    label = _labeler(config)
+    if label is None:
+        return
+    for place, row in enumerate(manifest):
+        try:
+            label(row)
+        except ValueError as error:
+            raise ValueError(
+                f"{manifest.place(place)}: {error}; correct data.valid, or set data.on_bad_clip=skip to leave such "
+                "clips out"
+            ) from None
 
 
 def _label(key: str, encode: Callable[[Any], Any], row: dict[str, Any]) -> Any:

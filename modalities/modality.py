@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from mmssl.types import Frontend
@@ -34,8 +35,10 @@ class Modality:
     media: the manifest key that names its files: speech and sound are both "audio".
     suffixes: of the files that `mmssl manifest` looks for.
     frontends, augments, targets: what a recipe may name.
+    extents: of the augmentations that change how long a clip is: (clips,) seconds, or how large: (clips, 2) height and
+        width of a picture, and their settings -> the same afterwards, at most.
     read: (source, **frontend.reader_settings) -> the raw clip.
-    probe: source -> what a manifest row says of a file.
+    probe: source -> what a manifest row says of a file; "remark", where there is one, is for the user instead.
     """
 
     name: str
@@ -45,4 +48,5 @@ class Modality:
     read: Callable[..., Tensor]
     probe: Callable[..., dict[str, Any]]
     augments: dict[str, Callable[..., Tensor]]
+    extents: dict[str, Callable[..., np.ndarray]]
     targets: dict[str, Target]

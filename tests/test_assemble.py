@@ -3,19 +3,21 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmssl.assemble import Validation, build_augment, build_encoder, build_plan, finetune, pretrain, resolve, train
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import load as load_encoder
 from mmssl.recipe import Recipe, RecipeError, load, parse
 from mmssl.training.checkpoint import read_encoder, read_tensors
+from mmssl.types import BadClip
 
 TOY = ["transformer.dim=16", "transformer.depth=2", "transformer.heads=2"]
 TOY += ["data.batch_size=4", "data.workers=0", "trainer.steps=2", "trainer.eval_every=2", "schedule.warmup=0"]
@@ -117,8 +119,12 @@ def test_fine_tuning_starts_from_the_pretrained_weights(
 def test_labels_are_those_of_the_training_manifest(image_rows: Callable[..., Path], tmp_path: Path) -> None:
     odd = image_rows("test", lambda row: {**row, "label": "dots"})
     recipe = classify(image_rows, f"data.valid={odd}")
-    with pytest.raises(ValueError, match=rf"{odd}:\d: the label 'dots' is not among the 2 classes \(checks, stripes\)"):
+    with pytest.raises(ValueError, match=rf"{odd}:1: the label 'dots' is not among the 2 classes \(checks, stripes\)"):
         train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # before the first update
+    some = image_rows("test", lambda row: {**row, "label": row["label"] if "0" in row["image"] else "dots"})
+    skipping = classify(image_rows, f"data.valid={some}", "data.on_bad_clip=skip", "data.max_bad_share=1")
+    train(skipping, tmp_path / "skipping")
     bare = image_rows("train", lambda row: {"image": row["image"]})
     with pytest.raises(ValueError, match=f"{bare}:1: the row has no 'label'"):
         train(classify(image_rows, f"data.train={bare}"), tmp_path / "other")
@@ -173,7 +179,58 @@ def test_settings_that_do_not_fit_are_placed(image_rows: Callable[..., Path], tm
         train(mae(image_rows, "objective.target=pixel"), tmp_path / "run")
     with pytest.raises(RecipeError, match="micro-batches have no bound: set data.batch_size"):
         train(mae(image_rows, "data.batch_size=null"), tmp_path / "run")
+    for setting in ("batch_size=0", "workers=-1", "max_seconds=0", "max_bad_share=2"):
+        with pytest.raises(RecipeError, match=f"^command line 'data.{setting}': data.{setting}: must be "):
+            train(mae(image_rows, f"data.{setting}"), tmp_path / "run")
+    with pytest.raises(RecipeError, match="^command line 'trainer.seed=-1': trainer.seed=-1: must be at least 0"):
+        train(mae(image_rows, "trainer.seed=-1"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def of_sizes(folder: Path, sizes: Sequence[tuple[int, int]], *, stated: bool) -> Path:
+    """A manifest of gray pictures of (height, width)."""
+    rows: list[dict[str, Any]] = []
+    for number, (height, width) in enumerate(sizes):
+        path = folder / f"{number}.png"
+        Image.fromarray(np.full((height, width), 9 * number, np.uint8)).save(path)
+        rows.append({"image": str(path)} | ({"height": height, "width": width} if stated else {}))
+    write_manifest(folder / "sizes.jsonl", rows)
+    return folder / "sizes.jsonl"
+
+
+def test_pictures_of_several_sizes_are_found_before_the_first_update(tmp_path: Path) -> None:
+    path = of_sizes(tmp_path, [(16, 16), (16, 16), (8, 16)], stated=True)
+
+    def go(name: str, *overrides: str) -> Path:
+        recipe = load("small/mae_image", [f"data.train={path}", *TOY, *DECODER, "trainer.eval_every=0", *overrides])
+        return train(recipe, tmp_path / name)
+
+    sentence = (
+        r"augment.train leaves 0.png at 16 x 16 pixels and 2.png \(.*sizes.jsonl:3\) at 8 x 16, but a batch holds .* "
+        "add for example a resize and a center_crop, or set data.batch_size to 1"
+    )
+    with pytest.raises(RecipeError, match=sentence):
+        go("refused", "augment.train=[]")
+    with pytest.raises(RecipeError, match="leaves 0.png at 32 x 32 pixels and 2.png .* at 32 x 64"):
+        go("refused", "augment.train=[{name: resize, size: 32}]")
+    assert not (tmp_path / "refused").exists()
+    go("resized", "augment.train=[{name: resize, size: [16, 16]}]")
+    go("cropped", "augment.train=[{name: resize, size: 16}, {name: center_crop, size: 16}, {name: flip}]")
+    go("alone", "augment.train=[]", "data.batch_size=1")
+
+
+def test_a_picture_of_another_size_than_the_first_is_a_bad_clip(tmp_path: Path) -> None:
+    path = of_sizes(tmp_path, [(1, 1), (16, 16), (16, 16), (8, 16), (16, 16)], stated=False)
+    data = [f"data.train={path}", *TOY, *DECODER, "trainer.eval_every=0", "augment.train=[]", "trainer.log_every=1"]
+    with pytest.raises(
+        BadClip, match=r"(0.png: 1 x 1 pixels are not|3.png: 1 x 8 x 16, where the first) .* \(at .*sizes"
+    ):
+        train(load("small/mae_image", data), tmp_path / "stopped")
+    run = train(load("small/mae_image", [*data, "data.on_bad_clip=skip", "data.max_bad_share=0.5"]), tmp_path / "run")
+    bad = [json.loads(line) for line in (run / "bad_clips.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in bad} == {"0.png", "3.png"}
+    notes = [row["note"] for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "note" in row]
+    assert notes[-1] == f"{path}: 2 of 5 clips could not be read so far; they are named in {run / 'bad_clips.jsonl'}"
 
 
 @pytest.fixture
@@ -191,7 +248,15 @@ def test_crops_bound_what_a_clip_adds_to_a_batch(speech_rows: Path) -> None:
 
     assert lengths("augment.train=[]") == [1.0, 4.0, 9.0]
     assert lengths("augment.train=[{name: random_crop, seconds: 3}]") == [1.0, 3.0, 3.0]
-    with pytest.raises(ValueError, match="1 of 3 clips are longer than a whole micro-batch"):
+    # played at 0.8 of its speed, a second takes 1.25; and a crop is made longer by what follows it
+    speed, crop = "{name: speed, factors: [0.8, 2]}", "{name: center_crop, seconds: 4}"
+    assert lengths(f"augment.train=[{speed}]") == pytest.approx([1.25, 5.0, 11.25])
+    assert lengths(f"augment.train=[{speed}, {crop}]") == pytest.approx([1.25, 4.0, 4.0])
+    assert lengths(f"augment.train=[{crop}, {speed}]") == pytest.approx([1.25, 5.0, 5.0])
+    with pytest.raises(
+        RecipeError,
+        match=r"command line 'data.max_seconds=5': data.max_seconds=5: 1 of 3 clips are longer than a whole",
+    ):
         lengths("augment.train=[]", "data.max_seconds=5")
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mmssl.assemble import LABELLED, build_encoder, build_objective, export_config, finetune, pretrain, resolve
-from mmssl.data.manifest import Manifest, scan, split_rows, write_manifest
+from mmssl.data.manifest import Manifest, split_rows, write_manifest
+from mmssl.data.scan import scan
 from mmssl.modalities import MODALITIES
 from mmssl.recipe import Recipe, header, load, shipped
 

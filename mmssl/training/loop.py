@@ -42,9 +42,16 @@ class Loader(Protocol):
     that how far a run has come is one number.
 
     consumed: micro-batches that all processes together were given; set before iterating to go on from there.
+    epoch_start: the epoch of the last one, and the micro-batches before it; set as well, so that no epoch before it
+        must be counted.
+    remark: what is to be said about clips that were left out; empty where there are none.
     """
 
     consumed: int
+    epoch_start: tuple[int, int]
+
+    @property
+    def remark(self) -> str: ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -91,7 +98,7 @@ class TrainSettings:
         for name in ("steps", "accumulate", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("save_every", "eval_every"):
+        for name in ("save_every", "eval_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)}: must be at least 0")
         if self.precision not in ("float32", "bfloat16"):
@@ -110,7 +117,7 @@ class Place:
     """How far a run has come: what a checkpoint holds beside tensors and recipe.
 
     step: optimizer updates made.
-    consumed: see `Loader`.
+    consumed, epoch_start: see `Loader`.
     clips: that all processes together were given.
     seconds: that the run took, without the time between being cut off and going on.
     skipped: attempts in a row that gave no update.
@@ -123,6 +130,7 @@ class Place:
     seconds: float = 0.0
     skipped: int = 0
     final: dict[str, float | None] = field(default_factory=dict)
+    epoch_start: tuple[int, int] = (0, 0)
 
 
 def train(
@@ -169,7 +177,7 @@ def train(
     objective.to(device).train()
     torch.manual_seed(settings.seed + distributed.rank())
     place, remarks = _start(objective, optimizer, run, device, settings, recipe, resume)
-    loader.consumed = place.consumed
+    loader.consumed, loader.epoch_start = place.consumed, place.epoch_start
     with (
         RunLog(run, steps=settings.steps, after=place.step, main=distributed.is_main()) as log,
         StopSignal() as stop,
@@ -213,8 +221,10 @@ class _Run:
         self.saved = -1
         self.unsaved = ""
         self.signals = 0.0
+        self.remark = ""
 
     def go(self, loader: Loader) -> dict[str, float]:
+        self.loader = loader
         # made after `stop`: workers that are forked inherit its handler, and so outlive a Ctrl-C until all is saved
         batches = iter(loader)
         try:
@@ -268,6 +278,7 @@ class _Run:
         """One optimizer update from the micro-batches of this process; false where it had to be skipped."""
         place, settings = self.place, self.settings
         place.consumed += len(parts) * self.world
+        place.epoch_start = self.loader.epoch_start
         number = place.step + 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0) * self.schedule(number)
@@ -329,6 +340,10 @@ class _Run:
         if verdicts:
             row["verdict"] = verdicts
         log.line(row, rate=rate, left=left)
+        remark = self.loader.remark
+        if remark != self.remark and (not self.remark or place.step == self.settings.steps):
+            self.remark = remark
+            log.note(place.step, remark)
         place.final |= {"loss": row["loss"], **row["metrics"]}
         for name, sentence in verdicts.items():
             if name not in before:
@@ -582,7 +597,8 @@ def _start(
     state, rng = checkpoint.load(Path(found), objective, optimizer)
     own = f"{distributed.rank()}."
     set_random_state({name.removeprefix(own): value for name, value in rng.items() if name.startswith(own)}, device)
-    place = Place(**{name: state[name] for name in Place.__dataclass_fields__})
+    place = Place(**{name: state[name] for name in Place.__dataclass_fields__ if name in state})
+    place.epoch_start = (place.epoch_start[0], place.epoch_start[1])  # a list as JSON has it
     remarks.append(f"{run}: goes on after update {place.step} of {settings.steps}")
     if recipe is not None and state["recipe"] is not None and recipe != state["recipe"]:
         changes = [line for line in difflib.ndiff(state["recipe"].splitlines(), recipe.splitlines()) if line[0] in "+-"]

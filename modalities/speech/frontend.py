@@ -38,8 +38,7 @@ def refuse_short(raw: Raw, least: int) -> None:
     short = (raw.lengths < least).nonzero()[:, 0].tolist()
     if short:
         raise ValueError(
-            f"{raw.ids[short[0]]}: {int(raw.lengths[short[0]])} samples are shorter than one token, {least}; leave "
-            "such clips out of the manifest or set data.on_bad_clip=skip"
+            f"{raw.ids[short[0]]}: {int(raw.lengths[short[0]])} samples are shorter than one token, {least}"
         )
 
 

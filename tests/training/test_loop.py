@@ -441,3 +441,28 @@ def test_an_evaluation_that_fails_costs_no_update(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zebra"):
         run(tmp_path, built(), evaluate=evaluate, steps=4, eval_every=4, save_every=0)
     assert checkpoint.latest(tmp_path / "checkpoints", say=print) is not None
+
+
+class Leaving(Loader):
+    """Counts epochs of two micro-batches, and cannot read a clip from the third micro-batch on."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for part in super().__iter__():
+            last = self.consumed - 1
+            self.epoch_start = (last // 2, last // 2 * 2)
+            self.remark = f"{self.consumed - 2} clips could not be read" if self.consumed > 2 else ""
+            yield part
+
+
+def test_clips_that_are_left_out_are_told_of_at_once_and_at_the_end(tmp_path: Path) -> None:
+    run(tmp_path, built(), loader=Leaving(), steps=6, log_every=1, save_every=5)
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    notes = [(line["step"], line["note"]) for line in lines if "note" in line]
+    assert notes == [(3, "1 clips could not be read"), (6, "4 clips could not be read")]
+
+
+def test_a_run_goes_on_from_the_start_of_its_epoch(tmp_path: Path) -> None:
+    run(tmp_path, built(), loader=Leaving(), steps=5)
+    loader = Leaving()
+    run(tmp_path, built(), loader=loader, steps=5, resume=True)
+    assert (loader.consumed, loader.epoch_start) == (5, (2, 4))

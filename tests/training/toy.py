@@ -37,6 +37,9 @@ def batch(numbers: range) -> Batch:
 class Loader:
     """Micro-batch k holds the clips from k * size on."""
 
+    epoch_start = (0, 0)
+    remark = ""
+
     def __init__(self, size: int = 4, *, rank: int = 0, world: int = 1) -> None:
         self.size, self.rank, self.world, self.consumed = size, rank, world, 0
 
