@@ -253,7 +253,8 @@ class StridedConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         kernel, stride = ctx.shape
-        grad_weight = torch.cat([product(view.t(), grad.t()) for view, _ in _views(x, weight, kernel, stride)])
+        # as `product` would, but without its copies of two transposed views
+        grad_weight = torch.cat([view.t() @ grad for view, _ in _views(x, weight, kernel, stride)])
         grad_bias = grad.sum(0) if ctx.has_bias else None
         grad_x = None
         if ctx.needs_input_grad[0]:
