@@ -114,6 +114,16 @@ def test_drop_path_leaves_out_whole_clips_and_keeps_the_mean():
     assert ours.blocks[0].drop_path == 0
 
 
+def test_the_input_is_dropped_behind_the_norm_that_stands_before_the_blocks():
+    torch.manual_seed(0)
+    model = Transformer(dim=64, depth=1, heads=2, norm="post", dropout=0.25)
+    x = torch.randn(4, 10, 64)
+    _, kept = model(x, layers=[0])
+    alive = kept[0] != 0
+    assert abs((~alive).float().mean() - 0.25) < 0.05
+    torch.testing.assert_close(kept[0][alive], (torch.nn.functional.layer_norm(x, (64,), eps=1e-6) / 0.75)[alive])
+
+
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="heads=5"):
         build(heads=5)
