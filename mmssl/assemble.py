@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -35,11 +36,11 @@ from mmssl.nn.transformer import Transformer
 from mmssl.objectives import OBJECTIVES
 from mmssl.recipe import SECTIONS, Recipe, RecipeError, leaves, load, parse
 from mmssl.training import checkpoint
-from mmssl.training.loop import TrainSettings
 from mmssl.training.loop import train as train_loop
 from mmssl.training.optimizer import build_optimizer
 from mmssl.training.pictures import write_sheet
 from mmssl.training.schedule import SCHEDULES
+from mmssl.training.settings import TrainSettings
 from mmssl.types import BadClip, Batch, Loss, Raw
 
 FORMAT = 1
@@ -365,17 +366,22 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     evaluate = None
     if data["valid"] is not None:
         valid = Manifest(data["valid"])
-        if data["on_bad_clip"] == "raise":
-            _check_labels(config, valid)
+        held_out = build_dataset(recipe, config, encoder, valid, side="eval")
+        texts = None
+        if config["vocabulary"] is not None:
+            texts = {row["id"]: row["text"] for row in valid if "text" in row}
+            held_out.label = partial(_spelled, CharVocabulary(config["vocabulary"]))
+        if data["on_bad_clip"] == "raise" and held_out.label is not None:
+            _check_labels(held_out.label, valid)
         batches = partial(
             one_pass,
-            build_dataset(recipe, config, encoder, valid, side="eval"),
+            held_out,
             build_plan(recipe, valid, side="eval"),
             rank=distributed.rank(),
             world=distributed.world_size(),
             bad_clips=bad_clips,
         )
-        evaluate = Validation(objective, batches, config, device, settings.precision, run / "pictures")
+        evaluate = Validation(objective, batches, config, device, settings.precision, run / "pictures", texts)
     schedule = dict(recipe.values["schedule"])
     multiplier = partial(SCHEDULES[schedule.pop("name")], steps=settings.steps, **schedule)
     _placed(recipe, lambda: multiplier(1))
@@ -466,6 +472,9 @@ class Validation:
     """The mean loss and metrics of an objective over held-out clips, and error rates where it writes text.
 
     Where the objective can draw what it makes of pictures, some of the first clips go to the folder `pictures`.
+
+    texts: id -> transcript, for an objective that writes text. Error rates are over all of them, as `mmssl evaluate`
+        has it; one that the vocabulary cannot spell has no loss, and "unspelled" is the share of these.
     """
 
     objective: Any
@@ -474,22 +483,31 @@ class Validation:
     device: torch.device
     precision: str
     pictures: Path
+    texts: Mapping[str, str] | None = None
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:
         sums: dict[str, tuple[float, float]] = {}
         said: list[tuple[str, str]] = []
+        drawn = False
         for batch in self.batches():
             batch = batch.to(self.device)
-            if not sums and distributed.is_main() and getattr(self.objective, "pictures", None) is not None:
+            if not drawn and distributed.is_main() and getattr(self.objective, "pictures", None) is not None:
                 shown = self.objective.reconstruct(batch)
                 note = shown.pop("note")
                 write_sheet(self.pictures / f"update_{step}.png", shown, note=note)
+                drawn = True
+            metrics: dict[str, tuple[float | Tensor, float]] = {}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                loss: Loss = self.objective(batch)
-                if self.config["vocabulary"] is not None:
-                    said += self._transcribe(batch)
-            for name, (value, count) in {**loss.metrics, "loss": (loss.total, loss.count)}.items():
+                learnt: Batch | None = batch
+                if self.texts is not None:
+                    said += self._transcribe(batch, self.texts)
+                    learnt = self._spelled(batch, self.texts)
+                    metrics["unspelled"] = len(batch) - (0 if learnt is None else len(learnt)), len(batch)
+                if learnt is not None:
+                    loss: Loss = self.objective(learnt)
+                    metrics |= {**loss.metrics, "loss": (loss.total, loss.count)}
+            for name, (value, count) in metrics.items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + float(value), before[1] + float(count))
         # every process saw other clips, and a metric may be one process's alone
@@ -506,15 +524,27 @@ class Validation:
             scores |= {name: rate.value for name, rate in rates.items()}
         return scores
 
-    def _transcribe(self, batch: Batch) -> list[tuple[str, str]]:
+    def _transcribe(self, batch: Batch, texts: Mapping[str, str]) -> list[tuple[str, str]]:
         """(reference, hypothesis) of each clip."""
         vocabulary = CharVocabulary(self.config["vocabulary"])
+        hypotheses = [vocabulary.decode(ids) for ids in self.objective.predict(batch)]
+        references = [" ".join(normalize("NFC", texts[name]).split()) for name in batch.ids]
+        return list(zip(references, hypotheses, strict=True))
+
+    def _spelled(self, batch: Batch, texts: Mapping[str, str]) -> Batch | None:
+        """The clips whose transcripts the vocabulary can spell; None where there are none."""
+        vocabulary = CharVocabulary(self.config["vocabulary"])
+        rows = [row for row, name in enumerate(batch.ids) if _spells(vocabulary, texts[name])]
+        if len(rows) == len(batch):
+            return batch
         assert batch.labels is not None
         assert batch.label_lengths is not None
-        rows = zip(batch.labels.tolist(), batch.label_lengths.tolist(), strict=True)
-        references = [vocabulary.decode(row[:length]) for row, length in rows]
-        hypotheses = [vocabulary.decode(ids) for ids in self.objective.predict(batch)]
-        return list(zip(references, hypotheses, strict=True))
+        inputs = {
+            name: replace(raw, data=raw.data[rows], lengths=raw.lengths[rows], ids=[raw.ids[row] for row in rows])
+            for name, raw in batch.inputs.items()
+        }
+        spelled = Batch(inputs, batch.seeds[rows], batch.labels[rows], batch.label_lengths[rows])
+        return spelled if rows else None
 
 
 def _make(table: Mapping[str, Callable[..., Any]], section: Mapping[str, Any], **given: Any) -> Any:
@@ -607,9 +637,15 @@ def _claim(run: Path, recipe: Recipe) -> bool:
                 more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
                 problem = (
                     f"{run}: holds another run, in which {key} is {before.get(key)!r} and not {now.get(key)!r}{more}; "
-                    "choose another folder with --out, or remove this one"
                 )
-        elif any(run.iterdir()):
+                # not taken over by itself: that run may have begun a minute ago, and be running
+                problem += (
+                    "choose another folder with --out, or remove this one"
+                    if checkpoint.latest(run / "checkpoints", say=lambda sentence: None) is not None
+                    else "it has no checkpoint, so unless it is still running there is nothing in it worth keeping: "
+                    "remove it, or choose another folder with --out"
+                )
+        elif any(path.name != "recipe.yaml.tmp" for path in run.iterdir()):  # that one is of a run killed as it began
             problem = f"{run}: holds files that are not of a run; choose another folder with --out"
     problem, resume = json.loads(distributed.broadcast_text(json.dumps([problem, resume])))
     if problem:
@@ -634,15 +670,12 @@ def _labeler(config: Config) -> Callable[[dict[str, Any]], Any] | None:
     return partial(_label, key, encode)
 
 
-def _check_labels(config: Config, manifest: Manifest) -> None:
+def _check_labels(label: Callable[[dict[str, Any]], Any], manifest: Manifest) -> None:
     """See that training knows the labels of held-out clips: these are read at the first evaluation only.
 
     Raises:
         ValueError: it does not, by the place of the row.
     """
-    label = _labeler(config)
-    if label is None:
-        return
     for place, row in enumerate(manifest):
         try:
             label(row)
@@ -657,6 +690,20 @@ def _label(key: str, encode: Callable[[Any], Any], row: dict[str, Any]) -> Any:
     if key not in row:
         raise ValueError(f"the row has no {key!r}, which this objective learns from; it has {', '.join(sorted(row))}")
     return encode(row[key])
+
+
+def _spelled(vocabulary: CharVocabulary, row: dict[str, Any]) -> list[int]:
+    """A held-out clip's characters; none where the vocabulary lacks one: that is the model's fault, not the clip's."""
+    known = not isinstance(row.get("text"), str) or _spells(vocabulary, row["text"])
+    return list(_label("text", vocabulary.encode, row)) if known else []
+
+
+def _spells(vocabulary: CharVocabulary, text: str) -> bool:
+    try:
+        vocabulary.encode(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _target(config: Config) -> Any:

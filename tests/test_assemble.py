@@ -16,6 +16,7 @@ from mmssl.assemble import Validation, build_augment, build_encoder, build_plan,
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import load as load_encoder
 from mmssl.recipe import Recipe, RecipeError, load, parse
+from mmssl.tasks import evaluate
 from mmssl.training.checkpoint import read_encoder, read_tensors
 from mmssl.types import BadClip
 
@@ -141,6 +142,28 @@ def test_validation_does_not_depend_on_batches(image_rows: Callable[..., Path], 
         assert line["accuracy"] == lines[0]["accuracy"]
 
 
+def test_error_rates_while_training_are_those_of_the_command(sounds: Path, tmp_path: Path) -> None:
+    def rows(split: str, strange: str) -> Path:
+        files = sorted((sounds / split).rglob("*.wav"))
+        texts = [strange, *[file.parent.name for file in files[1:]]]
+        path = tmp_path / f"{split}.jsonl"
+        pairs = zip(files, texts, strict=True)
+        write_manifest(path, [{"audio": str(file), "seconds": 0.7, "text": text} for file, text in pairs])
+        return path
+
+    # the second word has a character that no training text has: no loss, and a word that is wrong
+    data = [f"data.train={rows('train', 'low')}", f"data.valid={rows('test', 'low z')}", "data.on_bad_clip=skip"]
+    sizes = ["positions.kernel=4", "objective.mask_prob=0", "data.max_seconds=null", "optimizer.lr=0.01"]
+    folder = train("small/ctc_speech", tmp_path / "run", [*data, *sizes, *TOY[:-1], "trainer.steps=2"])
+    while_training = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["evaluation"]
+    scores = evaluate(folder, task="ctc", test=tmp_path / "test.jsonl")
+    assert scores["wer"].details["words"] == 5
+    assert while_training["wer"] == scores["wer"].value
+    assert while_training["cer"] == scores["cer"].value
+    assert while_training["unspelled"] == 1 / 4
+    assert not (folder / "bad_clips.jsonl").exists()
+
+
 def test_a_stopped_run_can_be_used_and_goes_on_with_other_practical_settings(
     image_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +185,31 @@ def test_a_stopped_run_can_be_used_and_goes_on_with_other_practical_settings(
     half = (cut / "encoder.safetensors").read_bytes()
     train("small/mae_image", cut, command)
     assert half != (cut / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
+
+
+def test_a_folder_without_a_checkpoint_is_begun_again_by_the_same_command_alone(
+    image_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml.tmp").write_text("modality: im")  # killed as it began
+    recipe = mae(image_rows)
+
+    def die(self: Validation, step: int) -> dict[str, float]:
+        raise SystemError("killed")
+
+    monkeypatch.setattr("mmssl.training.loop._Run.save", lambda self: folder)
+    monkeypatch.setattr(Validation, "__call__", die)
+    with pytest.raises(SystemError, match="killed"):
+        train(recipe, folder)
+    monkeypatch.undo()
+    assert (folder / "recipe.yaml").is_file()
+    sentence = "seed is 0 and not 1; it has no checkpoint, so unless it is still running there is nothing in it worth"
+    with pytest.raises(RecipeError, match=sentence):
+        train(mae(image_rows, "trainer.seed=1", f"data.train={recipe.get('data.train')}"), folder)
+    train(recipe, folder)
+    with pytest.raises(RecipeError, match="seed is 0 and not 1; choose another folder with --out, or remove this one"):
+        train(mae(image_rows, "trainer.seed=1", f"data.train={recipe.get('data.train')}"), folder)
 
 
 def test_settings_that_do_not_fit_are_placed(image_rows: Callable[..., Path], tmp_path: Path) -> None:
