@@ -329,9 +329,20 @@ def main() -> None:
 
 def _done(run: Path) -> None:
     from mmssl import distributed
+    from mmssl.recipe import parse
 
     if distributed.is_main():
-        print(f"{run}: done; use it with mmssl.load({str(run)!r}), `mmssl embed {run}` or `mmssl evaluate {run}`")
+        path = run / "recipe.yaml"
+        values = parse(path.read_text(encoding="utf-8"), source=str(path)).values
+        train, valid = (values["data"][side] for side in ("train", "valid"))
+        task = values["objective"]["name"]
+        test = valid or "HELD_OUT.jsonl"
+        fitted = f"--task {task}" if task in ("ctc", "classify") else f"--task linear --train {train}"
+        print(
+            f"{run}: done; what it is good for:\n"
+            f"  mmssl embed {run} {test} --out embeddings.npz\n"
+            f"  mmssl evaluate {run} {fitted} --test {test}"
+        )
     distributed.shutdown()
 
 
