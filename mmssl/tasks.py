@@ -107,7 +107,7 @@ def evaluate(
     else:
         layers = [layer] if isinstance(layer, int) else [int(i) for i in layer]
     few = labels_per_class is not None or label_share is not None
-    classes = Classes.from_labels(_manifest(train).column(label))
+    classes = Classes.from_labels(_manifest(train).values(label))
 
     def collect(clips: Clips, by: str | None = None) -> tuple[Split, int]:
         return labelled(
@@ -169,14 +169,14 @@ def labelled(
         ValueError: a row without label, or with one that is no class, by its place in the manifest.
     """
     numbers = []
-    for place, name in enumerate(manifest.column(label)):
+    for place, name in enumerate(manifest.values(label)):
         try:
             numbers.append(classes.encode(name))
         except ValueError as error:
             raise ValueError(f"{manifest.place(place)}: {error}") from None
     groups = None
     if by is not None:
-        names = manifest.column(by)
+        names = list(manifest.values(by))
         numbered = {name: number for number, name in enumerate(dict.fromkeys(names))}
         groups = torch.tensor([numbered[name] for name in names])
     found = embedder.embed(manifest, layer=list(layers), pool=pool, tokens=False, **settings)
@@ -283,9 +283,9 @@ def _fine_tuned(
     if embedder.config.get(wanted) is None:
         raise ValueError(f"task={task}: {embedder.name} has no {wanted}; give a run that was fine-tuned for it")
     if task == "ctc":
-        truth = [normalize("NFC", text) for text in manifest.column("text")]  # as the vocabulary spells
+        truth = [normalize("NFC", text) for text in manifest.values("text")]  # as the vocabulary spells
     else:
-        truth = [str(name) for name in manifest.column(label)]
+        truth = [str(name) for name in manifest.values(label)]
         for place, name in enumerate(truth):
             if name not in embedder.config["classes"]:
                 raise ValueError(f"{manifest.place(place)}: the label {name!r} is none that {embedder.name} knows")

@@ -160,7 +160,7 @@ def test_a_short_clip_has_one_window() -> None:
 
 def test_a_fine_tuned_run_is_measured_on_its_own_classes(image: Path, seen: dict[str, Path]) -> None:
     said = load(image).predict(seen["test"])
-    truth = Manifest(seen["test"]).column("label")
+    truth = list(Manifest(seen["test"]).values("label"))
     score = evaluate(image, task="classify", test=seen["test"])["accuracy"]
     assert score.value == sum(map(str.__eq__, said, truth)) / 4
     with pytest.raises(ValueError, match="has no vocabulary"):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmssl.data.manifest import scan, split_rows, write_manifest
+from mmssl.data.manifest import split_rows, write_manifest
+from mmssl.data.scan import scan
 from mmssl.modalities.video.reader import probe
 
 DIRECTIONS = ("east", "northeast", "north", "northwest", "west", "southwest", "south", "southeast")

@@ -6,7 +6,8 @@ python data_manifests/sample_videos/write_manifest.py DATA_FOLDER OUT_FOLDER
 import argparse
 from pathlib import Path
 
-from mmssl.data.manifest import Row, read_table, scan, split_rows, write_manifest
+from mmssl.data.manifest import Row, split_rows, write_manifest
+from mmssl.data.scan import read_table, scan
 from mmssl.modalities.video.reader import probe
 
 

@@ -109,7 +109,6 @@ def span_mask(
     # a token is hidden when a run began within the last `width` places: a difference of running sums
     total = torch.nn.functional.pad(begins.cumsum(1), (1, 0))
     masked = total[:, 1:] > total.gather(1, (place + 1 - width[:, None]).clamp_min(0))
-    masked &= valid_mask(lengths, size)
     whole = masked.sum(1) >= lengths
     if whole.any():
         first = noise.masked_fill(~valid_mask(lengths, size), 2.0).argmin(1)

@@ -52,7 +52,7 @@ class Classify(nn.Module):
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         freeze_encoder: bool = False,
-        head_norm: Literal["layer", "batch", "none"] = "layer",
+        head_norm: Literal["layer", "none"] = "layer",
         head_dropout: float = 0.0,
         head_std: float = 0.01,
     ) -> None:
@@ -90,7 +90,7 @@ class Classify(nn.Module):
     def train(self, mode: bool = True) -> Classify:
         super().train(mode)
         if self.freeze_encoder:
-            # dropout would make frozen features noisy, and a batch norm would move
+            # dropout would make frozen features noisy
             self.encoder.eval()
         return self
 

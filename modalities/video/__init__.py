@@ -1,5 +1,6 @@
 """Video: a clip of frames sampled by time, one token a tube."""
 
+from mmssl.modalities.image.augment import crop_extent, resize_extent
 from mmssl.modalities.modality import Modality
 from mmssl.modalities.video import augment, reader, spans
 from mmssl.modalities.video.frontend import Tubes
@@ -12,8 +13,6 @@ VIDEO = Modality(
     frontends={"tubes": Tubes},
     read=reader.read,
     probe=reader.probe,
-    hints=("decoder",),
-    spans={"random_span": spans.random_span, "center_span": spans.center_span},
     augments={
         "resize": augment.resize,
         "center_crop": augment.center_crop,
@@ -23,5 +22,14 @@ VIDEO = Modality(
         "shift": augment.shift,
         "color_jitter": augment.color_jitter,
     },
+    durations={"random_span": spans.span_extent, "center_span": spans.span_extent},
+    sizes={
+        "resize": resize_extent,
+        "center_crop": crop_extent,
+        "random_resized_crop": crop_extent,
+        "multi_scale_crop": crop_extent,
+    },
     targets=TARGETS,
+    hints=("decoder",),
+    spans={"random_span": spans.random_span, "center_span": spans.center_span},
 )

@@ -23,6 +23,11 @@ def center_span(whole: float, rng: np.random.Generator, *, frames: int, rate: fl
     return (whole - duration) / 2, duration
 
 
+def span_extent(seconds_before: np.ndarray, *, frames: int, rate: float) -> np.ndarray:
+    """(clips,) seconds before a span of so many frames -> what it leaves."""
+    return np.minimum(seconds_before, _duration(frames, rate))
+
+
 def _duration(frames: int, rate: float) -> float:
     if frames < 1:
         raise ValueError(f"span: frames must be at least 1, got {frames}")

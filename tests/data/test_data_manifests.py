@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from mmssl.data.dataset import ManifestDataset
-from mmssl.data.manifest import Manifest, read_slice, read_table, write_manifest
+from mmssl.data.manifest import Manifest, read_slice, write_manifest
+from mmssl.data.scan import read_table
 from mmssl.modalities.image.reader import read as read_image
 from mmssl.modalities.speech.reader import probe
 from mmssl.modalities.speech.reader import read as read_speech
@@ -101,7 +102,7 @@ def test_asterisk_prompts_are_for_pretraining_and_for_ctc(tmp_path: Path) -> Non
         lines.append(f"{name}.wav\t{name[:2]}\tA\t{kind}\t{digits}\t{split}\t{seconds}\tWell, {name}.\twell {name}")
     (tmp_path / "in" / "index.tsv").write_text("\n".join(lines))
     script("asterisk_prompts").main(tmp_path / "in", tmp_path / "out")
-    ids = {path.stem: Manifest(path).column("id") for path in (tmp_path / "out").glob("*.jsonl")}
+    ids = {path.stem: list(Manifest(path).values("id")) for path in (tmp_path / "out").glob("*.jsonl")}
     assert ids == {
         "pretrain_train": ["en/a.wav", "en/b.wav", "en/c.wav", "en/d.wav"],
         "pretrain_valid": ["fr/a.wav"],
@@ -136,7 +137,7 @@ def test_fashion_mnist_becomes_pictures_in_one_tar(tmp_path: Path, monkeypatch: 
             manifest, media={"image": "image"}, readers={"image": lambda source: read_image(source, channels=1)}
         )
         got += [dataset[place, 0].inputs["image"] for place in range(count)]
-        classes += manifest.column("label")
+        classes += manifest.values("label")
     assert np.array_equal((torch.cat(got) * 255).round().byte().numpy(), images)
     assert classes == labels.tolist()
     idx("t10k-labels-idx1-ubyte.gz", labels[6:])

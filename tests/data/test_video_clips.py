@@ -9,17 +9,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mmssl
-from mmssl.assemble import pretrain
+from mmssl.assemble import build_plan, pretrain, resolve
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
-from mmssl.data.manifest import Manifest, scan, write_manifest
+from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.data.scan import scan
 from mmssl.modalities import MODALITIES
+from mmssl.modalities.video.frontend import Tubes
 from mmssl.modalities.video.spans import random_span
 from mmssl.objectives.classify import mix
-from mmssl.recipe import load
+from mmssl.recipe import RecipeError, load
 from mmssl.types import BadClip, Raw
+
+TOY = [
+    "data.batch_size=4",
+    "data.cache=false",
+    "transformer.dim=24",
+    "transformer.depth=1",
+    "objective.decoder_dim=24",
+    "objective.decoder_depth=1",
+    "trainer.steps=4",
+    "trainer.save_every=0",
+    "trainer.eval_every=0",
+    "trainer.precision=float32",
+    "schedule.warmup=1",
+    "augment.train=[{name: random_span, frames: 8}]",
+    "augment.eval=[{name: center_span, frames: 8}]",
+]
 
 
 def recorded(source: Any, **settings: Any) -> torch.Tensor:
@@ -85,10 +104,11 @@ def test_clips_joined_in_time_and_clips_that_are_too_short_or_too_long(tmp_path:
     write_manifest(tmp_path / "a.jsonl", rows)
     data = dataset(Manifest(tmp_path / "a.jsonl"))
     assert data.read(0, 0).inputs["video"].shape == (1, 40, 2, 2)
-    with pytest.raises(BadClip, match=r"long: 10.00 s long where .*a.jsonl:2 says 5 s"):
+    with pytest.raises(BadClip, match="long: 10.00 s long where its row says 5 s"):
         data.read(1, 0)
-    data = dataset(Manifest(tmp_path / "a.jsonl"), shortest={"video": 41})
-    with pytest.raises(BadClip, match="40 frames long, and shorter than the 41 that one token needs"):
+    tubes = Tubes(dim=4, size=[41, 1, 1], channels=1, mean=[0.5], std=[0.5])
+    data = dataset(Manifest(tmp_path / "a.jsonl"), fits={"video": tubes.lengths})
+    with pytest.raises(BadClip, match="40 frames are fewer than the 41 that one token needs"):
         data.read(0, 0)
 
 
@@ -121,6 +141,42 @@ def test_clips_are_mixed_where_they_overlap() -> None:
     assert not mixed.data[1, :, 2:].any()
 
 
+def test_a_span_bounds_what_a_clip_adds_to_a_batch(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "a.jsonl", [{"video": f"{n}.mp4", "seconds": n} for n in (1.0, 4.0, 3600.0)])
+
+    def lengths(steps: str) -> list[float]:
+        data = [f"augment.train={steps}", "data.bucket=true", "frontend.rate=5"]
+        recipe = resolve(load("small/mae_video", [f"data.train={tmp_path / 'a.jsonl'}", *data]))
+        planned: list[float] = build_plan(recipe, Manifest(tmp_path / "a.jsonl"), side="train").lengths.tolist()
+        return planned
+
+    assert lengths("[{name: resize, size: 32}]") == [1.0, 4.0, 3600.0]
+    assert lengths("[{name: random_span, frames: 10}, {name: resize, size: 32}]") == [1.0, 2.0, 2.0]
+
+
+def test_videos_of_several_sizes_are_told_apart_before_the_first_update(videos: Path, tmp_path: Path) -> None:
+    rows = [{"video": str(path), "seconds": 2.0} for path in sorted((videos / "train").rglob("*.mp4"))[:4]]
+    frames = [Image.fromarray(np.full((48, 32), 10 * number, np.uint8)) for number in range(16)]
+    frames[0].save(tmp_path / "odd.gif", save_all=True, append_images=frames[1:], duration=130)
+    rows += [{"video": str(tmp_path / "odd.gif"), "seconds": 2.08}]
+
+    def go(name: str, stated: bool, *overrides: str) -> Path:
+        kind = MODALITIES["video"]
+        write_manifest(tmp_path / "a.jsonl", [row | (kind.probe(row["video"]) if stated else {}) for row in rows])
+        return pretrain(
+            load("small/mae_video", [f"data.train={tmp_path / 'a.jsonl'}", *TOY, *overrides]), tmp_path / name
+        )
+
+    with pytest.raises(RecipeError, match=r"augment.train leaves .* at 32 x 32 pixels and odd.gif .* at 48 x 32"):
+        go("refused", True)
+    assert not (tmp_path / "refused").exists()
+    run = go("skipped", False, "data.on_bad_clip=skip", "data.max_bad_share=0.5")
+    [bad] = [json.loads(line) for line in (run / "bad_clips.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert bad["id"] == "odd.gif"
+    assert bad["reason"].startswith("48 x 32 pixels, where the first clip of the manifest has 32 x 32")
+    go("cropped", True, "augment.train=[{name: random_span, frames: 8}, {name: center_crop, size: 32}]")
+
+
 def test_a_run_over_a_folder_with_broken_files_uses_the_good_ones_and_names_the_bad(
     videos: Path, tmp_path: Path
 ) -> None:
@@ -138,26 +194,8 @@ def test_a_run_over_a_folder_with_broken_files_uses_the_good_ones_and_names_the_
     for number, broken in enumerate((b"", b"<html>", whole[: len(whole) // 2], None)):
         path = folder / f"{number}.mp4"
         path.unlink() if broken is None else path.write_bytes(broken)
-    sizes = {
-        "data.train": tmp_path / "train.jsonl",
-        "data.batch_size": 4,
-        "data.on_bad_clip": "skip",
-        "data.max_bad_share": 0.6,
-        "data.cache": "false",
-        "transformer.dim": 24,
-        "transformer.depth": 1,
-        "objective.decoder_dim": 24,
-        "objective.decoder_depth": 1,
-        "trainer.steps": 4,
-        "trainer.save_every": 0,
-        "trainer.eval_every": 0,
-        "trainer.precision": "float32",
-        "schedule.warmup": 1,
-        "augment.train": "[{name: random_span, frames: 8}]",
-        "augment.eval": "[{name: center_span, frames: 8}]",
-    }
-    recipe = load("small/mae_video", [f"{key}={value}" for key, value in sizes.items()])
-    run = pretrain(recipe, tmp_path / "run")
+    skipping = [f"data.train={tmp_path / 'train.jsonl'}", "data.on_bad_clip=skip", "data.max_bad_share=0.6"]
+    run = pretrain(load("small/mae_video", [*TOY, *skipping]), tmp_path / "run")
     bad = [json.loads(line) for line in (run / "bad_clips.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted(row["id"] for row in bad) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
     assert all(row["reason"] for row in bad)

@@ -114,6 +114,29 @@ def test_drop_path_leaves_out_whole_clips_and_keeps_the_mean():
     assert ours.blocks[0].drop_path == 0
 
 
+def test_the_input_is_dropped_behind_the_norm_that_stands_before_the_blocks():
+    torch.manual_seed(0)
+    model = Transformer(dim=64, depth=1, heads=2, norm="post", dropout=0.25)
+    x = torch.randn(4, 10, 64)
+    _, kept = model(x, layers=[0])
+    alive = kept[0] != 0
+    assert abs((~alive).float().mean() - 0.25) < 0.05
+    torch.testing.assert_close(kept[0][alive], (torch.nn.functional.layer_norm(x, (64,), eps=1e-6) / 0.75)[alive])
+
+
+@pytest.mark.parametrize("name", ["activation_dropout", "dropout"])
+def test_what_is_dropped_whole_leaves_the_residual_alone(name):
+    rates = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "drop_path": 0.0, name: 1.0}
+    block = room.Block(8, 2, 16, norm="pre", eps=1e-6, **rates)
+    x = torch.randn(2, 3, 8)
+    layout = room.Layout(x, None)
+    # without activations the MLP gives its bias, which is zero here; without branches nothing is added at all
+    torch.nn.init.zeros_(block.mlp.down.bias)
+    attended = x + block.attention(block.norm1(x), layout)
+    assert torch.equal(block(x, layout), attended if name == "activation_dropout" else x)
+    assert not torch.equal(block.eval()(x, layout), attended)
+
+
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="heads=5"):
         build(heads=5)
@@ -139,13 +162,29 @@ def test_bfloat16_is_float32_within_its_precision(lengths):
     assert rough.isfinite().all()
 
 
-def test_attention_written_out_is_torchs():
+def test_attention_written_out_is_torchs_with_its_gradient():
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
-    mask = torch.arange(9) < torch.tensor([9, 5])[:, None]
-    for given in (None, mask[:, None, None, :]):
+    qkv = torch.randn(2, 9, 3 * 4 * 8, dtype=torch.float64, requires_grad=True)
+    mask = (torch.arange(9) < torch.tensor([9, 5])[:, None])[:, None, None, :]
+    for given in (None, mask):
+        q, k, v = qkv.view(2, 9, 3, 4, 8).permute(2, 0, 3, 1, 4)
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given)
-        assert torch.allclose(room._attend_plainly(q, k, v, attn_mask=given, dropout_p=0.0), expected, atol=1e-5)
+        expected = expected.transpose(1, 2).reshape(2, 9, 32)
+        found = room._AttentionByClip.apply(qkv, given, 4, 0.0)
+        assert torch.allclose(found, expected, atol=1e-12)
+        change = torch.randn_like(expected)
+        gradients = [torch.autograd.grad(one, qkv, change)[0] for one in (found, expected)]
+        assert torch.allclose(*gradients, atol=1e-12)
+
+
+def test_attention_written_out_has_the_gradient_of_what_dropout_left():
+    qkv = torch.randn(2, 5, 3 * 2 * 4, dtype=torch.float64, requires_grad=True)
+
+    def attend(x):
+        torch.manual_seed(3)  # the same shares dropped each time
+        return room._AttentionByClip.apply(x, None, 2, 0.4)
+
+    assert torch.autograd.gradcheck(attend, qkv)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

@@ -43,6 +43,15 @@ def test_a_still_clip_stays_still(name):
     assert (len(changed) > 1) == (name not in ("resize", "center_crop"))
 
 
+@pytest.mark.parametrize("name", VIDEO.augments)
+def test_frames_are_as_large_as_their_extent_says(name):
+    before = np.array([[16, 20], [21, 13], [12, 12]])
+    extent = VIDEO.sizes.get(name, lambda sizes, **settings: sizes)
+    for size, bound in zip(before.tolist(), extent(before, **SETTINGS[name]).tolist(), strict=True):
+        got = VIDEO.augments[name](still(2, *size), np.random.default_rng(0), **SETTINGS[name])
+        assert list(got.shape) == [3, 2, *bound]
+
+
 def test_frames_are_resized_each_for_itself():
     clip = torch.rand(3, 4, 16, 20)
     got = resize(clip, np.random.default_rng(0), size=[8, 10])
@@ -86,6 +95,13 @@ def test_a_span_lies_anywhere_in_the_file_and_in_its_middle_for_evaluation():
     assert 0 <= min(first) < 0.2
     assert 7.8 < max(first) <= 8.0
     assert center_span(10.0, rng, frames=16, rate=8) == (4.0, 2.0)
+
+
+@pytest.mark.parametrize("name", VIDEO.spans)
+def test_a_span_is_as_long_as_its_extent_says(name):
+    before = np.array([0.5, 2.0, 2.25, 60.0], np.float32)
+    after = [VIDEO.spans[name](float(whole), np.random.default_rng(0), frames=16, rate=8)[1] for whole in before]
+    assert VIDEO.durations[name](before, frames=16, rate=8).tolist() == after == [0.5, 2.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("name", VIDEO.spans)
