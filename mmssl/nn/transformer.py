@@ -10,12 +10,11 @@ only and a clip's result is the same alone as beside a longer one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mmssl.nn.linear import Linear
 from mmssl.nn.seeds import seed_of, uniform
@@ -24,8 +23,8 @@ from mmssl.types import valid_mask
 # On the CPU, rows at least this long are attended to one by one: the square of their padding would cost more than the
 # calls do. Shorter ones go as one padded call with a mask.
 _ROW_BY_ROW = 128
-# In bfloat16 on the CPU torch's own attention, with its backward pass, is slower than its products written out. Longer
-# rows keep torch's, which does not hold all scores at once.
+# In bfloat16 on the CPU torch's own attention, with its backward pass, is slower than its two products written out.
+# Longer rows keep torch's, which does not hold all scores at once.
 _PLAIN_ROWS = 1024
 
 
@@ -87,60 +86,30 @@ class Attention(nn.Module):
     def _attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, N, 3D) -> (B, N, D)."""
         batch, size, width = qkv.shape
-        rate = self.dropout if self.training else 0.0
-        if qkv.dtype is torch.bfloat16 and qkv.device.type == "cpu" and size <= _PLAIN_ROWS:
-            out: Tensor = _AttentionByClip.apply(qkv, mask, self.heads, rate)
-            return out
         q, k, v = qkv.view(batch, size, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+        rate = self.dropout if self.training else 0.0
+        attend = _attend_plainly if _is_halved(q) else F.scaled_dot_product_attention
+        mixed = attend(q, k, v, attn_mask=mask, dropout_p=rate)
         return mixed.transpose(1, 2).reshape(batch, size, width // 3)
 
 
-class _AttentionByClip(torch.autograd.Function):
-    """Scaled dot product attention written out, one clip after the other, so that a clip's scores stay in the cache.
+def _is_halved(q: Tensor) -> bool:
+    return (
+        q.device.type == "cpu"
+        and q.shape[-2] <= _PLAIN_ROWS
+        and (
+            q.dtype is torch.bfloat16
+            or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16)
+        )
+    )
 
-    (B, N, 3D), mask (B, 1, 1, N) of the keys to attend to -> (B, N, D).
-    """
 
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, mask: Tensor | None, heads: int, dropout: float) -> Tensor:
-        batch, size, width = qkv.shape
-        parts = qkv.view(batch, size, 3, heads, -1).permute(0, 2, 3, 1, 4).contiguous()  # (B, 3, heads, N, D / heads)
-        out = qkv.new_empty(batch, size, heads, parts.shape[-1])
-        shares = qkv.new_empty(batch, heads, size, size)
-        scores = torch.empty_like(shares[0])
-        # what dropout multiplies the shares by
-        factors = F.dropout(torch.ones_like(shares), dropout) if dropout else None
-        with torch.autocast("cpu", enabled=False):
-            for b, (q, k, v) in enumerate(parts):
-                torch.baddbmm(scores, q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5, out=scores)
-                if mask is not None:
-                    scores.masked_fill_(~mask[b], -torch.inf)
-                torch.softmax(scores, -1, out=shares[b])
-                out[b] = ((shares[b] if factors is None else shares[b] * factors[b]) @ v).transpose(0, 1)
-        ctx.save_for_backward(parts, shares, factors)
-        return out.view(batch, size, width // 3)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        parts, shares, factors = ctx.saved_tensors
-        batch, _, heads, size, width = parts.shape
-        scale = width**-0.5
-        grads = grad.view(batch, size, heads, width).transpose(1, 2)
-        out = parts.new_empty(batch, size, 3, heads, width)
-        of_shares, of_scores = torch.empty_like(shares[0]), torch.empty_like(shares[0])
-        for b, (q, k, v) in enumerate(parts):
-            own = grads[b].contiguous()
-            out[b, :, 2] = ((shares[b] if factors is None else shares[b] * factors[b]).mT @ own).transpose(0, 1)
-            torch.bmm(own, v.mT, out=of_shares)
-            if factors is not None:
-                of_shares *= factors[b]
-            torch._softmax_backward_data(of_shares, shares[b], -1, shares.dtype, grad_input=of_scores)
-            of_scores *= scale
-            out[b, :, 0] = (of_scores @ k).transpose(0, 1)
-            out[b, :, 1] = (of_scores.mT @ q).transpose(0, 1)
-        return out.view(batch, size, -1), None, None, None
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, dropout_p: float) -> Tensor:
+    """What scaled dot product attention computes, written out."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return F.dropout(scores.softmax(-1).to(v.dtype), dropout_p) @ v
 
 
 class MLP(nn.Module):

@@ -162,29 +162,13 @@ def test_bfloat16_is_float32_within_its_precision(lengths):
     assert rough.isfinite().all()
 
 
-def test_attention_written_out_is_torchs_with_its_gradient():
+def test_attention_written_out_is_torchs():
     torch.manual_seed(0)
-    qkv = torch.randn(2, 9, 3 * 4 * 8, dtype=torch.float64, requires_grad=True)
-    mask = (torch.arange(9) < torch.tensor([9, 5])[:, None])[:, None, None, :]
-    for given in (None, mask):
-        q, k, v = qkv.view(2, 9, 3, 4, 8).permute(2, 0, 3, 1, 4)
+    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
+    mask = torch.arange(9) < torch.tensor([9, 5])[:, None]
+    for given in (None, mask[:, None, None, :]):
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given)
-        expected = expected.transpose(1, 2).reshape(2, 9, 32)
-        found = room._AttentionByClip.apply(qkv, given, 4, 0.0)
-        assert torch.allclose(found, expected, atol=1e-12)
-        change = torch.randn_like(expected)
-        gradients = [torch.autograd.grad(one, qkv, change)[0] for one in (found, expected)]
-        assert torch.allclose(*gradients, atol=1e-12)
-
-
-def test_attention_written_out_has_the_gradient_of_what_dropout_left():
-    qkv = torch.randn(2, 5, 3 * 2 * 4, dtype=torch.float64, requires_grad=True)
-
-    def attend(x):
-        torch.manual_seed(3)  # the same shares dropped each time
-        return room._AttentionByClip.apply(x, None, 2, 0.4)
-
-    assert torch.autograd.gradcheck(attend, qkv)
+        assert torch.allclose(room._attend_plainly(q, k, v, attn_mask=given, dropout_p=0.0), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
