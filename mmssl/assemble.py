@@ -7,14 +7,16 @@ changes.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from mmssl import distributed
 from mmssl.data.batching import BatchPlan, Loader, one_pass
-from mmssl.data.dataset import ManifestDataset
+from mmssl.data.dataset import ATTEMPTS, ManifestDataset
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import CharVocabulary, Classes
 from mmssl.encoder import Encoder
@@ -34,12 +36,12 @@ from mmssl.nn.transformer import Transformer
 from mmssl.objectives import OBJECTIVES
 from mmssl.recipe import SECTIONS, Recipe, RecipeError, leaves, load, parse
 from mmssl.training import checkpoint
-from mmssl.training.loop import TrainSettings
 from mmssl.training.loop import train as train_loop
 from mmssl.training.optimizer import build_optimizer
 from mmssl.training.pictures import write_sheet
 from mmssl.training.schedule import SCHEDULES
-from mmssl.types import Batch, Frontend, Loss
+from mmssl.training.settings import TrainSettings
+from mmssl.types import BadClip, Batch, Frontend, Loss, Raw
 
 FORMAT = 1
 ENCODER = ("frontend", "positions", "transformer", "encoder")
@@ -64,6 +66,7 @@ PRACTICAL = {
 }
 
 Config = Mapping[str, Any]
+Span = Callable[..., tuple[float, float]]
 
 # what an objective asks for in its constructor and no recipe can say; (config, encoder) -> value
 PROVIDED: dict[str, Callable[[Config, Encoder], Any]] = {
@@ -89,6 +92,9 @@ class DataSettings:
         on_bad_clip: "raise" stops at the first clip that cannot be read, "skip" counts and names it and goes on.
         max_bad_share: of the clips, beyond which "skip" stops too.
         cache: keep decoded clips in memory.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     train: str
@@ -100,6 +106,16 @@ class DataSettings:
     on_bad_clip: Literal["raise", "skip"] = "raise"
     max_bad_share: float = 0.01
     cache: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"data.{name}={value}: must be at least {least}")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"data.max_seconds={self.max_seconds}: must be above 0; leave it out for no such bound")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share={self.max_bad_share}: must be a share of the clips, from 0 to 1")
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -162,21 +178,31 @@ def build_objective(config: Config, encoder: Encoder) -> nn.Module:
     return made
 
 
-def build_reader(config: Config, encoder: Encoder) -> Callable[..., Tensor]:
-    """(path or binary file, **{start, duration}) -> the clip as this encoder's frontend reads it, not augmented."""
-    return partial(MODALITIES[config["modality"]].read, **encoder.frontend.reader_settings)
+def build_reader(config: Config, frontend: Frontend) -> Callable[..., Tensor]:
+    """(path or binary file, **{start, duration}) -> the clip as this frontend reads it, not augmented."""
+    return partial(MODALITIES[config["modality"]].read, **frontend.reader_settings)
 
 
-def build_augment(steps: Sequence[Mapping[str, Any]], modality: str, encoder: Encoder) -> Augment:
+def build_augment(steps: Sequence[Mapping[str, Any]], modality: str, frontend: Frontend) -> Augment:
     """One function of the steps that a recipe lists; what the frontend fixes, such as the rate, is filled in."""
-    functions = []
-    for step in steps:
-        settings = dict(step)
-        function = MODALITIES[modality].augments[settings.pop("name")]
-        known = inspect.signature(function).parameters
-        fixed = {name: value for name, value in encoder.frontend.reader_settings.items() if name in known}
-        functions.append(partial(function, **settings, **fixed))
-    return Augment(tuple(functions))
+    table, given = MODALITIES[modality].augments, frontend.reader_settings
+    return Augment(tuple(_step(table, step, given) for step in steps if step["name"] in table))
+
+
+def build_span(steps: Sequence[Mapping[str, Any]], modality: str, frontend: Frontend) -> Span | None:
+    """Which part of a clip is to be read, (seconds, rng=generator) -> (start, duration); None for all."""
+    table, given = MODALITIES[modality].spans, frontend.reader_settings
+    return next((_step(table, step, given) for step in steps if step["name"] in table), None)
+
+
+def _step(
+    table: Mapping[str, Callable[..., Any]], step: Mapping[str, Any], given: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """The function that a step names, with its settings, and of what is `given` with that which it knows."""
+    settings = dict(step)
+    function = table[settings.pop("name")]
+    known = inspect.signature(function).parameters
+    return partial(function, **settings, **{name: value for name, value in given.items() if name in known})
 
 
 @dataclass(frozen=True)
@@ -191,46 +217,135 @@ class Augment:
         return x
 
 
+def extents(
+    recipe: Recipe, side: str, table: Mapping[str, Callable[..., np.ndarray]], before: np.ndarray
+) -> np.ndarray:
+    """What clips measure after the steps of one side, at most; `table` is the modality's `durations` or `sizes`."""
+    for step in recipe.values["augment"][side]:
+        if step["name"] in table:
+            before = _step(table, step, {"rate": recipe.values["frontend"].get("rate")})(before)
+    return before
+
+
 def build_dataset(
-    recipe: Recipe, config: Config, encoder: Encoder, manifest: Manifest, *, side: str
+    recipe: Recipe, config: Config, encoder: Encoder, manifest: Manifest, *, side: Literal["train", "eval"]
 ) -> ManifestDataset:
-    """The clips of a manifest as an objective wants them; `side`, "train" or "eval", chooses the augmentations."""
-    name, data = config["modality"], DataSettings(**recipe.values["data"])
-    frontend = encoder.frontend
-    return ManifestDataset(
+    """The clips of a manifest as an objective wants them; `side` chooses the augmentations.
+
+    Raises:
+        RecipeError: a setting outside its range, or pictures of several sizes that are to lie in one batch.
+        ValueError: a row that names no file of the modality.
+    """
+    name, frontend = config["modality"], encoder.frontend
+    data = _placed(recipe, lambda: DataSettings(**recipe.values["data"]))
+    steps = recipe.values["augment"][side]
+    span = build_span(steps, name, frontend)
+    # a copy without weights: what is sent to loader workers must not lie on a GPU
+    lengths = copy.deepcopy(frontend).to("meta").lengths
+    dataset = ManifestDataset(
         manifest,
         media={name: MODALITIES[name].media},
-        readers={name: build_reader(config, encoder)},
-        augments={name: build_augment(recipe.values["augment"][side], name, encoder)},
+        readers={name: build_reader(config, frontend)},
+        hints={name: MODALITIES[name].hints},
+        spans={} if span is None else {name: span},
+        augments={name: build_augment(steps, name, frontend)},
         rates={name: frontend.reader_settings.get("rate")},
-        shortest={name: frontend.min_length},
+        fits={name: lengths},
         label=_labeler(config),
         seed=recipe.values["trainer"]["seed"],
         on_bad_clip=data.on_bad_clip,
         max_bad_share=data.max_bad_share,
         cache=data.cache,
     )
+    if "h" in frontend.axes and data.batch_size != 1 and not _one_size(recipe, side):
+        _check_sizes(recipe, manifest, side)
+        dataset.fits = {name: partial(_fits, lengths, _first_size(dataset, name))}
+    return dataset
+
+
+def _one_size(recipe: Recipe, side: str) -> bool:
+    """Whether pictures of whatever size are of the same one after the steps of one side."""
+    one, other = _sizes(recipe, side, [[301, 170], [211, 411]])
+    return one == other
+
+
+def _sizes(recipe: Recipe, side: str, before: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Heights and widths after the steps of one side."""
+    return extents(recipe, side, MODALITIES[recipe.values["modality"]].sizes, np.array(before)).tolist()
+
+
+def _check_sizes(recipe: Recipe, manifest: Manifest, side: str) -> None:
+    """See that the sizes that the rows state come to one.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    first, first_id = None, ""
+    for place, row in enumerate(manifest):
+        if not all(isinstance(row.get(key), int) for key in ("height", "width")):
+            continue
+        [size] = _sizes(recipe, side, [[row["height"], row["width"]]])
+        if first is None:
+            first, first_id = size, row["id"]
+        elif size != first:
+            raise recipe.error(
+                f"augment.{side}",
+                f"augment.{side} leaves {first_id} at {first[0]} x {first[1]} pixels and {row['id']} "
+                f"({manifest.place(place)}) at {size[0]} x {size[1]}, but a batch holds pictures of one size; add for "
+                "example a resize and a center_crop, or set data.batch_size to 1",
+            )
+
+
+def _first_size(dataset: ManifestDataset, modality: str) -> tuple[int, ...] | None:
+    """Height and width of the first clip that can be read; None where none of the first few can."""
+    for place in range(min(len(dataset), ATTEMPTS)):
+        try:
+            return tuple(dataset.read(place, 0).inputs[modality].shape[-2:])
+        except BadClip:
+            continue
+    return None
+
+
+def _fits(lengths: Callable[[Raw], Tensor], size: tuple[int, ...] | None, raw: Raw) -> None:
+    """Raises ValueError where a clip is none for the frontend, or its pictures are of another size than the others."""
+    lengths(raw)
+    own = tuple(raw.data.shape[-2:])
+    if size is not None and own != size:
+        raise ValueError(
+            f"{own[0]} x {own[1]} pixels, where the first clip of the manifest has {size[0]} x {size[1]}, and a batch "
+            "holds pictures of one size; bring them to one in `augment`, for example with resize and center_crop"
+        )
 
 
 def build_plan(recipe: Recipe, manifest: Manifest, *, side: Literal["train", "eval"]) -> BatchPlan:
-    """Which clips go together: shuffled anew in each epoch for "train", every clip in order of length for "eval"."""
-    data, training = DataSettings(**recipe.values["data"]), side == "train"
-    by_length = MODALITIES[recipe.values["modality"]].media != "image" and (data.bucket or data.max_seconds is not None)
+    """Which clips go together: shuffled anew in each epoch for "train", every clip in order of length for "eval".
+
+    Raises:
+        RecipeError: no bound, one outside its range, or clips that are longer than it.
+        ValueError: a row that does not state its length.
+    """
+    data, training = _placed(recipe, lambda: DataSettings(**recipe.values["data"])), side == "train"
+    modality = recipe.values["modality"]
+    by_length = MODALITIES[modality].media != "image" and (data.bucket or data.max_seconds is not None)
     if data.batch_size is None and (data.max_seconds is None or not by_length):
-        raise recipe.error("data", "micro-batches have no bound: set data.batch_size, or data.max_seconds for sound")
-    lengths = manifest.lengths() if by_length else np.ones(len(manifest), np.float32)
-    for step in recipe.values["augment"][side]:
-        if by_length and "seconds" in step:  # a crop: no clip is longer than that after it
-            lengths = np.minimum(lengths, step["seconds"])
-    return BatchPlan(
-        lengths,
-        batch_size=data.batch_size,
-        max_length=data.max_seconds if by_length else None,
-        bucket=data.bucket and by_length,
-        seed=recipe.values["trainer"]["seed"],
-        shuffle=training,
-        longer="refuse" if training else "alone",
-    )
+        raise recipe.error(
+            "data", "micro-batches have no bound: set data.batch_size, or data.max_seconds for sound and video"
+        )
+    lengths = np.ones(len(manifest), np.float32)
+    if by_length:
+        lengths = extents(recipe, side, MODALITIES[modality].durations, manifest.lengths())
+    try:
+        return BatchPlan(
+            lengths,
+            batch_size=data.batch_size,
+            max_length=data.max_seconds if by_length else None,
+            bucket=data.bucket and by_length,
+            seed=recipe.values["trainer"]["seed"],
+            shuffle=training,
+            longer="refuse" if training else "alone",
+        )
+    except ValueError as error:  # the rest was seen to above
+        raise recipe.error("data.max_seconds", f"data.max_seconds={data.max_seconds}: {error}") from None
 
 
 def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
@@ -256,6 +371,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     resume = _claim(run, recipe)
 
     data = recipe.values["data"]
+    _placed(recipe, lambda: DataSettings(**data))
     manifest = Manifest(data["train"])
     config = export_config(recipe, manifest)
     torch.manual_seed(settings.seed)
@@ -276,15 +392,22 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     evaluate = None
     if data["valid"] is not None:
         valid = Manifest(data["valid"])
+        held_out = build_dataset(recipe, config, encoder, valid, side="eval")
+        texts = None
+        if config["vocabulary"] is not None:
+            texts = {row["id"]: row["text"] for row in valid if "text" in row}
+            held_out.label = partial(_spelled, CharVocabulary(config["vocabulary"]))
+        if data["on_bad_clip"] == "raise" and held_out.label is not None:
+            _check_labels(held_out.label, valid)
         batches = partial(
             one_pass,
-            build_dataset(recipe, config, encoder, valid, side="eval"),
+            held_out,
             build_plan(recipe, valid, side="eval"),
             rank=distributed.rank(),
             world=distributed.world_size(),
             bad_clips=bad_clips,
         )
-        evaluate = Validation(objective, batches, config, device, settings.precision, run / "pictures")
+        evaluate = Validation(objective, batches, config, device, settings.precision, run / "pictures", texts)
     schedule = dict(recipe.values["schedule"])
     multiplier = partial(SCHEDULES[schedule.pop("name")], steps=settings.steps, **schedule)
     _placed(recipe, lambda: multiplier(1))
@@ -339,7 +462,7 @@ def export_config(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
     """
     values = recipe.values
     key = LABELLED.get(values["objective"]["name"])
-    labels = [] if key is None else manifest.column(key)
+    labels = iter(()) if key is None else manifest.values(key)
     return {
         "format": FORMAT,
         **{name: values[name] for name in ("modality", *ENCODER)},
@@ -375,6 +498,9 @@ class Validation:
     """The mean loss and metrics of an objective over held-out clips, and error rates where it writes text.
 
     Where the objective can draw what it makes of pictures, some of the first clips go to the folder `pictures`.
+
+    texts: id -> transcript, for an objective that writes text. Error rates are over all of them, as `mmssl evaluate`
+        has it; one that the vocabulary cannot spell has no loss, and "unspelled" is the share of these.
     """
 
     objective: Any
@@ -383,22 +509,31 @@ class Validation:
     device: torch.device
     precision: str
     pictures: Path
+    texts: Mapping[str, str] | None = None
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:
         sums: dict[str, tuple[float, float]] = {}
         said: list[tuple[str, str]] = []
+        drawn = False
         for batch in self.batches():
             batch = batch.to(self.device)
-            if not sums and distributed.is_main() and getattr(self.objective, "pictures", None) is not None:
+            if not drawn and distributed.is_main() and getattr(self.objective, "pictures", None) is not None:
                 shown = self.objective.reconstruct(batch)
                 note = shown.pop("note")
                 write_sheet(self.pictures / f"update_{step}.png", shown, note=note)
+                drawn = True
+            metrics: dict[str, tuple[float | Tensor, float]] = {}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                loss: Loss = self.objective(batch)
-                if self.config["vocabulary"] is not None:
-                    said += self._transcribe(batch)
-            for name, (value, count) in {**loss.metrics, "loss": (loss.total, loss.count)}.items():
+                learnt: Batch | None = batch
+                if self.texts is not None:
+                    said += self._transcribe(batch, self.texts)
+                    learnt = self._spelled(batch, self.texts)
+                    metrics["unspelled"] = len(batch) - (0 if learnt is None else len(learnt)), len(batch)
+                if learnt is not None:
+                    loss: Loss = self.objective(learnt)
+                    metrics |= {**loss.metrics, "loss": (loss.total, loss.count)}
+            for name, (value, count) in metrics.items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + float(value), before[1] + float(count))
         # every process saw other clips, and a metric may be one process's alone
@@ -415,15 +550,27 @@ class Validation:
             scores |= {name: rate.value for name, rate in rates.items()}
         return scores
 
-    def _transcribe(self, batch: Batch) -> list[tuple[str, str]]:
+    def _transcribe(self, batch: Batch, texts: Mapping[str, str]) -> list[tuple[str, str]]:
         """(reference, hypothesis) of each clip."""
         vocabulary = CharVocabulary(self.config["vocabulary"])
+        hypotheses = [vocabulary.decode(ids) for ids in self.objective.predict(batch)]
+        references = [" ".join(normalize("NFC", texts[name]).split()) for name in batch.ids]
+        return list(zip(references, hypotheses, strict=True))
+
+    def _spelled(self, batch: Batch, texts: Mapping[str, str]) -> Batch | None:
+        """The clips whose transcripts the vocabulary can spell; None where there are none."""
+        vocabulary = CharVocabulary(self.config["vocabulary"])
+        rows = [row for row, name in enumerate(batch.ids) if _spells(vocabulary, texts[name])]
+        if len(rows) == len(batch):
+            return batch
         assert batch.labels is not None
         assert batch.label_lengths is not None
-        rows = zip(batch.labels.tolist(), batch.label_lengths.tolist(), strict=True)
-        references = [vocabulary.decode(row[:length]) for row, length in rows]
-        hypotheses = [vocabulary.decode(ids) for ids in self.objective.predict(batch)]
-        return list(zip(references, hypotheses, strict=True))
+        inputs = {
+            name: replace(raw, data=raw.data[rows], lengths=raw.lengths[rows], ids=[raw.ids[row] for row in rows])
+            for name, raw in batch.inputs.items()
+        }
+        spelled = Batch(inputs, batch.seeds[rows], batch.labels[rows], batch.label_lengths[rows])
+        return spelled if rows else None
 
 
 def _make(table: Mapping[str, Callable[..., Any]], section: Mapping[str, Any], **given: Any) -> Any:
@@ -458,8 +605,12 @@ def _augments(recipe: Recipe, modality: Modality) -> dict[str, list[dict[str, An
         if not isinstance(steps, list):
             raise recipe.error(f"augment.{side}", f"'augment.{side}' should be a list of steps (got {steps!r})")
         # the rate and the channels are the frontend's
-        keys = [f"augment.{side}.{place}" for place in range(len(steps))]
-        found[side] = [_named(recipe, key, modality.augments, given=["x", "rng", "rate", "channels"]) for key in keys]
+        given = ["x", "whole", "rng", "rate", "channels"]
+        found[side] = []
+        for place in range(len(steps)):
+            # a span says what is read, so nothing can come before it
+            table = {**modality.spans, **modality.augments} if place == 0 else modality.augments
+            found[side].append(_named(recipe, f"augment.{side}.{place}", table, given=given))
     return found
 
 
@@ -516,9 +667,15 @@ def _claim(run: Path, recipe: Recipe) -> bool:
                 more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
                 problem = (
                     f"{run}: holds another run, in which {key} is {before.get(key)!r} and not {now.get(key)!r}{more}; "
-                    "choose another folder with --out, or remove this one"
                 )
-        elif any(run.iterdir()):
+                # not taken over by itself: that run may have begun a minute ago, and be running
+                problem += (
+                    "choose another folder with --out, or remove this one"
+                    if checkpoint.latest(run / "checkpoints", say=lambda sentence: None) is not None
+                    else "it has no checkpoint, so unless it is still running there is nothing in it worth keeping: "
+                    "remove it, or choose another folder with --out"
+                )
+        elif any(path.name != "recipe.yaml.tmp" for path in run.iterdir()):  # that one is of a run killed as it began
             problem = f"{run}: holds files that are not of a run; choose another folder with --out"
     problem, resume = json.loads(distributed.broadcast_text(json.dumps([problem, resume])))
     if problem:
@@ -545,17 +702,47 @@ def _labeler(config: Config) -> Callable[[dict[str, Any]], Any] | None:
     return partial(_label, key, classes.encode_all if config["objective"].get("multi_label") else classes.encode)
 
 
+def _check_labels(label: Callable[[dict[str, Any]], Any], manifest: Manifest) -> None:
+    """See that training knows the labels of held-out clips: these are read at the first evaluation only.
+
+    Raises:
+        ValueError: it does not, by the place of the row.
+    """
+    for place, row in enumerate(manifest):
+        try:
+            label(row)
+        except ValueError as error:
+            raise ValueError(
+                f"{manifest.place(place)}: {error}; correct data.valid, or set data.on_bad_clip=skip to leave such "
+                "clips out"
+            ) from None
+
+
 def _label(key: str, encode: Callable[[Any], Any], row: dict[str, Any]) -> Any:
     if key not in row:
         raise ValueError(f"the row has no {key!r}, which this objective learns from; it has {', '.join(sorted(row))}")
     return encode(row[key])
 
 
-def _flat(labels: list[Any], objective: Config) -> list[Any]:
+def _flat(labels: Iterable[Any], objective: Config) -> Iterator[Any]:
     """Labels one by one, where a row may have a list of them."""
-    if not objective.get("multi_label"):
-        return labels
-    return [name for label in labels for name in (label if isinstance(label, list) else [label])]
+    several = objective.get("multi_label")
+    for label in labels:
+        yield from label if several and isinstance(label, list) else [label]
+
+
+def _spelled(vocabulary: CharVocabulary, row: dict[str, Any]) -> list[int]:
+    """A held-out clip's characters; none where the vocabulary lacks one: that is the model's fault, not the clip's."""
+    known = not isinstance(row.get("text"), str) or _spells(vocabulary, row["text"])
+    return list(_label("text", vocabulary.encode, row)) if known else []
+
+
+def _spells(vocabulary: CharVocabulary, text: str) -> bool:
+    try:
+        vocabulary.encode(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _target(config: Config) -> Any:

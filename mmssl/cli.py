@@ -135,7 +135,9 @@ def embed(
         print(f"left out: {name}: {reason}", file=sys.stderr)
     written = write_npz(out, found if len(layers) > 1 else found[0], layers=layers)
     clips, width = found[0].scene.shape
-    print(f"{written}: {clips} clips, width {width}, layer {layer}")
+    bad = int(found[0].scene.isnan().all(1).sum())
+    read = f"{clips - bad} clips, {bad} could not be read" if bad else f"{clips} clips"
+    print(f"{written}: {read}, width {width}, layer {layer}")
 
 
 @command("mmssl evaluate runs/mae_base --task linear --train train.jsonl --valid valid.jsonl --test test.jsonl")
@@ -225,7 +227,7 @@ def manifest(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder of files, and of uncompressed tar files; a manifest: --stats.")
     ],
-    modality: Annotated[str, typer.Option(help="speech, audio or image: which files to look for.")] = "speech",
+    modality: Annotated[str, typer.Option(help="speech, audio, image or video: which files to look for.")] = "speech",
     out: Annotated[
         Path | None, typer.Option(help="File to write, or with splits a folder for one file each.", show_default="DIR")
     ] = None,
@@ -256,7 +258,8 @@ def manifest(
     out. With --stats the constants of normalization are printed as settings of a recipe: of the training split where
     there are splits; and where DIR is a manifest already, nothing is written.
     """
-    from mmssl.data.manifest import scan, split_rows, write_manifest
+    from mmssl.data.manifest import check_shares, split_rows, write_manifest
+    from mmssl.data.scan import NoClips, scan
     from mmssl.modalities import MODALITIES
 
     if folder.suffix == ".jsonl":
@@ -267,28 +270,37 @@ def manifest(
     shares: dict[str, float] | None = None
     if split is not None:
         shares = {name: _number("--split", share, float) for name, share in _pairs("--split", split.split(","))}
+        check_shares(shares)  # before every header is read
     columns = dict(_pairs("--column", column or []))
     if modality not in MODALITIES:
         raise ValueError(f"--modality {modality}: one of {', '.join(MODALITIES)}")
     kind = MODALITIES[modality]
-    found = scan(
-        folder,
-        media=kind.media,
-        probe=kind.probe,
-        suffixes=kind.suffixes,
-        label_from=label_from,
-        split_from=split_from,
-        text_from=text_from,
-        tsv=tsv,
-        columns=columns,
-        workers=workers,
-    )
+    try:
+        found = scan(
+            folder,
+            media=kind.media,
+            probe=kind.probe,
+            suffixes=kind.suffixes,
+            label_from=label_from,
+            split_from=split_from,
+            text_from=text_from,
+            tsv=tsv,
+            columns=columns,
+            workers=workers,
+        )
+    except NoClips as error:
+        meant = next((name for name, other in MODALITIES.items() if other.suffixes & error.ignored.keys()), None)
+        raise ValueError(f"{error}" + (f"; --modality {meant} looks for those" if meant else "")) from None
+    if not found.rows:
+        path, reason = found.bad[0]
+        raise ValueError(f"{folder}: none of the {len(found.bad)} files gives a row; the first is {path}: {reason}")
     for path, reason in found.bad:
         print(f"left out: {path}: {reason}", file=sys.stderr)
+    if found.remarks:
+        path, remark = found.remarks[0]
+        print(f"odd: {len(found.remarks)} of the clips; the first is {path}, which {remark}", file=sys.stderr)
     if found.unlisted:
         print(f"left out: {len(found.unlisted)} files that {tsv} does not name", file=sys.stderr)
-    if not found.rows:
-        raise ValueError(f"{folder}: none of the {len(found.bad)} files can be read")
     place = folder if out is None else out
     if shares is not None or all("split" in row for row in found.rows):
         parts = split_rows(found.rows, shares=shares, by=by)
@@ -331,9 +343,20 @@ def main() -> None:
 
 def _done(run: Path) -> None:
     from mmssl import distributed
+    from mmssl.recipe import parse
 
     if distributed.is_main():
-        print(f"{run}: done; use it with mmssl.load({str(run)!r}), `mmssl embed {run}` or `mmssl evaluate {run}`")
+        path = run / "recipe.yaml"
+        values = parse(path.read_text(encoding="utf-8"), source=str(path)).values
+        train, valid = (values["data"][side] for side in ("train", "valid"))
+        task = values["objective"]["name"]
+        test = valid or "HELD_OUT.jsonl"
+        fitted = f"--task {task}" if task in ("ctc", "classify") else f"--task linear --train {train}"
+        print(
+            f"{run}: done; what it is good for:\n"
+            f"  mmssl embed {run} {test} --out embeddings.npz\n"
+            f"  mmssl evaluate {run} {fitted} --test {test}"
+        )
     distributed.shutdown()
 
 

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import copy
-import glob
-import math
 import os
-import queue
-import threading
-from bisect import bisect_right
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias, cast, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmssl.assemble import build_augment, build_encoder, build_objective, build_reader, read_config
+from mmssl.assemble import build_encoder, build_objective, read_config
+from mmssl.clips import Clips, Input, find_clips, groups, windows
 from mmssl.data.batching import collate_samples
-from mmssl.data.dataset import ManifestDataset, Sample
-from mmssl.data.manifest import Manifest
 from mmssl.data.text import CharVocabulary
 from mmssl.encoder import Encoder
 from mmssl.evaluation.speech import best_path, prefix_beam
-from mmssl.modalities import MODALITIES
 from mmssl.nn.pooling import Pool
 from mmssl.training.checkpoint import read_tensors
-from mmssl.types import BadClip, Batch, Embeddings, Frontend, Tokens, valid_mask
+from mmssl.types import BadClip, Batch, Embeddings, Tokens, valid_mask
 
-Input: TypeAlias = str | Path | BinaryIO | np.ndarray | Tensor | Manifest
 Precision = Literal["float32", "bfloat16"]
-# Clips are read in windows, sorted by length within, and embedded in groups. Windows start small, so that the model
-# has something to do soon, and double up to so many groups, or so many values whichever comes first.
-WINDOW_GROUPS = 16
-WINDOW_VALUES = 2**24
 
 
 def load(path: str | Path, *, device: str = "auto", precision: Precision = "float32") -> Embedder:
@@ -196,8 +182,8 @@ class Embedder:
 
         Args:
             inputs: one of these or a sequence of them: a path; a glob pattern; a folder (all files of the modality
-                below it); a manifest (.jsonl); an open binary file; an array or tensor: (L,) samples or (C, H, W)
-                pixels in [0, 1], or with one axis more several such clips.
+                below it); a manifest (.jsonl); an open binary file; an array or tensor: (L,) samples, (C, H, W)
+                pixels in [0, 1], or (C, T, H, W) of frames, or with one axis more several such clips.
             layer: -1 the encoder's output, after its final norm where it has one; 0 the input of the first block; i the
                 output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass.
             pool: how tokens become the scene, see `Pool.named`.
@@ -217,7 +203,7 @@ class Embedder:
             ValueError: a layer or pool that this encoder does not have, or nothing to embed.
         """
         layers = self._layers(layer)
-        clips = self._clips(inputs, rate)
+        clips = find_clips(inputs, self.config, self.encoder, rate=rate)
         gathered = [_Gathered(len(clips), keep=tokens) for _ in layers]
         pooled = Pool.named(pool)
 
@@ -260,7 +246,7 @@ class Embedder:
         vocabulary = None if config["vocabulary"] is None else CharVocabulary(config["vocabulary"])
         if beam is not None and vocabulary is None:
             raise ValueError(f"beam={beam}: {self.name} tells classes, and only transcripts are searched for")
-        clips = self._clips(inputs, rate)
+        clips = find_clips(inputs, self.config, self.encoder, rate=rate)
         said: list[str | None] = [None] * len(clips)
 
         def compute(batch: Batch, places: list[int]) -> None:
@@ -302,7 +288,7 @@ class Embedder:
         objective = self._fine_tuned()
         if self.config["classes"] is None:
             raise ValueError(f"{self.name} writes transcripts and tells no classes; use predict")
-        clips = self._clips(inputs, rate)
+        clips = find_clips(inputs, self.config, self.encoder, rate=rate)
         found = torch.full((len(clips), len(self.config["classes"])), torch.nan)
 
         def compute(batch: Batch, places: list[int]) -> None:
@@ -314,7 +300,7 @@ class Embedder:
         return found
 
     def _layers(self, layer: int | Sequence[int] | Literal["all"]) -> list[int]:
-        if isinstance(layer, str) and layer != "all":
+        if layer != "all" and (isinstance(layer, str) or not isinstance(layer, int | Iterable)):
             raise ValueError(f"layer={layer!r}: give a number, several, or 'all'")
         asked = range(self.depth + 1) if layer == "all" else [layer] if isinstance(layer, int) else list(layer)
         for i in asked:
@@ -348,57 +334,10 @@ class Embedder:
             return None
         return tokens.coords[..., tokens.axes.index("t")] * tokens.step_ms + tokens.span_ms / 2
 
-    def _clips(self, inputs: Input | Sequence[Input], rate: float | None) -> _Clips:
-        single = isinstance(inputs, (str, Path, np.ndarray, Tensor, Manifest)) or hasattr(inputs, "read")
-        listed: Sequence[Input] = [cast(Input, inputs)] if single else cast("Sequence[Input]", inputs)
-        kind = MODALITIES[self.modality]
-        clips = _Clips(self.modality, self.encoder.frontend)
-        augment = build_augment(self.config["augment_eval"], self.modality, self.encoder)
-        read = build_reader(self.config, self.encoder)
-        settings = self.encoder.frontend.reader_settings
-
-        def ready(make: Callable[..., Tensor], *given: Any) -> Tensor:
-            # nothing that is done for evaluation is random; the augmentations take a generator all the same
-            return augment(make(*given), np.random.default_rng(0))
-
-        for place, item in enumerate(listed):
-            if isinstance(item, Manifest) or (isinstance(item, (str, Path)) and str(item).endswith(".jsonl")):
-                manifest = item if isinstance(item, Manifest) else Manifest(item)
-                clips.add(
-                    ManifestDataset(
-                        manifest,
-                        media={self.modality: kind.media},
-                        readers={self.modality: read},
-                        augments={self.modality: augment},
-                        rates={self.modality: settings.get("rate")},
-                    )
-                )
-            elif isinstance(item, (str, Path)):
-                for path in _expand(str(item), kind.suffixes, self.modality):
-                    clips.add((path, partial(ready, read, path)))
-            elif isinstance(item, (np.ndarray, Tensor)):
-                batch = _split(item, f"input {place}", kind.media)
-                for i, clip in enumerate(batch):
-                    name = f"input {place}" if len(batch) == 1 else f"input {place}.{i}"
-                    if kind.media == "audio":
-                        clips.add((name, partial(ready, _wave, clip, name, rate, settings["rate"])))
-                    else:
-                        clips.add((name, partial(ready, _picture, clip, name, settings["channels"])))
-            elif hasattr(item, "read"):
-                clips.add((str(getattr(item, "name", f"input {place}")), partial(ready, read, item)))
-            else:
-                raise ValueError(
-                    f"input {place}: {type(item).__name__} is none of path, glob, folder, manifest, binary file, array "
-                    "and tensor"
-                )
-        if not len(clips):
-            raise ValueError("nothing to embed: the inputs are empty")
-        return clips
-
     @torch.no_grad()  # not inference mode: what is returned may be trained on
     def _run(
         self,
-        clips: _Clips,
+        clips: Clips,
         compute: Callable[[Batch, list[int]], None],
         batch_size: int,
         batch_seconds: float,
@@ -411,19 +350,24 @@ class Embedder:
         if on_bad_clip not in ("raise", "skip"):
             raise ValueError(f"on_bad_clip={on_bad_clip!r}: choose raise or skip")
         names, bad, left_out = [""] * len(clips), {}, 0
-        with closing(_windows(clips, batch_size)) as windows, _bar(len(clips), progress) as advance:
-            for window in windows:
+        with closing(windows(clips, batch_size)) as ahead, _bar(len(clips), progress) as advance:
+            for window in ahead:
                 good = []
                 for item in window:
                     names[item.place] = item.name
                     if item.error is None:
                         good.append(item)
                     elif on_bad_clip == "raise":
-                        raise item.error
+                        line = clips.line(item.place)
+                        raise BadClip(
+                            item.error.path,
+                            f"{item.error.reason}{f' (at {line})' if line else ''}; on_bad_clip=skip (--on-bad-clip "
+                            "skip) goes on without such clips",
+                        )
                     else:
                         bad[item.name] = item.error.reason
                         left_out += 1
-                for group in _groups(good, batch_size, batch_seconds):
+                for group in groups(good, batch_size, batch_seconds):
                     samples = [item.sample for item in group if item.sample is not None]
                     compute(collate_samples(samples), [item.place for item in group])
                     advance(len(group))
@@ -474,134 +418,12 @@ def write_npz(
         with unfinished.open("wb") as file:
             np.savez(file, **arrays)
         os.replace(unfinished, path)
-    except OSError:
+    except OSError as error:
         unfinished.unlink(missing_ok=True)
+        if error.filename is None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     return path
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One clip that was read, or the reason why it could not be."""
-
-    place: int
-    name: str
-    sample: Sample | None = None
-    error: BadClip | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of its only input."""
-        assert self.sample is not None
-        return tuple(next(iter(self.sample.inputs.values())).shape)
-
-
-class _Clips:
-    """What is to be embedded, read clip by clip.
-
-    A manifest stays a manifest: its rows are not listed.
-    """
-
-    def __init__(self, modality: str, frontend: Frontend) -> None:
-        self.modality = modality
-        self.frontend = frontend
-        self.rate = frontend.reader_settings.get("rate")
-        self._parts: list[ManifestDataset | tuple[str, Callable[[], Tensor]]] = []
-        self._ends: list[int] = []
-
-    def add(self, part: ManifestDataset | tuple[str, Callable[[], Tensor]]) -> None:
-        """Rows of a manifest, or (name, how to read it)."""
-        self._parts.append(part)
-        self._ends.append(len(self) + (len(part) if isinstance(part, ManifestDataset) else 1))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def read(self, place: int) -> _Item:
-        """The clip at `place`, fit for the frontend."""
-        number = bisect_right(self._ends, place)
-        part = self._parts[number]
-        row = place - (self._ends[number - 1] if number else 0)
-        name = part.manifest[row]["id"] if isinstance(part, ManifestDataset) else part[0]
-        try:
-            if isinstance(part, ManifestDataset):
-                sample = part.read(row, 0)
-            else:
-                sample = Sample(name, {self.modality: part[1]()}, {self.modality: self.rate}, None, 0)
-            self._try(sample)
-        except BadClip as error:
-            return _Item(place, name, error=error)
-        except ValueError as error:  # a clip that an augmentation or the frontend cannot take
-            return _Item(place, name, error=BadClip(name, str(error).removeprefix(f"{name}: ")))
-        return _Item(place, name, sample)
-
-    def _try(self, sample: Sample) -> None:
-        """A clip that is no whole token is found before it is put beside others.
-
-        Raises:
-            ValueError: the frontend cannot take it.
-        """
-        self.frontend.lengths(collate_samples([sample]).raw)
-
-
-def _windows(clips: _Clips, batch_size: int) -> Generator[list[_Item], None, None]:
-    """Clips in order, many at a time, read by one thread while the caller works on those before."""
-    ready: queue.Queue[list[_Item] | Exception | None] = queue.Queue(maxsize=1)
-    stopped = threading.Event()
-
-    def hand_over(what: list[_Item] | Exception | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(what, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def read() -> None:
-        window: list[_Item] = []
-        values, most = 0, batch_size
-        try:
-            for place in range(len(clips)):
-                if stopped.is_set():
-                    return
-                window.append(clips.read(place))
-                values += 0 if window[-1].sample is None else math.prod(window[-1].shape)
-                if len(window) >= most or values >= WINDOW_VALUES:
-                    hand_over(window)
-                    window, values, most = [], 0, min(2 * most, WINDOW_GROUPS * batch_size)
-            if window:
-                hand_over(window)
-            hand_over(None)
-        except Exception as error:  # whatever it is, it belongs to the thread that waits
-            hand_over(error)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    try:
-        while (window := ready.get()) is not None:
-            if isinstance(window, Exception):
-                raise window
-            yield window
-    finally:
-        stopped.set()
-        thread.join()
-
-
-def _groups(items: Sequence[_Item], batch_size: int, batch_seconds: float) -> Iterator[list[_Item]]:
-    """Clips that are computed together: sound of similar length, pictures of the same size."""
-    group: list[_Item] = []
-    for item in sorted(items, key=lambda item: item.shape):
-        assert item.sample is not None
-        rate = next(iter(item.sample.rates.values()))
-        if len(item.shape) == 1:
-            full = rate is not None and (len(group) + 1) * item.shape[0] > batch_seconds * rate
-        else:
-            full = bool(group) and group[0].shape != item.shape
-        if group and (full or len(group) == batch_size):
-            yield group
-            group = []
-        group.append(item)
-    if group:
-        yield group
 
 
 class _Gathered:
@@ -641,62 +463,6 @@ class _Gathered:
             if times is not None:
                 times[place, : len(x)] = self.times.pop(place)
         return Embeddings(self.scene, tokens, valid_mask(lengths, longest), times, names, bad)
-
-
-def _expand(text: str, suffixes: Collection[str], modality: str) -> list[str]:
-    """The files that a path, a folder or a glob pattern means, sorted where there are several."""
-    if os.path.isdir(text):
-        inside = sorted(str(path) for path in Path(text).rglob("*") if path.suffix.lower() in suffixes)
-        if not inside:
-            raise ValueError(f"{text}: no {modality} file in this folder ({' '.join(sorted(suffixes))})")
-        return inside
-    if os.path.exists(text) or not glob.has_magic(text):
-        return [text]
-    matching = sorted(path for path in glob.glob(text, recursive=True) if os.path.isfile(path))
-    if not matching:
-        raise ValueError(f"{text}: no file matches this pattern")
-    return matching
-
-
-def _split(array: np.ndarray | Tensor, name: str, media: str) -> list[Tensor]:
-    """The clips of an array: one, or one for each place on an axis in front."""
-    x = torch.as_tensor(array)
-    axes = 1 if media == "audio" else 3
-    if x.ndim not in (axes, axes + 1):
-        meaning = "(samples,)" if media == "audio" else "(channels, height, width)"
-        raise ValueError(
-            f"{name}: an array of shape {tuple(x.shape)}; a clip is {meaning}, with or without an axis of "
-            "clips in front"
-        )
-    return [x] if x.ndim == axes else list(x)
-
-
-def _wave(x: Tensor, name: str, rate: float | None, own_rate: float) -> Tensor:
-    """Samples as a reader would give them."""
-    if x.dtype == torch.int16:
-        x = x / 32768
-    if not x.is_floating_point():
-        raise BadClip(name, f"samples of type {x.dtype}; give floating point numbers, or int16")
-    x = x.detach().float().cpu()
-    if not len(x) or not torch.isfinite(x).all():
-        raise BadClip(name, "holds no samples" if not len(x) else "samples are NaN or infinite")
-    if rate is not None and rate != own_rate:
-        from mmssl.modalities.speech.reader import resample
-
-        return torch.from_numpy(resample(x.numpy(), rate, own_rate))
-    return x
-
-
-def _picture(x: Tensor, name: str, channels: int) -> Tensor:
-    """Pixels as a reader would give them."""
-    if x.shape[0] != channels and x.shape[-1] == channels:
-        raise BadClip(name, f"pixels of shape {tuple(x.shape)}; they must be (channels, height, width)")
-    if x.dtype == torch.uint8:
-        x = x / 255
-    x = x.detach().float().cpu()
-    if not x.numel() or not bool(((x >= -1e-3) & (x <= 1 + 1e-3)).all()):
-        raise BadClip(name, "pixels must be from 0 to 1 (or uint8), and there must be some")
-    return x
 
 
 @contextmanager

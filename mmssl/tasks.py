@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmssl.assemble import build_encoder, build_frontend, resolve
+from mmssl.assemble import build_encoder, build_frontend, build_reader, build_span, resolve
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset
 from mmssl.data.manifest import Manifest
@@ -140,7 +140,7 @@ def evaluate(
     else:
         layers = [layer] if isinstance(layer, int) else [int(i) for i in layer]
     few = labels_per_class is not None or label_share is not None
-    classes = Classes.from_labels(_manifest(train).column(label))
+    classes = Classes.from_labels(_manifest(train).values(label))
 
     def collect(clips: Clips, by: str | None = None) -> tuple[Split, int]:
         return labelled(
@@ -184,6 +184,8 @@ def evaluate(
 def input_statistics(recipe: str | Path, clips: Clips, *, progress: bool = False) -> Statistics:
     """The mean and deviation of what a recipe's frontend normalizes, over the clips of a manifest, one after the other.
 
+    Clips are not augmented; where training reads a span of a video, one span of each is measured.
+
     Args:
         recipe: a shipped recipe by its name, or a file; its frontend says what is measured, at which rate and how.
 
@@ -197,31 +199,36 @@ def input_statistics(recipe: str | Path, clips: Clips, *, progress: bool = False
     resolved = resolve(load_recipe(recipe, [f"data.train={json.dumps(str(manifest.path))}"]))
     frontend = build_frontend(resolved.values, dim=1)
     name = resolved.values["modality"]
+    span = build_span(resolved.values["augment"]["train"], name, frontend)
     dataset = ManifestDataset(
         manifest,
         media={name: MODALITIES[name].media},
-        readers={name: partial(MODALITIES[name].read, **frontend.reader_settings)},
+        readers={name: build_reader(resolved.values, frontend)},
+        hints={name: MODALITIES[name].hints},
+        spans={} if span is None else {name: span},
         rates={name: frontend.reader_settings.get("rate")},
-        shortest={name: frontend.min_length},
     )
-    count, bad = 0, {}
+    measured, count, bad = 0, 0, {}
     total = squares = torch.zeros((), dtype=torch.float64)
     places = track(range(len(manifest)), "measuring", console=Console(stderr=True), disable=not progress)
     for place in places:
         try:
             raw = collate_samples([dataset.read(place, 0)]).raw
+            if int(raw.lengths[0]) < frontend.min_length:
+                raise BadClip(raw.ids[0], f"is shorter than the {frontend.min_length} that one token needs")
         except BadClip as error:
             bad[error.path] = error.reason
             continue
         values = frontend.measured(raw).double()
+        measured += 1
         count += len(values)
         total, squares = total + values.sum(0), squares + values.square().sum(0)
-    if not count:
+    if not measured:
         path, reason = next(iter(bad.items()))
         raise ValueError(f"none of the {len(manifest)} clips can be read; the first is {path} ({reason})")
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(0).sqrt()
-    return Statistics(mean.tolist(), std.tolist(), len(manifest) - len(bad), count, bad)
+    return Statistics(mean.tolist(), std.tolist(), measured, count, bad)
 
 
 def labelled(
@@ -245,14 +252,14 @@ def labelled(
         ValueError: a row without label, or with one that is no class, by its place in the manifest.
     """
     numbers = []
-    for place, name in enumerate(manifest.column(label)):
+    for place, name in enumerate(manifest.values(label)):
         try:
             numbers.append(classes.encode(name))
         except ValueError as error:
             raise ValueError(f"{manifest.place(place)}: {error}") from None
     groups = None
     if by is not None:
-        names = manifest.column(by)
+        names = list(manifest.values(by))
         numbered = {name: number for number, name in enumerate(dict.fromkeys(names))}
         groups = torch.tensor([numbered[name] for name in names])
     found = embedder.embed(manifest, layer=list(layers), pool=pool, tokens=False, **settings)
@@ -362,9 +369,9 @@ def _fine_tuned(
     if task == "classify" and embedder.config["objective"].get("multi_label"):
         return {"map": _several_classes(embedder, manifest, label, settings)}
     if task == "ctc":
-        truth = [normalize("NFC", text) for text in manifest.column("text")]  # as the vocabulary spells
+        truth = [normalize("NFC", text) for text in manifest.values("text")]  # as the vocabulary spells
     else:
-        truth = [str(name) for name in manifest.column(label)]
+        truth = [str(name) for name in manifest.values(label)]
         for place, name in enumerate(truth):
             if name not in embedder.config["classes"]:
                 raise ValueError(f"{manifest.place(place)}: the label {name!r} is none that {embedder.name} knows")
@@ -386,7 +393,7 @@ def _several_classes(embedder: Embedder, manifest: Manifest, label: str, setting
     """The mean average precision of a run whose clips have several classes each."""
     classes = Classes(embedder.config["classes"])
     truth = torch.zeros(len(manifest), len(classes), dtype=torch.bool)
-    for place, names in enumerate(manifest.column(label)):
+    for place, names in enumerate(manifest.values(label)):
         try:
             truth[place, classes.encode_all(names)] = True
         except ValueError as error:

@@ -268,7 +268,8 @@ class Frontend(nn.Module, ABC):
             ValueError: it has no such constants.
         """
         raise ValueError(
-            f"{type(self).__name__} normalizes by no constants of the data; choose a recipe with spectrogram or patches"
+            f"{type(self).__name__} normalizes by no constants of the data; choose a recipe with spectrogram, patches "
+            "or tubes"
         )
 
 

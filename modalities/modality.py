@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from mmssl.types import Frontend
@@ -34,8 +35,15 @@ class Modality:
     media: the manifest key that names its files: speech and sound are both "audio".
     suffixes: of the files that `mmssl manifest` looks for.
     frontends, augments, targets: what a recipe may name.
+    durations: of the augmentations and spans that change how long a clip is: (clips,) seconds, and their settings ->
+        the same afterwards, at most.
+    sizes: of the augmentations that change how large a picture is: (clips, 2) height and width, and their settings ->
+        the same afterwards.
     read: (source, **frontend.reader_settings) -> the raw clip.
-    probe: source -> what a manifest row says of a file.
+    probe: source -> what a manifest row says of a file; "remark", where there is one, is for the user instead.
+    hints: keys of that which `read` takes too.
+    spans: what a recipe may name as the first of its augmentations, to be read instead of the whole clip:
+        (seconds, generator, **settings) -> (start, duration).
     """
 
     name: str
@@ -46,3 +54,7 @@ class Modality:
     probe: Callable[..., dict[str, Any]]
     augments: dict[str, Callable[..., Tensor]]
     targets: dict[str, Target]
+    durations: dict[str, Callable[..., np.ndarray]] = field(default_factory=dict)
+    sizes: dict[str, Callable[..., np.ndarray]] = field(default_factory=dict)
+    hints: tuple[str, ...] = ()
+    spans: dict[str, Callable[..., tuple[float, float]]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Fixed patches as targets, whatever they were cut from: pictures, spectrograms."""
+"""Fixed patches as targets, whatever they were cut from: pictures, spectrograms, video."""
 
 from __future__ import annotations
 

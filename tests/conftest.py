@@ -41,6 +41,29 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 gray mp4 files, 32 x 32, 16 frames at 8 a second, as <split>/<way>/<n>.mp4: stripes that move up or down."""
+    import av
+
+    folder = tmp_path_factory.mktemp("videos")
+    for n in range(16):
+        split, way = ("train", "test")[n % 8 >= 6], ("up", "down")[n % 2]
+        path = folder / split / way / f"{n}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            for step in range(16):
+                rows = np.arange(32) + n + (step if way == "up" else -step)
+                picture = np.repeat((rows // 4 % 2 * 200)[:, None].astype(np.uint8), 32, 1)
+                frame = av.VideoFrame.from_ndarray(picture, format="gray").reformat(format="yuv420p")
+                frame.pts = step
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 gray png files of 16 x 16, as <split>/<kind>/<n>.png: stripes or checkerboards, at any phase."""
     from PIL import Image

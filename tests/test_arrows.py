@@ -29,7 +29,8 @@ ARROWS = {
         "training",
         "distributed",
     ],
-    "embed": [*PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "training.checkpoint"],
+    "clips": [*PARTS, "encoder", "modalities", "data", "assemble"],
+    "embed": [*PARTS, "encoder", "data", "evaluation", "assemble", "clips", "training.checkpoint"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
 }
 FREE = {"__init__", "__main__", "cli", "recipes"}  # the front door may use every room; recipes hold no code

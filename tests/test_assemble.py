@@ -3,19 +3,32 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from mmssl.assemble import Validation, build_augment, build_encoder, build_plan, finetune, pretrain, resolve, train
+from mmssl.assemble import (
+    Validation,
+    build_augment,
+    build_encoder,
+    build_frontend,
+    build_plan,
+    finetune,
+    pretrain,
+    resolve,
+    train,
+)
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import load as load_encoder
 from mmssl.recipe import Recipe, RecipeError, load, parse
+from mmssl.tasks import evaluate
 from mmssl.training.checkpoint import read_encoder, read_tensors
+from mmssl.types import BadClip
 
 TOY = ["transformer.dim=16", "transformer.depth=2", "transformer.heads=2"]
 TOY += ["data.batch_size=4", "data.workers=0", "trainer.steps=2", "trainer.eval_every=2", "schedule.warmup=0"]
@@ -117,8 +130,12 @@ def test_fine_tuning_starts_from_the_pretrained_weights(
 def test_labels_are_those_of_the_training_manifest(image_rows: Callable[..., Path], tmp_path: Path) -> None:
     odd = image_rows("test", lambda row: {**row, "label": "dots"})
     recipe = classify(image_rows, f"data.valid={odd}")
-    with pytest.raises(ValueError, match=rf"{odd}:\d: the label 'dots' is not among the 2 classes \(checks, stripes\)"):
+    with pytest.raises(ValueError, match=rf"{odd}:1: the label 'dots' is not among the 2 classes \(checks, stripes\)"):
         train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # before the first update
+    some = image_rows("test", lambda row: {**row, "label": row["label"] if "0" in row["image"] else "dots"})
+    skipping = classify(image_rows, f"data.valid={some}", "data.on_bad_clip=skip", "data.max_bad_share=1")
+    train(skipping, tmp_path / "skipping")
     bare = image_rows("train", lambda row: {"image": row["image"]})
     with pytest.raises(ValueError, match=f"{bare}:1: the row has no 'label'"):
         train(classify(image_rows, f"data.train={bare}"), tmp_path / "other")
@@ -133,6 +150,28 @@ def test_validation_does_not_depend_on_batches(image_rows: Callable[..., Path], 
     for line in lines[1:]:
         assert line["loss"] == pytest.approx(lines[0]["loss"], rel=1e-5)
         assert line["accuracy"] == lines[0]["accuracy"]
+
+
+def test_error_rates_while_training_are_those_of_the_command(sounds: Path, tmp_path: Path) -> None:
+    def rows(split: str, strange: str) -> Path:
+        files = sorted((sounds / split).rglob("*.wav"))
+        texts = [strange, *[file.parent.name for file in files[1:]]]
+        path = tmp_path / f"{split}.jsonl"
+        pairs = zip(files, texts, strict=True)
+        write_manifest(path, [{"audio": str(file), "seconds": 0.7, "text": text} for file, text in pairs])
+        return path
+
+    # the second word has a character that no training text has: no loss, and a word that is wrong
+    data = [f"data.train={rows('train', 'low')}", f"data.valid={rows('test', 'low z')}", "data.on_bad_clip=skip"]
+    sizes = ["positions.kernel=4", "objective.mask_prob=0", "data.max_seconds=null", "optimizer.lr=0.01"]
+    folder = train("small/ctc_speech", tmp_path / "run", [*data, *sizes, *TOY[:-1], "trainer.steps=2"])
+    while_training = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["evaluation"]
+    scores = evaluate(folder, task="ctc", test=tmp_path / "test.jsonl")
+    assert scores["wer"].details["words"] == 5
+    assert while_training["wer"] == scores["wer"].value
+    assert while_training["cer"] == scores["cer"].value
+    assert while_training["unspelled"] == 1 / 4
+    assert not (folder / "bad_clips.jsonl").exists()
 
 
 def test_a_stopped_run_can_be_used_and_goes_on_with_other_practical_settings(
@@ -158,6 +197,31 @@ def test_a_stopped_run_can_be_used_and_goes_on_with_other_practical_settings(
     assert half != (cut / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
 
 
+def test_a_folder_without_a_checkpoint_is_begun_again_by_the_same_command_alone(
+    image_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml.tmp").write_text("modality: im")  # killed as it began
+    recipe = mae(image_rows)
+
+    def die(self: Validation, step: int) -> dict[str, float]:
+        raise SystemError("killed")
+
+    monkeypatch.setattr("mmssl.training.loop._Run.save", lambda self: folder)
+    monkeypatch.setattr(Validation, "__call__", die)
+    with pytest.raises(SystemError, match="killed"):
+        train(recipe, folder)
+    monkeypatch.undo()
+    assert (folder / "recipe.yaml").is_file()
+    sentence = "seed is 0 and not 1; it has no checkpoint, so unless it is still running there is nothing in it worth"
+    with pytest.raises(RecipeError, match=sentence):
+        train(mae(image_rows, "trainer.seed=1", f"data.train={recipe.get('data.train')}"), folder)
+    train(recipe, folder)
+    with pytest.raises(RecipeError, match="seed is 0 and not 1; choose another folder with --out, or remove this one"):
+        train(mae(image_rows, "trainer.seed=1", f"data.train={recipe.get('data.train')}"), folder)
+
+
 def test_settings_that_do_not_fit_are_placed(image_rows: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="command line 'transformer.heads=5': transformer.heads=5: must divide"):
         train(mae(image_rows, "transformer.heads=5"), tmp_path / "run")
@@ -173,7 +237,58 @@ def test_settings_that_do_not_fit_are_placed(image_rows: Callable[..., Path], tm
         train(mae(image_rows, "objective.target=pixel"), tmp_path / "run")
     with pytest.raises(RecipeError, match="micro-batches have no bound: set data.batch_size"):
         train(mae(image_rows, "data.batch_size=null"), tmp_path / "run")
+    for setting in ("batch_size=0", "workers=-1", "max_seconds=0", "max_bad_share=2"):
+        with pytest.raises(RecipeError, match=f"^command line 'data.{setting}': data.{setting}: must be "):
+            train(mae(image_rows, f"data.{setting}"), tmp_path / "run")
+    with pytest.raises(RecipeError, match="^command line 'trainer.seed=-1': trainer.seed=-1: must be at least 0"):
+        train(mae(image_rows, "trainer.seed=-1"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def of_sizes(folder: Path, sizes: Sequence[tuple[int, int]], *, stated: bool) -> Path:
+    """A manifest of gray pictures of (height, width)."""
+    rows: list[dict[str, Any]] = []
+    for number, (height, width) in enumerate(sizes):
+        path = folder / f"{number}.png"
+        Image.fromarray(np.full((height, width), 9 * number, np.uint8)).save(path)
+        rows.append({"image": str(path)} | ({"height": height, "width": width} if stated else {}))
+    write_manifest(folder / "sizes.jsonl", rows)
+    return folder / "sizes.jsonl"
+
+
+def test_pictures_of_several_sizes_are_found_before_the_first_update(tmp_path: Path) -> None:
+    path = of_sizes(tmp_path, [(16, 16), (16, 16), (8, 16)], stated=True)
+
+    def go(name: str, *overrides: str) -> Path:
+        recipe = load("small/mae_image", [f"data.train={path}", *TOY, *DECODER, "trainer.eval_every=0", *overrides])
+        return train(recipe, tmp_path / name)
+
+    sentence = (
+        r"augment.train leaves 0.png at 16 x 16 pixels and 2.png \(.*sizes.jsonl:3\) at 8 x 16, but a batch holds .* "
+        "add for example a resize and a center_crop, or set data.batch_size to 1"
+    )
+    with pytest.raises(RecipeError, match=sentence):
+        go("refused", "augment.train=[]")
+    with pytest.raises(RecipeError, match="leaves 0.png at 32 x 32 pixels and 2.png .* at 32 x 64"):
+        go("refused", "augment.train=[{name: resize, size: 32}]")
+    assert not (tmp_path / "refused").exists()
+    go("resized", "augment.train=[{name: resize, size: [16, 16]}]")
+    go("cropped", "augment.train=[{name: resize, size: 16}, {name: center_crop, size: 16}, {name: flip}]")
+    go("alone", "augment.train=[]", "data.batch_size=1")
+
+
+def test_a_picture_of_another_size_than_the_first_is_a_bad_clip(tmp_path: Path) -> None:
+    path = of_sizes(tmp_path, [(1, 1), (16, 16), (16, 16), (8, 16), (16, 16)], stated=False)
+    data = [f"data.train={path}", *TOY, *DECODER, "trainer.eval_every=0", "augment.train=[]", "trainer.log_every=1"]
+    with pytest.raises(
+        BadClip, match=r"(0.png: 1 x 1 pixels are not|3.png: 8 x 16 pixels, where the first) .* \(at .*sizes"
+    ):
+        train(load("small/mae_image", data), tmp_path / "stopped")
+    run = train(load("small/mae_image", [*data, "data.on_bad_clip=skip", "data.max_bad_share=0.5"]), tmp_path / "run")
+    bad = [json.loads(line) for line in (run / "bad_clips.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in bad} == {"0.png", "3.png"}
+    notes = [row["note"] for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "note" in row]
+    assert notes[-1] == f"{path}: 2 of 5 clips could not be read so far; they are named in {run / 'bad_clips.jsonl'}"
 
 
 @pytest.fixture
@@ -191,14 +306,22 @@ def test_crops_bound_what_a_clip_adds_to_a_batch(speech_rows: Path) -> None:
 
     assert lengths("augment.train=[]") == [1.0, 4.0, 9.0]
     assert lengths("augment.train=[{name: random_crop, seconds: 3}]") == [1.0, 3.0, 3.0]
-    with pytest.raises(ValueError, match="1 of 3 clips are longer than a whole micro-batch"):
+    # played at 0.8 of its speed, a second takes 1.25; and a crop is made longer by what follows it
+    speed, crop = "{name: speed, factors: [0.8, 2]}", "{name: center_crop, seconds: 4}"
+    assert lengths(f"augment.train=[{speed}]") == pytest.approx([1.25, 5.0, 11.25])
+    assert lengths(f"augment.train=[{speed}, {crop}]") == pytest.approx([1.25, 4.0, 4.0])
+    assert lengths(f"augment.train=[{crop}, {speed}]") == pytest.approx([1.25, 5.0, 5.0])
+    with pytest.raises(
+        RecipeError,
+        match=r"command line 'data.max_seconds=5': data.max_seconds=5: 1 of 3 clips are longer than a whole",
+    ):
         lengths("augment.train=[]", "data.max_seconds=5")
 
 
 def test_augmentations_get_the_rate_of_the_frontend(speech_rows: Path) -> None:
     recipe = resolve(load("small/wav2vec2_speech", [f"data.train={speech_rows}", "frontend.rate=8000"]))
-    encoder = build_encoder(recipe.values)
-    augment = build_augment([{"name": "random_crop", "seconds": 0.5}], "speech", encoder)
+    frontend = build_frontend(recipe.values, dim=1)
+    augment = build_augment([{"name": "random_crop", "seconds": 0.5}], "speech", frontend)
     assert augment(torch.zeros(16_000), np.random.default_rng(0)).shape == (4_000,)
     with pytest.raises(RecipeError, match="unknown key 'augment.train.0.rate'. Keys here: seconds"):
         resolve(load("small/wav2vec2_speech", ["augment.train=[{name: random_crop, seconds: 1, rate: 8000}]"]))

@@ -123,7 +123,7 @@ def test_a_folder_with_other_files_is_left_alone(pretrained: Path, manifests: Pa
         (
             ["pretrain", "small/mae_image", "objective.mask_ration=0.5"],
             "command line 'objective.mask_ration=0.5': unknown key 'objective.mask_ration'. "
-            "Did you mean 'objective.mask_ratio'? Keys here: target, mask_ratio, decoder_dim, decoder_depth, "
+            "Did you mean 'objective.mask_ratio'? Keys here: target, mask, mask_ratio, decoder_dim, decoder_depth, "
             "decoder_heads, decoder_mlp_dim, decoder_eps.",
         ),
         (
@@ -141,9 +141,14 @@ def test_a_folder_with_other_files_is_left_alone(pretrained: Path, manifests: Pa
         (["manifest", "nowhere"], "nowhere: no such folder"),
         (["manifest", "a.jsonl"], "a.jsonl: a manifest already"),
         (["manifest", "a.jsonl", "--stats", "small/mae_audio"], "a.jsonl: no such manifest"),
-        (["manifest", ".", "--modality", "smell"], "--modality smell: one of speech, audio, image"),
+        (["manifest", ".", "--modality", "smell"], "--modality smell: one of speech, audio, image, video"),
         (["manifest", ".", "--column", "text"], "--column text: expected NAME=VALUE"),
         (["manifest", ".", "--split", "train=most"], "--split: 'most' is no number"),
+        (
+            ["manifest", ".", "--split", "train=0.8,valid=0.1"],
+            "splits: the shares train=0.8,valid=0.1 add up to 0.9, not",
+        ),
+        (["manifest", ".", "--split", "train=1.5,valid=-0.5"], "splits: the shares train=1.5,valid=-0.5 must all be"),
         (["recipes", "no"], "no recipe is called 'no'."),
     ],
 )
@@ -177,6 +182,49 @@ def test_bad_files_are_named_and_left_out_of_a_manifest(pictures: Path, tmp_path
     assert result.exit_code == 0
     assert result.stdout == f"{folder / 'manifest.jsonl'}: 1 clips\n"
     assert result.stderr.startswith(f"left out: {folder / 'bad.png'}: ")
+
+
+def test_a_folder_that_gives_no_row_is_refused_with_the_way_out(pictures: Path, tmp_path: Path) -> None:
+    sentence = said("manifest", pictures, "--out", tmp_path)
+    assert sentence.startswith(f"{pictures}: no audio file here (")
+    assert sentence.endswith("; found 16 .png; --modality image looks for those")
+    sentence = said("manifest", pictures, "--modality", "image", "--label-from", 3, "--out", tmp_path)
+    assert sentence == (
+        f"{pictures}: none of the 16 files gives a row; the first is {pictures / 'test/checks/15.png'}: "
+        "has no folder of level 3 to take its label from (its folders: ['test', 'checks'])"
+    )
+    one = pictures / "test/checks/15.png"
+    assert said("manifest", one) == f"{one}: a file; give the folder that it lies in"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wav_file_that_was_cut_off_is_told_of(sounds: Path, tmp_path: Path) -> None:
+    whole = (sounds / "train/low/0.wav").read_bytes()
+    (tmp_path / "whole.wav").write_bytes(whole)
+    (tmp_path / "half.wav").write_bytes(whole[: len(whole) // 2])
+    result = mmssl("manifest", tmp_path)
+    assert result.stdout == f"{tmp_path / 'manifest.jsonl'}: 2 clips\n"
+    assert result.stderr.startswith(f"odd: 1 of the clips; the first is {tmp_path / 'half.wav'}, which ends after 0.19")
+    assert "remark" not in (tmp_path / "manifest.jsonl").read_text()
+
+
+def test_clips_that_could_not_be_read_are_counted_apart(pretrained: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e.npz"
+    clips = [pictures / "train/checks/1.png", tmp_path / "missing.png", tmp_path / "missing.png"]
+    text = ok("embed", pretrained, *clips, "--on-bad-clip", "skip", "--out", out)
+    assert text == f"{out}: 1 clips, 2 could not be read, width 16, layer -1\n"
+    assert said("embed", pretrained, *clips, "--out", out).endswith(
+        "no such file or directory; on_bad_clip=skip (--on-bad-clip skip) goes on without such clips"
+    )
+
+
+def test_a_full_disk_is_named_with_the_file(pretrained: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "e.npz.tmp").symlink_to("/dev/full")
+    assert (
+        said("embed", pretrained, pictures, "--out", tmp_path / "e.npz")
+        == f"{tmp_path / 'e.npz'}: no space left on device"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_recipes_are_listed_and_printed() -> None:

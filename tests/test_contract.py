@@ -4,6 +4,8 @@ A new modality or frontend adds one row to CLIPS, a new objective one to SETTING
 sentence in REFUSED.
 """
 
+import inspect
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -30,8 +32,27 @@ def speech(lengths=LENGTHS, fill=0.0):
     return Raw(torch.stack(waves), torch.tensor(lengths), [f"s{i}" for i in range(len(lengths))], 8000.0)
 
 
-def image(lengths=(1, 1, 1, 1), fill=0.0):
+def image(lengths=(1, 1, 1, 1)):
     return Raw(torch.rand(len(lengths), 3, 16, 24), torch.tensor(lengths), [f"i{i}" for i in range(len(lengths))])
+
+
+def video(lengths=(6, 2, 5, 4), fill=0.0):
+    clips = torch.rand(len(lengths), 3, max(lengths), 8, 12)
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    clips = torch.where(real[:, None, :, None, None], clips, fill)
+    return Raw(clips, torch.tensor(lengths), [f"v{i}" for i in range(len(lengths))], 5.0)
+
+
+def over_time(data):
+    """(B, T, ...), of clips that have a time."""
+    return data.transpose(1, 2) if data.ndim == 5 else data
+
+
+def cut(raw, row):
+    """A clip of a batch without its padding."""
+    rows = slice(row, row + 1)
+    data = raw.data[rows] if raw.rate is None else over_time(over_time(raw.data)[rows, : raw.lengths[row]])
+    return Raw(data, raw.lengths[rows], raw.ids[rows], raw.rate)
 
 
 # modality/frontend -> (its clips, settings of the frontend, positions)
@@ -52,6 +73,7 @@ CLIPS = {
         lambda: SinCos(DIM),
     ),
     "image/patches": (image, {"size": [4, 4]}, lambda: SinCos(DIM)),
+    "video/tubes": (video, {"size": [2, 4, 4], "rate": 5}, lambda: SinCos(DIM)),
 }
 SOURCES = [f"{name}/{frontend}" for name, modality in MODALITIES.items() for frontend in modality.frontends]
 SETTINGS = {
@@ -67,10 +89,16 @@ SETTINGS = {
     },
     "classify": {"n_classes": 3},
 }
-TARGET = {"speech": "log_mel", "audio": "normalized_spectrogram", "image": "normalized_pixels"}
+TARGET = {
+    "speech": "log_mel",
+    "audio": "normalized_spectrogram",
+    "image": "normalized_pixels",
+    "video": "normalized_pixels",
+}
 REFUSED = {
     ("ctc", "audio/spectrogram"): "CTC spells along time",
     ("ctc", "image/patches"): "CTC spells along time",
+    ("ctc", "video/tubes"): "CTC spells along time",
 }
 
 
@@ -84,7 +112,7 @@ def encoder(source, **settings):
 
 
 def objective(name, source):
-    body, settings = encoder(source), dict(SETTINGS[name])
+    body, settings = encoder(source, prefix=2), dict(SETTINGS[name])
     if name == "mae":
         modality = source.split("/")[0]
         target = MODALITIES[modality].targets[TARGET[modality]]
@@ -105,7 +133,10 @@ def batch(name, source, raw=None, seed=0):
 
 
 PAIRS = [pair for pair in product(OBJECTIVES, SOURCES) if pair not in REFUSED]
+# what has no time has no padding
+TIMED = [source for source in SOURCES if "t" in MODALITIES[source.split("/")[0]].frontends[source.split("/")[1]].axes]
 each_source = pytest.mark.parametrize("source", SOURCES)
+each_timed_source = pytest.mark.parametrize("source", TIMED)
 each_pair = pytest.mark.parametrize(("name", "source"), PAIRS)
 
 
@@ -124,12 +155,12 @@ def test_a_pair_that_makes_no_sense_says_so(name, source):
 
 
 @each_source
-def test_a_clip_alone_equals_the_same_clip_in_a_ragged_batch(source):
-    body, raw = encoder(source).eval(), CLIPS[source][0]()
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_a_clip_alone_equals_the_same_clip_in_a_ragged_batch(source, prefix):
+    body, raw = encoder(source, prefix=prefix).eval(), CLIPS[source][0]()
     together = body(body.tokens(raw), layers=[0, 1, 2])
-    for row, n in enumerate(raw.lengths):
-        data = raw.data[row : row + 1, :n] if raw.rate else raw.data[row : row + 1]
-        alone = body(body.tokens(Raw(data, raw.lengths[row : row + 1], ["x"], raw.rate)), layers=[0, 1, 2])
+    for row in range(len(raw)):
+        alone = body(body.tokens(cut(raw, row)), layers=[0, 1, 2])
         size = int(alone.lengths[0])
         assert together.lengths[row] == size
         assert torch.allclose(together.x[row, :size], alone.x[0], atol=1e-5)
@@ -137,7 +168,7 @@ def test_a_clip_alone_equals_the_same_clip_in_a_ragged_batch(source):
             assert torch.allclose(together.layers[i][row, :size], alone.layers[i][0], atol=1e-5)
 
 
-@each_pair
+@pytest.mark.parametrize(("name", "source"), [pair for pair in PAIRS if pair[1] in TIMED])
 @pytest.mark.parametrize("fill", [3.0, torch.inf])
 def test_what_padding_holds_changes_neither_loss_nor_gradient(name, source, fill):
     losses, gradients = [], []
@@ -149,6 +180,10 @@ def test_what_padding_holds_changes_neither_loss_nor_gradient(name, source, fill
         loss.total.backward()
         losses.append(loss.total.detach())
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        steps = over_time(raw.data)
+        padded = torch.arange(steps.shape[1]) >= raw.lengths[:, None]
+        assert padded.any()
+        assert (steps[padded] == padding).all()
     assert torch.equal(losses[0], losses[1])
     assert losses[0].isfinite()
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -188,6 +223,46 @@ def test_lengths_are_the_valid_tokens(source):
     assert torch.equal(tokens.coords[0, 1] - tokens.coords[0, 0], torch.tensor([0] * (len(tokens.axes) - 1) + [1]))
 
 
+@each_timed_source
+def test_lengths_are_what_a_clip_without_padding_gives(source):
+    frontend, clips = encoder(source).frontend, CLIPS[source][0]
+    shortest = frontend.min_length
+    several = torch.randint(shortest, 8 * shortest, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    several[:2] = shortest, shortest + 1
+    said = frontend.lengths(clips(several)).tolist()
+    assert frontend(clips([shortest])).grid[0] == 1
+    for n, tokens in zip(several, said, strict=True):
+        assert frontend(clips([n])).x.shape[1] == tokens
+
+
+@each_timed_source
+def test_a_token_sees_the_time_that_it_names_and_no_other(source):
+    clips, settings, _ = CLIPS[source]
+    modality, name = source.split("/")
+    kind = MODALITIES[modality].frontends[name]
+    if "normalize" in inspect.signature(kind).parameters:  # over the clip, which takes every sample
+        settings = {**settings, "normalize": False}
+    frontend = kind(dim=DIM, **settings)
+    raw = clips([8 * frontend.min_length])
+    tokens = frontend(raw)
+    step = tokens.grid[0] // 2
+    begin = round(step * tokens.step_ms * raw.rate / 1000)
+    end = begin + round(tokens.span_ms * raw.rate / 1000)
+    for unit, seen in ((begin - 1, False), (begin, True), (end - 1, True), (end, False)):
+        data = raw.data.clone()
+        over_time(data)[:, unit] = torch.nan
+        lost = frontend(replace(raw, data=data)).x.isnan()[tokens.coords[..., 0] == step]
+        assert lost.all() if seen else not lost.any()
+
+
+@each_timed_source
+def test_a_clip_shorter_than_one_token_is_refused(source):
+    frontend = encoder(source).frontend
+    raw = CLIPS[source][0]([frontend.min_length + 5, frontend.min_length - 1])
+    with pytest.raises(ValueError, match=raw.ids[1]):
+        frontend(raw)
+
+
 # 5: masks
 
 
@@ -215,7 +290,7 @@ def test_gradients_reach_every_part(name, source):
     model(batch(name, source)).total.backward()
     missing = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     # the mask token has no part in objectives that drop tokens or hide none
-    assert [key for key in missing if key != "encoder.mask_token"] == []
+    assert missing == ([] if model.hide == "replace" else ["encoder.mask_token"])
 
 
 @each_pair
@@ -253,11 +328,10 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(name, source):
     whole = batch(name, source)
     parts = []
     for row in range(len(whole)):
-        raw, rows = whole.raw, slice(row, row + 1)
-        data = raw.data[rows, : raw.lengths[row]] if raw.rate else raw.data[rows]
+        rows = slice(row, row + 1)
         parts.append(
             Batch(
-                {source: Raw(data, raw.lengths[rows], raw.ids[rows], raw.rate)},
+                {source: cut(whole.raw, row)},
                 seeds=whole.seeds[rows],
                 labels=None if whole.labels is None else whole.labels[rows],
                 label_lengths=None if whole.label_lengths is None else whole.label_lengths[rows],

@@ -13,7 +13,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from mmssl import embed
+from mmssl import clips
 from mmssl.assemble import build_encoder, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import Embedder, load, write_npz
@@ -213,11 +213,56 @@ def test_a_picture_that_does_not_fit_is_a_bad_clip(tmp_path: Path) -> None:
         ([3.5], "float is none of path"),
         ("nothing/*.wav", "no file matches"),
         (torch.zeros(2, 3, 4), "a clip is \\(samples,\\)"),
+        (torch.tensor(1.0), "a clip is \\(samples,\\)"),
+        (np.array(["a.wav", "b.wav"]), "an array of <U5 holds no numbers; give paths as a list"),
+        (None, "NoneType is none of path"),
+        ([None], "input 0: NoneType is none of path"),
+        (7, "int is none of path"),
+        (torch.zeros(900, 2), "900 clips of 2 samples, .* samples by channels, give the mean over axis 1"),
+        (torch.full((900,), torch.nan), "input 0: samples are NaN or infinite"),
+        (torch.zeros(0), "input 0: holds no samples"),
     ],
 )
 def test_inputs_that_are_none_are_refused(speech: Embedder, given: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         speech.embed(given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rate": 0}, "rate=0: must be above 0"),
+        ({"rate": float("nan")}, "rate=nan: must be above 0"),
+        ({"pool": "median"}, "pool='median': choose mean"),
+        ({"layer": "last"}, "layer='last': give a number"),
+        ({"layer": None}, "layer=None: give a number"),
+        ({"layer": []}, "name at least one"),
+        ({"batch_size": 0}, "must be above 0"),
+        ({"on_bad_clip": "ignore"}, "choose raise or skip"),
+    ],
+)
+def test_settings_that_are_none_are_refused(speech: Embedder, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        speech.embed(torch.zeros(900), **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_row_is_named_with_its_line_and_the_way_out(speech: Embedder, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(b"rubbish")
+    write_manifest(tmp_path / "m.jsonl", [{"audio": str(tmp_path / "a.wav")}])
+    with pytest.raises(
+        BadClip, match=r"a.wav: not a sound .* \(at .*m.jsonl:1\); on_bad_clip=skip \(--on-bad-clip skip"
+    ):
+        speech.embed(tmp_path / "m.jsonl")
+    with pytest.raises(BadClip) as error:
+        speech.embed(torch.zeros(10))
+    assert "data.on_bad_clip" not in str(error.value)
+
+
+def test_a_folder_that_is_called_like_a_clip_is_no_clip(speech: Embedder, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(900), 8000)
+    (tmp_path / "b.wav").mkdir()
+    assert speech.embed(tmp_path).ids == [str(tmp_path / "a.wav")]
 
 
 def test_a_folder_without_clips_is_refused(speech: Embedder, pictures: Path) -> None:
@@ -244,7 +289,7 @@ def test_clips_of_similar_length_go_together_within_the_bounds(
 
 
 def test_clips_are_read_ahead_and_never_all_at_once(speech: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "WINDOW_GROUPS", 2)
+    monkeypatch.setattr(clips, "WINDOW_GROUPS", 2)
     read, ahead = [0], []
     lengths, tokens = speech.encoder.frontend.lengths, speech.encoder.tokens
 

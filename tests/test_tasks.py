@@ -15,6 +15,7 @@ from mmssl.embed import load
 from mmssl.evaluation.score import average_precisions
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.audio.frontend import SpectrogramPatches
+from mmssl.recipe import find
 from mmssl.tasks import LogMel, as_baseline, evaluate, input_statistics, labelled
 from mmssl.training.checkpoint import export_encoder
 from mmssl.types import Raw
@@ -174,7 +175,7 @@ def test_a_short_clip_has_one_window() -> None:
 
 def test_a_fine_tuned_run_is_measured_on_its_own_classes(image: Path, seen: dict[str, Path]) -> None:
     said = load(image).predict(seen["test"])
-    truth = Manifest(seen["test"]).column("label")
+    truth = list(Manifest(seen["test"]).values("label"))
     score = evaluate(image, task="classify", test=seen["test"])["accuracy"]
     assert score.value == sum(map(str.__eq__, said, truth)) / 4
     with pytest.raises(ValueError, match="has no vocabulary"):
@@ -276,3 +277,30 @@ def test_constants_of_normalization_bring_the_spectrograms_to_mean_0_and_deviati
     assert str(found) == f"frontend.mean={found.mean[0]:.6g} frontend.std={found.std[0]:.6g}"
     with pytest.raises(ValueError, match="LogMel normalizes by no constants of the data"):
         input_statistics("small/wav2vec2_speech", heard["train"])
+
+
+def test_constants_of_normalization_of_video_are_those_of_the_spans_that_training_reads(
+    videos: Path, tmp_path: Path
+) -> None:
+    text = find("small/mae_video").read_text(encoding="utf-8")
+    recipe = tmp_path / "spans.yaml"
+    recipe.write_text(text.replace("train: []", "train: [{name: random_span, frames: 8}]"), encoding="utf-8")
+    path = videos / "train" / "up" / "0.mp4"
+    whole = MODALITIES["video"].read(path, rate=8, channels=1)
+    write_manifest(tmp_path / "whole.jsonl", [{"video": str(path)}])
+    assert input_statistics(recipe, tmp_path / "whole.jsonl").values == whole[:, :8].numel() < whole.numel()
+    # two windows of one file, each as long as the span
+    rows = [{"id": f"at {start}", "video": str(path), "start": start, "duration": 1.0} for start in (0.0, 0.5)]
+    write_manifest(tmp_path / "windows.jsonl", rows)
+    found = input_statistics(recipe, tmp_path / "windows.jsonl")
+    read = torch.cat([whole[:, :8], whole[:, 4:12]])
+    assert (found.clips, found.values) == (2, read.numel())
+    assert found.mean[0] == pytest.approx(float(read.mean()), abs=1e-6)
+    assert found.std[0] == pytest.approx(float(read.double().std(correction=0)), abs=1e-6)
+
+
+def test_a_clip_shorter_than_one_token_is_not_measured(heard: dict[str, Path], tmp_path: Path) -> None:
+    [first, second] = Manifest(heard["train"])[:2]
+    write_manifest(tmp_path / "train.jsonl", [first, {**second, "id": "short", "start": 0.1, "duration": 0.02}])
+    found = input_statistics("small/mae_audio", tmp_path / "train.jsonl")
+    assert (found.clips, found.bad) == (1, {"short": "is shorter than the 400 that one token needs"})

@@ -6,7 +6,8 @@ python data_manifests/asterisk_prompts/write_manifest.py DATA_FOLDER OUT_FOLDER
 import argparse
 from pathlib import Path
 
-from mmssl.data.manifest import scan, split_rows, write_manifest
+from mmssl.data.manifest import split_rows, write_manifest
+from mmssl.data.scan import scan
 from mmssl.modalities.speech.reader import probe
 
 LONGEST = 12.0  # seconds of a clip for CTC

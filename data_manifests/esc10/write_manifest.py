@@ -7,7 +7,8 @@ import argparse
 import re
 from pathlib import Path
 
-from mmssl.data.manifest import scan, write_manifest
+from mmssl.data.manifest import write_manifest
+from mmssl.data.scan import scan
 from mmssl.modalities.speech.reader import probe
 
 FOLDS = ("1", "2", "3", "4", "5")

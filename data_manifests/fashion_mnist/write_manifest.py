@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmssl.data.manifest import scan, split_rows, write_manifest
+from mmssl.data.manifest import split_rows, write_manifest
+from mmssl.data.scan import scan
 from mmssl.modalities.image.reader import probe
 
 NAMES = (

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmssl.data.manifest import Row, scan, split_rows, write_manifest
+from mmssl.data.manifest import Row, split_rows, write_manifest
+from mmssl.data.scan import scan
 from mmssl.modalities.speech.reader import probe
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

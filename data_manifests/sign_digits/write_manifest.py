@@ -7,7 +7,8 @@ import argparse
 import re
 from pathlib import Path
 
-from mmssl.data.manifest import scan, split_rows, write_manifest
+from mmssl.data.manifest import split_rows, write_manifest
+from mmssl.data.scan import scan
 from mmssl.modalities.image.reader import probe
 
 # Picture numbers, first and last, of the people that are not for training. The set names nobody, but its numbers run

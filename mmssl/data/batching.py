@@ -82,7 +82,7 @@ class BatchPlan:
     def count(self, epoch: int) -> int:
         """Micro-batches of an epoch; under `max_length` it differs a little from epoch to epoch."""
         if self.max_length is None and self.batch_size is not None:
-            return -(-len(self.lengths) // self.batch_size)  # going on in a late epoch asks this of all before it
+            return -(-len(self.lengths) // self.batch_size)
         return len(self._plan(epoch)[1])
 
     def batch(self, epoch: int, place: int) -> np.ndarray:
@@ -151,6 +151,9 @@ class Loader:
         workers: processes that read, one thread each; 0 reads in one thread of this process, which is enough while
             decoding (which leaves Python's lock) is quicker than a training step.
         consumed: global micro-batches already consumed.
+        epoch_start: an epoch, and the global micro-batches before it. Counting starts there: under `max_length` the
+            size of an epoch is known only once it is planned, so going on in the hundredth would plan all before it.
+            It moves along with `consumed`, and is one number for all ranks too.
         bad_clips: the file to name bad clips in.
 
     Raises (from iterating):
@@ -167,6 +170,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         consumed: int = 0,
+        epoch_start: tuple[int, int] = (0, 0),
         bad_clips: str | Path | None = None,
     ) -> None:
         _check(dataset, plan, rank, world)
@@ -177,12 +181,13 @@ class Loader:
         self.rank = rank
         self.world = world
         self.consumed = consumed
+        self.epoch_start = epoch_start
         self.bad = BadClips(bad_clips, manifest=dataset.manifest, max_share=dataset.max_bad_share)
         self.epoch = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         """Go on after what is consumed; a batch counts as consumed once it is handed out."""
-        wanted = _endless(self.plan, self.consumed + self.rank, self.world)
+        wanted = _endless(self.plan, self.consumed + self.rank, self.world, self.epoch_start)
         batches = _Batches(self.dataset, self.collate, substitute=True)
         with closing(_fetch(batches, wanted, self.workers)) as fetched:
             for item in fetched:
@@ -191,8 +196,13 @@ class Loader:
                 self.bad.add(item.bad)
                 assert item.batch is not None
                 self.consumed += self.world
-                self.epoch = item.epoch
+                self.epoch, self.epoch_start = item.epoch, item.epoch_start
                 yield item.batch
+
+    @property
+    def remark(self) -> str:
+        """What is to be said of the clips that could not be read; empty where there are none."""
+        return self.bad.remark
 
 
 def one_pass(
@@ -215,7 +225,7 @@ def one_pass(
     """
     _check(dataset, plan, rank, world)
     report = BadClips(bad_clips, manifest=dataset.manifest, max_share=dataset.max_bad_share)
-    wanted = ((epoch, place, plan.batch(epoch, place)) for place in range(rank, plan.count(epoch), world))
+    wanted = (((epoch, 0), epoch, plan.batch(epoch, place)) for place in range(rank, plan.count(epoch), world))
     batches = _Batches(dataset, collate or collate_samples, substitute=False)
     with closing(_fetch(batches, wanted, workers)) as fetched:
         for item in fetched:
@@ -227,16 +237,19 @@ def one_pass(
 
 
 def collate_samples(samples: list[Sample]) -> Batch:
-    """One batch: waveforms padded with zeros to the longest, pictures stacked, labels padded with 0.
+    """One batch: waveforms and video padded with zeros to the longest, pictures stacked, labels padded with 0.
 
     Raises:
-        ValueError: pictures of several sizes, or labels of some clips only.
+        ValueError: pictures or frames of several sizes, or labels of some clips only.
     """
     ids = [sample.id for sample in samples]
     inputs = {}
     for name in samples[0].inputs:
         clips = [sample.inputs[name] for sample in samples]
-        data, lengths = _pad_waves(clips) if clips[0].ndim == 1 else _stack_pictures(name, ids, clips)
+        if clips[0].ndim == 4:
+            data, lengths = _pad_video(name, ids, clips)
+        else:
+            data, lengths = _pad_waves(clips) if clips[0].ndim == 1 else _stack_pictures(name, ids, clips)
         inputs[name] = Raw(data, lengths, ids, samples[0].rates[name])
     labels, label_lengths = _labels(samples)
     seeds = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
@@ -262,6 +275,16 @@ def _stack_pictures(name: str, ids: list[str], clips: list[Tensor]) -> tuple[Ten
     return torch.stack(clips), torch.ones(len(clips), dtype=torch.int64)
 
 
+def _pad_video(name: str, ids: list[str], clips: list[Tensor]) -> tuple[Tensor, Tensor]:
+    # a first frame of each, which must be alike as pictures must
+    first, _ = _stack_pictures(name, ids, [clip[:, 0] for clip in clips])
+    lengths = torch.tensor([clip.shape[1] for clip in clips], dtype=torch.int64)
+    data = first.new_zeros(len(clips), first.shape[1], int(lengths.max()), *first.shape[2:])
+    for row, clip in zip(data, clips, strict=True):
+        row[:, : clip.shape[1]] = clip
+    return data, lengths
+
+
 def _labels(samples: list[Sample]) -> tuple[Tensor | None, Tensor | None]:
     labels = [sample.label for sample in samples]
     if all(label is None for label in labels):
@@ -276,7 +299,8 @@ def _labels(samples: list[Sample]) -> tuple[Tensor | None, Tensor | None]:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
 
 
-_Wanted = tuple[int, float, np.ndarray]  # epoch, epochs done with this micro-batch, clips
+# (epoch, micro-batches before it), epochs done with this micro-batch, clips
+_Wanted = tuple[tuple[int, int], float, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -285,6 +309,7 @@ class _Fetched:
 
     batch: Batch | None
     epoch: float
+    epoch_start: tuple[int, int]
     bad: list[dict[str, Any]]
 
 
@@ -301,7 +326,8 @@ class _Batches(Dataset["_Fetched | ValueError"]):
         self.substitute = substitute
 
     def __getitem__(self, wanted: _Wanted) -> _Fetched | ValueError:
-        epoch, done, clips = wanted
+        start, done, clips = wanted
+        epoch = start[0]
         samples: list[Sample] = []
         bad: list[dict[str, Any]] = []
         try:
@@ -309,25 +335,29 @@ class _Batches(Dataset["_Fetched | ValueError"]):
                 try:
                     sample = self.dataset[index, epoch] if self.substitute else self.dataset.read(index, epoch)
                 except BadClip as error:
-                    if self.substitute or self.dataset.on_bad_clip == "raise":
+                    if self.substitute:
                         raise
+                    if self.dataset.on_bad_clip == "raise":
+                        raise self.dataset.refusal(index, error) from None
                     bad.append(self.dataset.describe(index, epoch, error))
                     continue
                 samples.append(sample)
                 bad += sample.bad
-            return _Fetched(self.collate(samples) if samples else None, done, bad)
+            return _Fetched(self.collate(samples) if samples else None, done, start, bad)
         except ValueError as error:
             return error
 
 
-def _endless(plan: BatchPlan, first: int, step: int) -> Iterator[_Wanted]:
-    """The plan's micro-batches first, first + step, first + 2 step, ..., counted through all epochs."""
-    epoch, place = 0, first
+def _endless(plan: BatchPlan, first: int, step: int, start: tuple[int, int]) -> Iterator[_Wanted]:
+    """The plan's micro-batches first, first + step, first + 2 step, ..., counted through all epochs from `start` on."""
+    epoch, before = start if start[1] <= first else (0, 0)
+    place = first - before
     while True:
-        while place >= plan.count(epoch):
-            place -= plan.count(epoch)
+        while place >= (count := plan.count(epoch)):
+            place -= count
+            before += count
             epoch += 1
-        yield epoch, epoch + (place + 1) / plan.count(epoch), plan.batch(epoch, place)
+        yield (epoch, before), epoch + (place + 1) / count, plan.batch(epoch, place)
         place += step
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmssl.data.manifest import Manifest, read_slice
-from mmssl.types import BadClip
+from mmssl.types import BadClip, Raw
 
 Label = int | list[int] | None
 ATTEMPTS = 20  # substitutes tried for one bad clip; so many in a row do not happen below a share worth going on with
@@ -26,7 +27,7 @@ ATTEMPTS = 20  # substitutes tried for one bad clip; so many in a row do not hap
 class Sample:
     """One clip.
 
-    inputs: modality -> (L,) waveform | (C, H, W) picture.
+    inputs: modality -> (L,) waveform | (C, H, W) picture | (C, T, H, W) video.
     rates: modality -> units along time per second, None where there is no time.
     seed: a function of run seed, epoch and id; masks are drawn from it.
     bad: what was met on the way to this clip and could not be read.
@@ -48,14 +49,22 @@ class ManifestDataset(Dataset[Sample]):
     Args:
         media: modality -> the key of a row that names its file.
         readers: modality -> (path or binary file, **{start, duration} where the row has them) -> the raw clip.
+        hints: modality -> further keys of a row that its reader takes.
+        spans: modality -> (seconds, rng=generator) -> (start, duration): the part of a clip that is read, where it is
+            not all of it. Its reader takes that function, with its generator, as `span`.
         augments: modality -> (clip, generator) -> clip.
         rates: modality -> what `Sample.rates` says.
-        shortest: modality -> units along time that a clip must have after augmentation; shorter ones are bad clips.
+        fits: modality -> (one clip after augmentation) -> anything; a ValueError of it makes the clip a bad one, and so
+            does one of `augments`.
         label: row -> label; a ValueError of it makes the clip a bad one.
         seed: of the run.
         on_bad_clip: "raise" stops at the first one; "skip" puts another clip, always the same one, in its place.
         max_bad_share: of the manifest's clips, beyond which "skip" stops too.
-        cache: keep decoded clips, not yet augmented, in memory: once for every loader worker.
+        cache: keep decoded clips, not yet augmented, in memory: once for every loader worker. Not with spans, which
+            read another part each time.
+
+    Raises:
+        ValueError: a row has no file of a modality, or a setting outside its range.
     """
 
     def __init__(
@@ -64,9 +73,11 @@ class ManifestDataset(Dataset[Sample]):
         *,
         media: Mapping[str, str],
         readers: Mapping[str, Callable[..., Tensor]],
+        hints: Mapping[str, Sequence[str]] | None = None,
+        spans: Mapping[str, Callable[..., tuple[float, float]]] | None = None,
         augments: Mapping[str, Callable[[Tensor, np.random.Generator], Tensor]] | None = None,
         rates: Mapping[str, float | None] | None = None,
-        shortest: Mapping[str, int] | None = None,
+        fits: Mapping[str, Callable[[Raw], object]] | None = None,
         label: Callable[[dict[str, Any]], Label] | None = None,
         seed: int = 0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
@@ -77,12 +88,20 @@ class ManifestDataset(Dataset[Sample]):
             raise ValueError(f"on_bad_clip: expected raise or skip, got {on_bad_clip!r}")
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share: expected a share of the clips from 0 to 1, got {max_bad_share}")
+        if cache and spans:
+            raise ValueError(
+                "data.cache=true: a kept clip would be the same part every time; set it to false, or read clips whole"
+            )
+        for name, key in media.items():
+            manifest.require(key, name)
         self.manifest = manifest
         self.media = dict(media)
         self.readers = dict(readers)
+        self.hints = dict(hints or {})
+        self.spans = dict(spans or {})
         self.augments = dict(augments or {})
         self.rates = {name: (rates or {}).get(name) for name in media}
-        self.shortest = dict(shortest or {})
+        self.fits = dict(fits or {})
         self.label = label
         self.seed = seed
         self.on_bad_clip = on_bad_clip
@@ -106,7 +125,7 @@ class ManifestDataset(Dataset[Sample]):
                 sample = self.read(place, epoch)
             except BadClip as error:
                 if self.on_bad_clip == "raise":
-                    raise
+                    raise self.refusal(place, error) from None
                 bad.append(self.describe(place, epoch, error))
                 last = error
                 place = _hash(self.seed, epoch, index, attempt) % len(self.manifest)
@@ -119,26 +138,31 @@ class ManifestDataset(Dataset[Sample]):
 
         Raises:
             BadClip: it cannot be read, is not what its row says, or has a label that does not fit.
-            ValueError: its row has no file of a modality.
         """
         row = self.manifest[index]
         seed = _hash(self.seed, epoch, row["id"])
         # spawned from the seed, not equal to it: masks are drawn from the seed too
         generator = np.random.default_rng([seed, 1])
-        raw = self._raw(index, row)
+        raw = self._raw(index, row, generator)
         inputs = {}
         for name, clip in raw.items():
-            inputs[name] = self.augments[name](clip, generator) if name in self.augments else clip
-            need = self.shortest.get(name, 1)
-            if clip.ndim == 1 and len(inputs[name]) < need:
-                raise BadClip(
-                    row["id"], f"{len(inputs[name])} samples long, and shorter than the {need} that one token needs"
-                )
+            try:
+                inputs[name] = self.augments[name](clip, generator) if name in self.augments else clip
+                if name in self.fits:
+                    self.fits[name](_alone(row["id"], inputs[name], self.rates[name]))
+            except ValueError as error:
+                raise BadClip(row["id"], str(error).removeprefix(f"{row['id']}: ")) from None
         try:
             label = None if self.label is None else self.label(row)
         except ValueError as error:
-            raise BadClip(self.manifest.place(index), str(error)) from None
+            raise BadClip(row["id"], str(error)) from None
         return Sample(row["id"], inputs, self.rates, label, seed)
+
+    def refusal(self, index: int, error: BadClip) -> BadClip:
+        """The error of a run that stops at a bad clip: with the place of its row, and the way out."""
+        # found here alone: to count a long manifest's lines for each clip that is skipped would take seconds each time
+        place = self.manifest.place(index)
+        return BadClip(error.path, f"{error.reason} (at {place}); data.on_bad_clip=skip goes on without such clips")
 
     def describe(self, index: int, epoch: int, error: BadClip) -> dict[str, Any]:
         """What `bad_clips.jsonl` says of a bad clip."""
@@ -151,31 +175,27 @@ class ManifestDataset(Dataset[Sample]):
             "manifest": str(self.manifest.path),
         }
 
-    def _raw(self, index: int, row: dict[str, Any]) -> dict[str, Tensor]:
+    def _raw(self, index: int, row: dict[str, Any], generator: np.random.Generator) -> dict[str, Tensor]:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         raw = {}
         for name, key in self.media.items():
-            if key not in row:
-                raise ValueError(
-                    f"{self.manifest.place(index)}: no {key!r}, which {name} reads; the row has "
-                    f"{', '.join(sorted(row))}"
-                )
             value = row[key]
             parts = value if isinstance(value, list) else [value]
-            clips = [self._read_part(index, name, row, part) for part in parts]
-            raw[name] = clips[0] if len(clips) == 1 else torch.cat(clips, dim=-1)
-            self._check_length(index, name, row, raw[name])
+            clips = [self._read_part(name, row, part, generator) for part in parts]
+            raw[name] = clips[0] if len(clips) == 1 else torch.cat(clips, dim=_time_axis(clips[0]))
+            self._check_length(name, row, raw[name])
         if self._cache is not None:
             self._cache[index] = raw
         return raw
 
-    def _read_part(self, index: int, name: str, row: dict[str, Any], part: Any) -> Tensor:
+    def _read_part(self, name: str, row: dict[str, Any], part: Any, generator: np.random.Generator) -> Tensor:
         place = part if isinstance(part, dict) else {**row, "path": part}
-        path = place.get("path")
-        if not isinstance(path, str):
-            raise ValueError(f"{self.manifest.place(index)}: {self.media[name]!r} must be a path, got {part!r}")
-        segment = {key: float(place[key]) for key in ("start", "duration") if key in place}
+        path = place["path"]
+        segment: dict[str, Any] = {key: float(place[key]) for key in ("start", "duration") if key in place}
+        segment |= {key: place[key] for key in self.hints.get(name, ()) if key in place}
+        if name in self.spans:
+            segment["span"] = partial(self.spans[name], rng=generator)
         if "offset" not in place:
             return self.readers[name](path, **segment)
         try:
@@ -183,14 +203,13 @@ class ManifestDataset(Dataset[Sample]):
         except BadClip as error:
             raise BadClip(f"{path}#{place['offset']}", error.reason) from None
 
-    def _check_length(self, index: int, name: str, row: dict[str, Any], clip: Tensor) -> None:
+    def _check_length(self, name: str, row: dict[str, Any], clip: Tensor) -> None:
         """A clip much longer than its row says would break the bound that the batch was planned by."""
         rate, stated = self.rates[name], row.get("seconds", math.inf)
-        if rate is not None and clip.shape[-1] / rate > 1.1 * stated + 0.5:
+        if rate is not None and _steps(clip) / rate > 1.1 * stated + 0.5:
             raise BadClip(
                 row["id"],
-                f"{clip.shape[-1] / rate:.2f} s long where {self.manifest.place(index)} says {stated:g} s; "
-                "write the manifest again",
+                f"{_steps(clip) / rate:.2f} s long where its row says {stated:g} s; write the manifest again",
             )
 
 
@@ -209,6 +228,7 @@ class BadClips:
         self.manifest = manifest
         self.max_share = max_share
         self._ids: set[str] = set()
+        self._end = 0  # of what was read of the file
         self._read()
 
     def __len__(self) -> int:
@@ -228,7 +248,7 @@ class BadClips:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as handle:
                 handle.write("".join(json.dumps(bad) + "\n" for bad in new.values()))
-            self._read()  # other ranks write here too
+            self._read()  # what other ranks wrote in the meantime
         share = len(self._ids) / len(self.manifest)
         if share > self.max_share:
             bad = next(reversed(new.values()))
@@ -238,16 +258,43 @@ class BadClips:
                 + (f", all are in {self.path}" if self.path else "")
             )
 
+    @property
+    def remark(self) -> str:
+        """How many clips could not be read, and where they are named; empty where there are none."""
+        if not self._ids:
+            return ""
+        where = "" if self.path is None else f"; they are named in {self.path}"
+        return f"{self.manifest.path}: {len(self._ids)} of {len(self.manifest)} clips could not be read so far{where}"
+
     def _read(self) -> None:
+        """Take note of the lines that the file has got since the last time."""
         if self.path is None or not self.path.is_file():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        with open(self.path, "rb") as handle:
+            handle.seek(self._end)
+            lines, newline, _ = handle.read().rpartition(b"\n")
+        self._end += len(lines) + len(newline)  # the end of a line that is being written comes the next time
+        for line in lines.splitlines():
             try:
                 bad = json.loads(line)
             except ValueError:
                 continue  # a line that a killed run left half written; its clip is met again
             if bad.get("manifest") == str(self.manifest.path):
                 self._ids.add(bad["id"])
+
+
+def _alone(id: str, clip: Tensor, rate: float | None) -> Raw:
+    """A batch of one clip."""
+    return Raw(clip[None], torch.tensor([_steps(clip)]), [id], rate)
+
+
+def _steps(clip: Tensor) -> int:
+    """Units along time; 1 of a picture."""
+    return 1 if clip.ndim == 3 else clip.shape[_time_axis(clip)]
+
+
+def _time_axis(clip: Tensor) -> int:
+    return 1 if clip.ndim == 4 else -1
 
 
 def _hash(*parts: int | str) -> int:

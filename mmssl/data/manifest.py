@@ -1,25 +1,20 @@
 """Manifests: one JSON object a line, one line a clip, read by byte offset; and how one is written.
 
-A manifest in memory is two arrays, never a list of dicts: that costs 720 bytes a row, in every process.
+A manifest in memory is an array of 13 bytes a row, never a list of dicts: that costs 720, in every process.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
 import os
-import posixpath
-import re
-import tarfile
 from array import array
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -30,7 +25,15 @@ Row = dict[str, Any]
 
 MEDIA = ("audio", "image", "video")  # the keys of a row whose values are files
 INDEX_FROM = 200_000  # rows: reading fewer takes a second or so, and a file beside each small manifest is clutter
-_INDEX = np.dtype([("offset", "<i8"), ("seconds", "<f4")])
+# key -> what it must be, its types, its least value
+_PLACES: dict[str, tuple[str, type[Any] | UnionType, float]] = {
+    "start": ("seconds from 0 on", int | float, 0),
+    "duration": ("seconds above 0", int | float, 0),
+    "offset": ("a number of bytes", int, 0),
+    "size": ("a number of bytes", int, 0),
+}
+# media: bit i is set where the row has the key MEDIA[i]
+_INDEX = np.dtype([("offset", "<i8"), ("seconds", "<f4"), ("media", "u1")])
 
 
 class Manifest(Sequence[Row]):
@@ -43,7 +46,8 @@ class Manifest(Sequence[Row]):
     Rows come with the paths of their media joined to the manifest's folder, and with an `id`.
 
     Raises:
-        ValueError: no such file, no rows, or a line that is not a JSON object, by its number.
+        ValueError: no such file, no rows, or a line that is not a JSON object or does not say where a clip lies, by its
+            number.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -81,18 +85,29 @@ class Manifest(Sequence[Row]):
             )
         return np.asarray(self._index["seconds"])
 
-    def column(self, key: str) -> list[Any]:
-        """The value that every row has for `key`.
+    def values(self, key: str) -> Iterator[Any]:
+        """The value that every row has for `key`, row by row: they are never all in memory.
 
         Raises:
             ValueError: a row has no such key.
         """
-        values = []
         for place, row in enumerate(self):
             if key not in row:
                 raise ValueError(f"{self.place(place)}: the row has no {key!r}, only {', '.join(sorted(row))}")
-            values.append(row[key])
-        return values
+            yield row[key]
+
+    def require(self, media: str, reader: str) -> None:
+        """See that every row names a file of a medium.
+
+        Raises:
+            ValueError: a row names none; `reader` is who wants to read it.
+        """
+        lacking = np.flatnonzero(self._index["media"] & (1 << MEDIA.index(media)) == 0)
+        if len(lacking):
+            row = self[int(lacking[0])]
+            raise ValueError(
+                f"{self.place(lacking[0])}: no {media!r}, which {reader} reads; the row has {', '.join(sorted(row))}"
+            )
 
     def place(self, index: int) -> str:
         """Where row `index` stands: the file and its line, counted from 1."""
@@ -117,7 +132,7 @@ class Manifest(Sequence[Row]):
             row = json.loads(line)
         except ValueError:
             raise ValueError(f"{self.path}: changed since it was opened, no row starts at byte {offset} now") from None
-        row.setdefault("id", _default_id(row))
+        row["id"] = str(row["id"]) if "id" in row else _default_id(row)
         for key in MEDIA:
             if key in row:
                 row[key] = _map_paths(row[key], lambda name: os.path.join(self.path.parent, name))
@@ -127,28 +142,35 @@ class Manifest(Sequence[Row]):
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows, all or nothing, and say how many.
 
-    Media inside the manifest's own folder are written relative to it, so that the folder can move.
+    Paths of media are seen from the working directory, as everywhere in Python and as `Manifest` gives them. Those
+    inside the manifest's own folder are written relative to it, so that the folder can move, and others in full.
 
     Raises:
         ValueError: there are no rows.
+        OSError: the file cannot be written; what was there stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     root = os.path.join(os.path.abspath(path.parent), "")
     unfinished = path.with_name(path.name + ".tmp")
     count = 0
-    with open(unfinished, "w", encoding="utf-8", newline="\n") as handle:
-        for row in rows:
-            local = dict(row)
-            for key in MEDIA:
-                if key in local:
-                    local[key] = _map_paths(local[key], lambda name: name.removeprefix(root))
-            handle.write(_json_line(local))
-            count += 1
-    if not count:
-        unfinished.unlink()
-        raise ValueError(f"{path}: there are no rows to write")
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "w", encoding="utf-8", newline="\n") as handle:
+            for row in rows:
+                local = dict(row)
+                for key in MEDIA:
+                    if key in local:
+                        local[key] = _map_paths(local[key], lambda name: os.path.abspath(name).removeprefix(root))
+                handle.write(_json_line(local))
+                count += 1
+        if not count:
+            raise ValueError(f"{path}: there are no rows to write")
+        os.replace(unfinished, path)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     return count
 
 
@@ -165,14 +187,14 @@ def split_rows(
     Raises:
         ValueError: shares that do not add up to 1, or a row without the key.
     """
-    if shares is not None and not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
-        raise ValueError(f"split_rows: the shares {dict(shares)} add up to {sum(shares.values()):g}, not to 1")
+    if shares is not None:
+        check_shares(shares)
     key = "split" if shares is None else by
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if key not in row:
             raise ValueError(
-                f"split_rows: the row of {row.get('id', 'an unnamed clip')} has no {key!r}; name a column or a folder "
+                f"splits: the row of {row.get('id', 'an unnamed clip')} has no {key!r}; name a column or a folder "
                 "level that tells it, or give shares"
             )
         if shares is None:
@@ -186,131 +208,22 @@ def split_rows(
     return dict(found)
 
 
-@dataclass
-class ScanResult:
-    """What a scan found.
-
-    rows: one a readable clip, in the order of their names (of the table, where there is one).
-    bad: (path, reason) of each file that cannot be read, and of each line of the table that names no file.
-    unlisted: files that the table does not name; they are not in `rows`.
-    ignored: suffix -> number of files that are not of this media.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    unlisted: list[str] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass
-class _Clip:
-    """A file, or a slice of one, that may become a row."""
-
-    name: str  # relative to the scanned folder
-    path: str
-    offset: int | None = None
-    size: int | None = None
-    member: str = ""  # its name inside a tar
-    known: Row = field(default_factory=dict)  # what a table says of it
-
-
-def scan(
-    folder: str | Path,
-    *,
-    media: str,
-    probe: Callable[[Any], Mapping[str, Any]],
-    suffixes: Collection[str],
-    label_from: int | None = None,
-    split_from: int | None = None,
-    text_from: int | None = None,
-    tsv: str | Path | None = None,
-    columns: Mapping[str, str] | None = None,
-    workers: int = 4,
-    progress: bool = True,
-) -> ScanResult:
-    """Look through a folder, and through the uncompressed tar files in it, for clips.
-
-    Args:
-        media: the key that names a row's file: "audio", "image".
-        probe: (path or binary file) -> what to note of the clip ("seconds", "height"); raises `BadClip`.
-        suffixes: with their dot, in lower case. They choose what is looked at; what a file is, its content decides.
-        label_from, split_from, text_from: the folder whose name is the clip's label, split, transcript: 1 is the first
-            below `folder`, -1 the one that the file lies in.
-        tsv: a table of the clips: tab-separated (or .csv) with a line of column names, or fairseq's (a root, then
-            `relative path <tab> samples`; a .wrd or .ltr file beside it gives the transcripts). Its file names may be
-            relative paths or bare names, with or without suffix.
-        columns: row key -> column of the table, where the names do not tell: {"text": "norm", "split": "fold"}.
-        workers: threads that read headers.
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Shares of splits must be above 0 and add up to 1.
 
     Raises:
-        ValueError: no such folder, nothing in it to look at, or a table that cannot be read.
+        ValueError: they do not.
     """
-    root = os.path.abspath(folder)
-    if not os.path.isdir(root):
-        raise ValueError(f"{folder}: no such folder")
-    if media not in MEDIA:
-        raise ValueError(f"scan: media {media!r} is not among {', '.join(MEDIA)}")
-    result = ScanResult()
-    clips = list(_walk(root, frozenset(suffixes), result))
-    if tsv is not None:
-        clips = _listed(clips, root, Path(tsv), dict(columns or {}), result)
-    if not clips and not result.bad:
-        others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in result.ignored.most_common(5))
-        raise ValueError(f"{folder}: no {media} file here ({' '.join(sorted(suffixes))}); found {others or 'nothing'}")
-    levels = {"label": label_from, "split": split_from, "text": text_from}
-
-    def look(part: list[_Clip]) -> list[Row | tuple[str, str]]:
-        return [_probe(clip, media, probe, levels) for clip in part]
-
-    parts = [clips[start : start + 32] for start in range(0, len(clips), 32)]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for found in _with_progress(pool.map(look, parts), parts, progress):
-            for item in found:
-                if isinstance(item, tuple):
-                    result.bad.append(item)
-                else:
-                    result.rows.append(item)
-    return result
-
-
-def read_table(path: str | Path) -> list[tuple[int, dict[str, str]]]:
-    """(line number, values by the names in the first line) of a tab-separated file (.csv: of a comma-separated one).
-
-    Raises:
-        ValueError: not UTF-8, or a line with more or fewer columns than the first, by its number.
-    """
-    path = Path(path)
-
-    def lines() -> Iterator[str]:
-        with open(path, "rb") as handle:
-            for number, line in enumerate(handle, 1):
-                try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); save the table as UTF-8") from None
-
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    comma = path.suffix.lower() == ".csv"
-    reader = csv.reader(
-        lines(), delimiter="," if comma else "\t", quoting=csv.QUOTE_MINIMAL if comma else csv.QUOTE_NONE
-    )
-    names = next(reader, None)
-    if not names:
-        raise ValueError(f"{path}: the table is empty")
-    table = []
-    for values in reader:
-        if not values:
-            continue
-        if len(values) != len(names):
-            raise ValueError(f"{path}:{reader.line_num}: {len(values)} columns, but the first line names {len(names)}")
-        table.append((reader.line_num, dict(zip(names, values, strict=True))))
-    return table
+    written = ",".join(f"{name}={share:g}" for name, share in shares.items())
+    if not all(share > 0 for share in shares.values()):
+        raise ValueError(f"splits: the shares {written} must all be above 0")
+    if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
+        raise ValueError(f"splits: the shares {written} add up to {sum(shares.values()):g}, not to 1")
 
 
 def _map_paths(value: Any, change: Callable[[str], str]) -> Any:
     """The value of a media key with `change` applied to its path, or to the path of each part."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value:
         return change(value)
     if isinstance(value, list):
         return [_map_paths(part, change) for part in value]
@@ -359,7 +272,7 @@ def _read_index(path: Path) -> np.ndarray:
         unfinished = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
         try:
             with open(unfinished, "wb") as handle:
-                np.save(handle, np.concatenate([np.array([(stamp, math.nan)], _INDEX), index]))
+                np.save(handle, np.concatenate([np.array([(stamp, math.nan, 0)], _INDEX), index]))
             os.replace(unfinished, kept)
         except OSError:
             unfinished.unlink(missing_ok=True)  # a read-only folder or a full disk: it is only slower the next time
@@ -367,113 +280,82 @@ def _read_index(path: Path) -> np.ndarray:
 
 
 def _make_index(path: Path) -> np.ndarray:
-    offsets, seconds = array("q"), array("f")
+    offsets, seconds, media = array("q"), array("f"), array("B")
     offset = 0
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):
             if not line.isspace():
+                try:
+                    stated, bits = _checked(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: {error}") from None
                 offsets.append(offset)
-                seconds.append(_checked_seconds(line, f"{path}:{number}"))
+                seconds.append(stated)
+                media.append(bits)
             offset += len(line)
     if not offsets:
         raise ValueError(f"{path}: the manifest has no rows")
     index = np.empty(len(offsets), _INDEX)
-    index["offset"], index["seconds"] = offsets, seconds
+    index["offset"], index["seconds"], index["media"] = offsets, seconds, media
     return index
 
 
-def _checked_seconds(line: bytes, place: str) -> float:
+def _checked(line: bytes) -> tuple[float, int]:
+    """The seconds and the media of a row.
+
+    Raises:
+        ValueError: it is none; the caller knows its place.
+    """
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 ({error.reason}); save the manifest as UTF-8") from None
+        raise ValueError(f"not UTF-8 ({error.reason}); save the manifest as UTF-8") from None
     except ValueError as error:
-        raise ValueError(f"{place}: not a JSON object ({error}): {_shown(line)}") from None
+        raise ValueError(f"not a JSON object ({error}): {_shown(line)}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: not a JSON object: {_shown(line)}")
+        raise ValueError(f"not a JSON object: {_shown(line)}")
+    if not isinstance(row.get("id", ""), str | int):
+        raise ValueError(f"'id' must be text or a number, got {row['id']!r}")
+    if not row.keys().isdisjoint(_PLACES):
+        _check_place(row)
     seconds = row.get("seconds", row.get("duration", math.nan))
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0 or math.isinf(seconds):
-        raise ValueError(f"{place}: 'seconds' must be a number above 0, got {seconds!r}")
-    return seconds
+        raise ValueError(f"'seconds' must be a number above 0, got {seconds!r}")
+    bits = 0
+    for bit, key in enumerate(MEDIA):
+        if key in row:
+            bits |= 1 << bit
+            if type(row[key]) is not str or not row[key]:
+                _check_media(key, row[key])
+    return seconds, bits
+
+
+def _check_media(key: str, value: Any) -> None:
+    parts = value if isinstance(value, list) else [value]
+    if not parts:
+        raise ValueError(f"{key!r} must name at least one file, got []")
+    for part in parts:
+        path = part.get("path") if isinstance(part, dict) else part
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"{key!r} must be a path, got {part!r}")
+        if isinstance(part, dict):
+            _check_place(part)
+
+
+def _check_place(place: Row) -> None:
+    """What says which part of a file a clip is."""
+    for key, (rule, kinds, least) in _PLACES.items():
+        value = place.get(key, least)
+        if value is None and key == "size":
+            continue  # to the end of the file
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
+            raise ValueError(f"{key!r} must be {rule}, got {value!r}")
+    if "duration" in place and not place["duration"]:
+        raise ValueError("'duration' must be seconds above 0, got 0")
 
 
 def _shown(line: bytes) -> str:
     return repr(line[:60].decode(errors="replace").strip())
-
-
-def _walk(root: str, suffixes: frozenset[str], result: ScanResult) -> Iterator[_Clip]:
-    """Clips below `root`, by name; folders and files whose names start with a dot are left out."""
-    seen = set()
-    for where, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(where)
-        if real in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = os.path.relpath(where, root)
-        for file in sorted(files):
-            name = os.path.normpath(os.path.join(inside, file)).replace(os.sep, "/")
-            path, suffix = os.path.join(where, file), os.path.splitext(file)[1].lower()
-            if file.startswith("."):
-                result.ignored[file] += 1
-            elif suffix in suffixes:
-                yield _Clip(name, path)
-            elif suffix == ".tar":
-                yield from _members(path, os.path.dirname(name), suffixes, result)
-            else:
-                result.ignored[suffix] += 1
-
-
-def _members(path: str, inside: str, suffixes: frozenset[str], result: ScanResult) -> Iterator[_Clip]:
-    """The files of an uncompressed tar, as slices of it: nothing is unpacked."""
-    try:
-        with tarfile.open(path, "r:") as shard:
-            for member in shard:
-                suffix = os.path.splitext(member.name)[1].lower()
-                if not member.isfile():
-                    continue
-                if suffix not in suffixes:
-                    result.ignored[suffix] += 1
-                    continue
-                inner = posixpath.normpath(member.name).lstrip("/")
-                yield _Clip(posixpath.join(inside, inner), path, member.offset_data, member.size, inner)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        result.bad.append((path, f"cannot be read as an uncompressed tar ({error})"))
-
-
-def _probe(
-    clip: _Clip, media: str, probe: Callable[[Any], Mapping[str, Any]], levels: Mapping[str, int | None]
-) -> Row | tuple[str, str]:
-    row: Row = {"id": clip.name, media: clip.path}
-    place = clip.path
-    try:
-        if clip.offset is None:
-            found = probe(clip.path)
-        else:
-            row |= {"offset": clip.offset, "size": clip.size}
-            place = f"{clip.path}#{clip.name}"
-            found = probe(read_slice(clip.path, clip.offset, clip.size))
-    except BadClip as error:
-        return place, error.reason
-    row |= {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
-    folders = clip.name.split("/")[:-1]
-    for key, level in levels.items():
-        if level is None:
-            continue
-        if level == 0 or not -len(folders) <= level - (level > 0) < len(folders):
-            return place, f"has no folder of level {level} to take its {key} from (its folders: {folders or 'none'})"
-        row[key] = folders[level - (level > 0)]
-    row |= clip.known
-    try:
-        row |= {key: float(row[key]) for key in ("start", "duration") if key in row}
-    except ValueError as error:
-        return place, f"'start' and 'duration' must be seconds ({error})"
-    if "start" in row or "duration" in row:
-        row["seconds"] = row.get("duration", row.get("seconds", math.inf) - row.get("start", 0.0))
-        if not 0 < row["seconds"] < math.inf:
-            return place, f"the segment that starts at {row.get('start', 0.0):g} s is {row['seconds']:g} s long"
-    return row
 
 
 def read_slice(path: str, offset: int, size: int | None) -> io.BytesIO:
@@ -495,113 +377,3 @@ def read_slice(path: str, offset: int, size: int | None) -> io.BytesIO:
 
 def _os_reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
-
-
-# row key -> names of columns that mean it
-_COLUMNS = {
-    "file": ("file", "path", "audio", "image", "filename", "file_name", "wav", "clip"),
-    "text": ("text", "sentence", "transcript", "transcription"),
-    "label": ("label", "class", "category"),
-    "split": ("split", "subset"),
-    "speaker": ("speaker", "speaker_id", "client_id"),
-}
-
-
-def _listed(clips: list[_Clip], root: str, tsv: Path, columns: dict[str, str], result: ScanResult) -> list[_Clip]:
-    """The clips that a table names, with what it says of them, in its order."""
-    if not tsv.is_file():
-        raise ValueError(f"{tsv}: no such file")
-    fairseq = _read_fairseq(tsv)
-    entries = _read_entries(tsv, columns) if fairseq is None else fairseq
-    by_name: dict[str, set[int]] = defaultdict(set)
-    for place, clip in enumerate(clips):
-        for name in {clip.name, clip.member or clip.name, os.path.basename(clip.name)}:
-            by_name[name].add(place)
-            by_name[os.path.splitext(name)[0]].add(place)
-    listed, used = [], set()
-    for line, file, known in entries:
-        name = os.path.relpath(file, root) if os.path.isabs(file) else os.path.normpath(file)
-        name = name.replace(os.sep, "/")
-        places = by_name.get(name, set())
-        path = os.path.join(root, file)
-        piece = re.fullmatch(r"(.+):(\d+):(\d+)", path)
-        if len(places) == 1:
-            place = next(iter(places))
-            used.add(place)
-            listed.append(replace(clips[place], known=known))
-        elif len(places) > 1:
-            result.bad.append((file, f"{tsv}:{line} names it, and {len(places)} files have that name"))
-        elif os.path.isfile(path):
-            listed.append(_Clip(name, path, known=known))
-        elif piece and os.path.isfile(piece[1]):
-            listed.append(_Clip(name, piece[1], int(piece[2]), int(piece[3]), known=known))
-        else:
-            result.bad.append((file, f"{tsv}:{line} names it, but there is no such file in {root}"))
-    result.unlisted = [clip.name for place, clip in enumerate(clips) if place not in used]
-    return listed
-
-
-def _read_entries(tsv: Path, columns: dict[str, str]) -> list[tuple[int, str, Row]]:
-    """(line, file, what is known) of a table with column names."""
-    table = read_table(tsv)
-    names = list(table[0][1]) if table else []
-    for key, column in columns.items():
-        if column not in names:
-            raise ValueError(f"{tsv}: no column {column!r} for {key!r}; the columns are {', '.join(names) or 'none'}")
-    for key, guesses in _COLUMNS.items():
-        guess = next((name for name in names if name.lower() in guesses), None)
-        if guess is not None:
-            columns.setdefault(key, guess)
-    if "file" not in columns:
-        raise ValueError(
-            f"{tsv}: no column is called {', '.join(_COLUMNS['file'])}; say which names the file, of "
-            f"{', '.join(names) or 'none at all'}"
-        )
-    file = columns.pop("file")
-    return [(line, entry[file], {key: entry[column] for key, column in columns.items()}) for line, entry in table]
-
-
-def _read_fairseq(tsv: Path) -> list[tuple[int, str, Row]] | None:
-    """(line, file, what is known) of fairseq's table, None where it is not one.
-
-    A clip inside a stored zip is written `archive.zip:offset:size` there. The count of samples is not taken over: it
-    says nothing of the rate, and is a header's word. A root that is gone is read as the scanned folder.
-    """
-    with open(tsv, encoding="utf-8", errors="replace") as handle:
-        lines = handle.read().splitlines()
-    if len(lines) < 2 or "\t" in lines[0] or not all(_is_fairseq(line) for line in lines[1:] if line):
-        return None
-    texts: list[str] | None = None
-    for suffix in (".wrd", ".ltr"):
-        beside = tsv.with_suffix(suffix)
-        if texts is None and beside.is_file():
-            texts = beside.read_text(encoding="utf-8").splitlines()
-            if suffix == ".ltr":
-                texts = [" ".join(text.replace(" ", "").replace("|", " ").split()) for text in texts]
-            if len(texts) != len(lines) - 1:
-                raise ValueError(f"{beside}: {len(texts)} transcripts for the {len(lines) - 1} clips of {tsv}")
-    entries = []
-    for number, line in enumerate(lines[1:], 2):
-        if line:
-            file = os.path.join(lines[0] if os.path.isdir(lines[0]) else "", line.split("\t")[0])
-            entries.append((number, file, {} if texts is None else {"text": texts[number - 2]}))
-    return entries
-
-
-def _is_fairseq(line: str) -> bool:
-    parts = line.split("\t")
-    return len(parts) == 2 and parts[1].strip().isdigit()
-
-
-def _with_progress(found: Iterable[Any], parts: list[list[_Clip]], shown: bool) -> Iterator[Any]:
-    """Hand through, with a progress bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    look = (TextColumn("reading headers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*look, console=console, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task("", total=sum(len(part) for part in parts))
-        for part, item in zip(parts, found, strict=True):
-            progress.advance(task, len(part))
-            yield item

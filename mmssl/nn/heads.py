@@ -80,11 +80,12 @@ class AttentionPool(nn.Module):
 class ClassifierHead(nn.Module):
     """A norm and a linear map to classes.
 
-    Source: He et al. 2022 (arXiv:2111.06377), appendix A: fine-tuning puts a LayerNorm on the pooled tokens; linear
-    probing a BatchNorm without weights, which is the same as standardizing each feature.
+    Source: He et al. 2022 (arXiv:2111.06377), appendix A: fine-tuning puts a LayerNorm on the pooled tokens.
+    Differs from the paper: linear probing has a BatchNorm there. Its statistics are those of a micro-batch on one
+    process, so neither micro-batches nor processes would add up to one batch; `mmssl.evaluation.probe` standardizes
+    each feature over all clips instead.
 
     Args:
-        norm: "batch" makes a clip's logits in training depend on the others of its micro-batch, as everywhere.
         std: of the initial weights: He et al. take .01 for probes and 2e-5 for fine-tuning.
     """
 
@@ -93,20 +94,15 @@ class ClassifierHead(nn.Module):
         dim: int,
         n_classes: int,
         *,
-        norm: Literal["layer", "batch", "none"] = "layer",
+        norm: Literal["layer", "none"] = "layer",
         dropout: float = 0.0,
         std: float = 0.01,
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        norms = {
-            "layer": nn.LayerNorm(dim, eps=eps),
-            "batch": nn.BatchNorm1d(dim, affine=False, eps=eps),
-            "none": nn.Identity(),
-        }
-        if norm not in norms:
-            raise ValueError(f"head_norm={norm!r}: choose one of {', '.join(norms)}")
-        self.norm = norms[norm]
+        if norm not in ("layer", "none"):
+            raise ValueError(f"objective.head_norm={norm!r}: choose layer or none")
+        self.norm = nn.LayerNorm(dim, eps=eps) if norm == "layer" else nn.Identity()
         self.dropout = dropout
         self.linear = nn.Linear(dim, n_classes)
         nn.init.trunc_normal_(self.linear.weight, std=std)

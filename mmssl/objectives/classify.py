@@ -17,6 +17,8 @@ from mmssl.nn.masking import axis_mask
 from mmssl.nn.spread import token_spread
 from mmssl.types import Batch, Hide, Loss, Raw, valid_mask
 
+_TIME = {2: 1, 5: 2}  # axes of a batch that may be ragged -> the axis of time
+
 
 class Classify(nn.Module):
     """Pool a clip's tokens and tell its class.
@@ -57,7 +59,7 @@ class Classify(nn.Module):
         mask: Mapping[str, float] | None = None,
         multi_label: bool = False,
         freeze_encoder: bool = False,
-        head_norm: Literal["layer", "batch", "none"] = "layer",
+        head_norm: Literal["layer", "none"] = "layer",
         head_dropout: float = 0.0,
         head_std: float = 0.01,
     ) -> None:
@@ -110,7 +112,7 @@ class Classify(nn.Module):
     def train(self, mode: bool = True) -> Classify:
         super().train(mode)
         if self.freeze_encoder:
-            # dropout would make frozen features noisy, and a batch norm would move
+            # dropout would make frozen features noisy
             self.encoder.eval()
         return self
 
@@ -208,16 +210,19 @@ def mix(raw: Raw, seeds: Tensor, *, alpha: float) -> tuple[Raw, Tensor]:
         the mixed clips, each as long as before, and (B,) on the CPU the share that each clip has of itself.
 
     Raises:
-        ValueError: clips of different length that are not waveforms.
+        ValueError: clips of different length that are neither waveforms nor video.
     """
     draws = [np.random.default_rng(seed & (2**63 - 1)).beta(alpha, alpha) for seed in seeds.tolist()]
     own = torch.tensor(draws, dtype=torch.float32)
     data = raw.data
     overlap = torch.minimum(raw.lengths, raw.lengths.flip(0))
-    weight = own.to(data.device, data.dtype).view(-1, *[1] * (data.ndim - 1))
+    ones = [1] * (data.ndim - 1)
+    weight = own.to(data.device, data.dtype).view(-1, *ones)
     mixed = weight * data + (1 - weight) * data.flip(0)
     if int(raw.lengths.min()) < int(raw.lengths.max()):
-        if data.ndim != 2:
+        if data.ndim not in _TIME:
             raise ValueError(f"objective.mixup: cannot mix clips of different length of shape {tuple(data.shape[1:])}")
-        mixed = torch.where(valid_mask(overlap, data.shape[1], data.device), mixed, data)
+        axis = _TIME[data.ndim]
+        ones[axis - 1] = data.shape[axis]
+        mixed = torch.where(valid_mask(overlap, data.shape[axis], data.device).view(-1, *ones), mixed, data)
     return replace(raw, data=mixed), 1 - (1 - own) * overlap / raw.lengths

@@ -25,8 +25,8 @@ class CTC(nn.Module):
     Source: Graves, Fernandez, Gomez and Schmidhuber 2006 (ICML); for fine-tuning Baevski et al. 2020
     (arXiv:2006.11477), section 4.3 and appendix B; defaults of its 10 hour split.
     Differs from the paper: masked channels are zeroed before hidden frames are replaced, so the mask token keeps all
-    of its channels. Clips too short for their transcript are left out, named once and counted, instead of getting an
-    infinite loss or, silently, none.
+    of its channels. Clips too short for their transcript are left out, counted and, the first of them, named,
+    instead of getting an infinite loss or, silently, none.
     The target is the batch's labels: the characters of each transcript, without blanks.
 
     Args:
@@ -83,6 +83,7 @@ class CTC(nn.Module):
         # whether an update may leave parameters without a gradient, which the loop must tell DDP
         self.skips_parameters = True
         self.infeasible_ids: set[str] = set()
+        self.told = 0
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
@@ -175,8 +176,14 @@ class CTC(nn.Module):
         return labels, lengths
 
     def _name(self, ids: list[str]) -> None:
-        """Tell of each infeasible clip once."""
-        for name in ids:
-            if name not in self.infeasible_ids:
-                self.infeasible_ids.add(name)
-                log.warning("%s: shorter than its transcript can be spelled in; left out of the loss", name)
+        """Tell of infeasible clips, again only when they have become twice as many: a bad manifest has thousands."""
+        new = [name for name in ids if name not in self.infeasible_ids]
+        self.infeasible_ids.update(new)
+        if new and len(self.infeasible_ids) >= 2 * self.told:
+            self.told = len(self.infeasible_ids)
+            shown = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+            log.warning(
+                "%s: shorter than the transcript can be spelled in; left out of the loss, as are %d clips so far",
+                shown,
+                self.told,
+            )

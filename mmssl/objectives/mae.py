@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
-from mmssl.nn.masking import random_mask
+from mmssl.nn.masking import random_mask, tube_mask
 from mmssl.nn.predictor import Predictor, places
 from mmssl.nn.spread import spread, token_spread
 from mmssl.types import Batch, Frontend, Hide, Loss, MaskPlan, Raw, Tokens
+
+Mask = Literal["random", "tube"]
+# (tokens, ratio, seeds) -> MaskPlan
+MASKS: dict[Mask, Callable[..., MaskPlan]] = {
+    "random": lambda tokens, **settings: random_mask(tokens.lengths, **settings),
+    "tube": tube_mask,
+}
 
 
 class MAE(nn.Module):
@@ -30,6 +37,8 @@ class MAE(nn.Module):
         target_dim: P.
         target_learned: whether the target is learned features of the frontend, which cannot be reconstructed.
         pictures: (frontend, tokens, masked, values) -> pictures of the target's values, for `reconstruct`.
+        mask: "random" hides tokens anywhere (over space and time of video: Feichtenhofer et al. 2022, MAE-ST,
+            arXiv:2205.09113); "tube" the same places in every time step (Tong et al. 2022, VideoMAE, arXiv:2203.12602).
         mask_ratio: share of each clip's tokens to hide.
         decoder_dim, decoder_depth, decoder_heads, decoder_mlp_dim, decoder_eps: of the Predictor.
     """
@@ -45,6 +54,7 @@ class MAE(nn.Module):
         target_dim: int,
         target_learned: bool = False,
         pictures: Callable[[Frontend, Tokens, Tensor, Tensor], dict[str, Any]] | None = None,
+        mask: Mask = "random",
         mask_ratio: float = 0.75,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
@@ -59,10 +69,12 @@ class MAE(nn.Module):
                 f"MAE reconstructs what the frontend measures, and {name} learns what it measures, so the target would "
                 "collapse onto the prediction; choose a fixed target such as log_mel, or Wav2Vec2 for waveforms"
             )
+        if mask not in MASKS:
+            raise ValueError(f"objective.mask={mask!r}: choose one of {', '.join(MASKS)}")
         self.encoder = encoder
         self.target = target
         self.pictures = pictures
-        self.mask_ratio = mask_ratio
+        self.mask, self.mask_ratio = mask, mask_ratio
         # nothing is replaced here, so a mask token that the encoder may have gets no gradient
         self.skips_parameters = (
             encoder.mask_token is not None
@@ -131,4 +143,4 @@ class MAE(nn.Module):
 
     def _hide(self, batch: Batch) -> tuple[Tokens, MaskPlan]:
         tokens = self.encoder.tokens(batch.raw)
-        return tokens, random_mask(tokens.lengths, ratio=self.mask_ratio, seeds=batch.seeds)
+        return tokens, MASKS[self.mask](tokens, ratio=self.mask_ratio, seeds=batch.seeds)

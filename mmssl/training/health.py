@@ -108,8 +108,16 @@ def not_finite(step: int, ids: Sequence[str]) -> str:
     Args:
         ids: the clips whose loss is not finite, or all of the update where each loss is and the gradient is not.
     """
-    shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-    return f"NaN or infinity at update {step} from these clips: {shown}; the update is skipped"
+    return f"NaN or infinity at update {step} from these clips: {_shown(ids, 8)}; the update is skipped"
+
+
+def nothing_to_learn(step: int, ids: Sequence[str]) -> str:
+    """The sentence for an update whose losses count no item.
+
+    Args:
+        ids: all clips of the update.
+    """
+    return f"update {step} is skipped: its {len(ids)} clips hold nothing to learn from: {_shown(ids, 3)}"
 
 
 VERDICTS: dict[str, Callable[[Sequence[Line]], str | None]] = {
@@ -126,6 +134,10 @@ def diagnose(history: Sequence[Line]) -> dict[str, str]:
     """Name -> sentence of every verdict on a run's log so far."""
     said = {name: verdict(history) for name, verdict in VERDICTS.items()}
     return {name: sentence for name, sentence in said.items() if sentence is not None}
+
+
+def _shown(ids: Sequence[str], most: int) -> str:
+    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
 def _metric(line: Line, name: str) -> float | None:

@@ -7,7 +7,8 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmssl import distributed
+from mmssl.training.resume import Place
+from mmssl.types import Loss
+
 # of all that log.jsonl holds, what a line on the screen has room for
 _SHOWN = ("loss", "accuracy", "chance_accuracy", "code_perplexity", "grad_norm")
+_EVALUATED = ("loss", "accuracy", "chance_accuracy", "wer", "cer")
 
 
 class RunLog:
@@ -104,13 +110,15 @@ class RunLog:
         self.history.append(clean)
         if self._bar is None:
             numbers = {"loss": clean["loss"], **clean["metrics"], "grad_norm": clean["grad_norm"]}
-            shown = "  ".join(
-                f"{name} {'nan' if numbers[name] is None else format(numbers[name], '.4g')}"
-                for name in _SHOWN
-                if name in numbers
-            )
+            shown = "  ".join(_number(name, numbers[name]) for name in _SHOWN if name in numbers)
             time = timedelta(seconds=round(left))
             self.say(f"update {clean['step']}/{self.steps}  {shown}  {rate:.1f} clips/s  {time} left")
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Write the numbers of an evaluation, `row["evaluation"]`, and print the few that a reader looks for first."""
+        scores = self.write(row)["evaluation"]
+        names = [name for name in _EVALUATED if name in scores] or list(scores)[: len(_EVALUATED)]
+        self.say(f"validation after update {row['step']}: {'  '.join(_number(name, scores[name]) for name in names)}")
 
     def write(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Append a line to log.jsonl and its numbers to the event files; gives it back without NaN."""
@@ -175,6 +183,60 @@ class RunLog:
         for name, value in numbers.items():
             if value is not None:
                 self._events.add_scalar(name, value, row["step"])
+
+
+def _number(name: str, value: float | None) -> str:
+    return f"{name} {'nan' if value is None else format(value, '.4g')}"
+
+
+class Window:
+    """What has happened since the last line of the log."""
+
+    def __init__(self, place: Place) -> None:
+        self._open(place)
+
+    def _open(self, place: Place) -> None:
+        self._losses: list[Loss] = []
+        self._norms: list[float] = []
+        self._step, self._clips, self._start = place.step, place.clips, time.monotonic()
+        self.last_loss = math.nan
+
+    def add(self, losses: Sequence[Loss], norm: float) -> None:
+        self._losses += losses
+        self._norms.append(norm)
+        count = sum(loss.count for loss in losses)
+        self.last_loss = sum(float(loss.total) for loss in losses) / count if count else math.nan
+
+    def rate(self, place: Place) -> float:
+        """Clips a second, of all processes."""
+        return (place.clips - self._clips) / max(time.monotonic() - self._start, 1e-9)
+
+    def left(self, place: Place, steps: int) -> float:
+        """Seconds to the end of the run."""
+        return (steps - place.step) * (time.monotonic() - self._start) / max(place.step - self._step, 1)
+
+    def close(self, place: Place) -> dict[str, Any]:
+        """The means over all clips of all processes, and a new window."""
+        sums: dict[str, tuple[float, float]] = {}
+        for loss in self._losses:
+            for name, (value, count) in {**loss.metrics, "/loss": (loss.total, loss.count)}.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + float(value), before[1] + float(count))
+        shares = [json.loads(text) for text in distributed.gather_text(json.dumps(sums))]
+        means = {}
+        for name in dict.fromkeys(name for share in shares for name in share):
+            value, count = (sum(share[name][i] for share in shares if name in share) for i in (0, 1))
+            means[name] = value / count if count else math.nan
+        row = {
+            "loss": means.pop("/loss"),
+            "metrics": means,
+            "grad_norm": sum(self._norms) / len(self._norms),
+            "grad_norm_max": max(self._norms),
+            "seconds": place.seconds,
+            "clips": place.clips,
+        }
+        self._open(place)
+        return row
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,28 +7,27 @@ number of micro-batches nor that of processes changes the gradient.
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import json
 import math
-import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
 from mmssl import distributed
 from mmssl.training import checkpoint, health
-from mmssl.training.log import RunLog, finite
+from mmssl.training.gradients import backward, scale_gradients, share_statistics
+from mmssl.training.log import RunLog, Window, finite
+from mmssl.training.resume import Place, begin, made_with
+from mmssl.training.rng import random_state, undisturbed
+from mmssl.training.settings import TrainSettings
+from mmssl.training.signals import StopSignal
 from mmssl.types import Batch, Loss
 
 # One odd clip costs one update; what goes on for this many in a row does not mend itself.
@@ -42,87 +41,22 @@ class Loader(Protocol):
     that how far a run has come is one number.
 
     consumed: micro-batches that all processes together were given; set before iterating to go on from there.
+    epoch_start: the epoch of the last one, and the micro-batches before it; set as well, so that no epoch before it
+        must be counted.
+    remark: what is to be said about clips that were left out; empty where there are none.
     """
 
     consumed: int
+    epoch_start: tuple[int, int]
+
+    @property
+    def remark(self) -> str: ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 
 
 class RunStopped(RuntimeError):
     """A run that ended before its last update, for the reason that the message gives. It was saved."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How a run is trained, whatever it trains.
-
-    Args:
-        steps: optimizer updates in the whole run.
-        accumulate: micro-batches of each process for one update.
-        precision: of the forward pass; weights, gradients and losses are float32 in both.
-        clip: largest norm of the gradient; longer ones are shortened to it.
-        seed: of dropout, together with the rank; the caller builds the objective and the loader from it as well.
-        log_every, save_every, eval_every: updates between two lines of the log, two checkpoints, two evaluations; 0 is
-            only at the end, and for evaluation never.
-        keep: checkpoints to keep.
-        stop_on: verdicts (see health.py) that end the run.
-        device: "auto" takes a GPU if there is one.
-        threads: that torch computes with on the CPU; its own choice by default.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    steps: int
-    accumulate: int = 1
-    precision: Literal["float32", "bfloat16"] = "float32"
-    clip: float | None = None
-    seed: int = 0
-    log_every: int = 50
-    save_every: int = 1000
-    eval_every: int = 0
-    keep: int = 2
-    stop_on: Sequence[str] = ()
-    device: str = "auto"
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("save_every", "eval_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"trainer.{name}={getattr(self, name)}: must be at least 0")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"trainer.precision={self.precision}: must be float32 or bfloat16")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"trainer.clip={self.clip}: must be above 0; leave it out for no clipping")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"trainer.threads={self.threads}: must be at least 1; leave it out for torch's own choice")
-        for name in self.stop_on:
-            if name not in health.NAMES:
-                raise ValueError(f"trainer.stop_on: no verdict is called '{name}'; one of: {', '.join(health.NAMES)}")
-
-
-@dataclass
-class Place:
-    """How far a run has come: what a checkpoint holds beside tensors and recipe.
-
-    step: optimizer updates made.
-    consumed: see `Loader`.
-    clips: that all processes together were given.
-    seconds: that the run took, without the time between being cut off and going on.
-    skipped: attempts in a row that gave no update.
-    final: what `train` returns if nothing follows; None for what is not finite.
-    """
-
-    step: int = 0
-    consumed: int = 0
-    clips: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    final: dict[str, float | None] = field(default_factory=dict)
 
 
 def train(
@@ -142,11 +76,11 @@ def train(
 
     With `resume` a run goes on from its latest checkpoint, to the bit as if it had never stopped (with as many
     processes, micro-batches and threads), or starts where there is none yet. The first SIGTERM or SIGINT saves and
-    exits with status 0; the second does what it always does.
+    exits, with status 0 for SIGTERM and, as shells have it, 130 for SIGINT; the second does what it always does.
 
     Args:
         objective: see `mmssl.types.Objective`. What else it may have: `skips_parameters`, true where some parameters
-            get no gradient in some updates; `statistics` and `global_statistics`, see `share_statistics`.
+            get no gradient in some updates; `statistics` and `global_statistics`, see `gradients.share_statistics`.
         run: folder of the run.
         optimizer: over parameters of the objective; "lr_scale" of a group, if it has one, multiplies its rate.
         schedule: the number of an update, 1 to `steps`, -> what to multiply the optimizer's rate by.
@@ -161,15 +95,15 @@ def train(
     Raises:
         FileExistsError: the folder holds another run, and `resume` is false.
         RunStopped: ten attempts in a row gave no update, or a verdict of `stop_on` was reached.
-        OSError: the last checkpoint could not be saved.
+        OSError: the last checkpoint could not be saved, or not exported.
     """
     device = distributed.setup(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     objective.to(device).train()
     torch.manual_seed(settings.seed + distributed.rank())
-    place, remarks = _start(objective, optimizer, run, device, settings, recipe, resume)
-    loader.consumed = place.consumed
+    place, remarks = begin(objective, optimizer, run, device, settings, recipe, resume)
+    loader.consumed, loader.epoch_start = place.consumed, place.epoch_start
     with (
         RunLog(run, steps=settings.steps, after=place.step, main=distributed.is_main()) as log,
         StopSignal() as stop,
@@ -206,15 +140,19 @@ class _Run:
         self.model: nn.Module = objective
         if self.world > 1:
             skips = getattr(objective, "skips_parameters", False)
-            # buffers are equal on all processes without being sent: they count updates, or make up a teacher
-            self.model = DistributedDataParallel(objective, find_unused_parameters=skips, broadcast_buffers=False)
+            self.model = DistributedDataParallel(objective, find_unused_parameters=skips)
+            # buffers stay equal on all processes without being sent: they count updates, or make up a teacher; set
+            # here because the name of the argument depends on the version of torch
+            self.model.broadcast_buffers = False
         self.window = Window(place)
         self.started = time.monotonic() - place.seconds
         self.saved = -1
-        self.unsaved = ""
-        self.signals = 0.0
+        self.unsaved = self.unexported = ""
+        self.told: int | None = None
+        self.remark = ""
 
     def go(self, loader: Loader) -> dict[str, float]:
+        self.loader = loader
         # made after `stop`: workers that are forked inherit its handler, and so outlive a Ctrl-C until all is saved
         batches = iter(loader)
         try:
@@ -250,24 +188,29 @@ class _Run:
                         raise
                 if settings.save_every and place.step % settings.save_every == 0:
                     self.save()
-            if self.stopping():
+            number = self.stop.number if self.world == 1 else self.told
+            if number is not None and place.step < settings.steps:
                 path = self.save()
                 self.check_saved()
                 self.log.note(
                     place.step,
-                    f"stopped by {self.stop.name} after update {place.step}, which is saved in {path}; "
+                    f"stopped by {signal.Signals(number).name} after update {place.step}, which is saved in {path}; "
                     "to go on from there, start the same run again",
                 )
-                raise SystemExit(0)
+                # who sends SIGTERM wants room and starts the run again; Ctrl-C must end a shell's script as well
+                raise SystemExit(0 if number == signal.SIGTERM else 128 + number)
         if self.saved != place.step:
             self.save()
         self.check_saved()
+        if self.unexported:
+            raise OSError(f"{self.unexported}; make room, and start the same run again to export it")
         return {name: math.nan if value is None else value for name, value in place.final.items()}
 
     def update(self, parts: Sequence[Batch]) -> bool:
         """One optimizer update from the micro-batches of this process; false where it had to be skipped."""
         place, settings = self.place, self.settings
         place.consumed += len(parts) * self.world
+        place.epoch_start = self.loader.epoch_start
         number = place.step + 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0) * self.schedule(number)
@@ -278,11 +221,18 @@ class _Run:
         if shares:
             self.objective.global_statistics = None  # type: ignore[assignment]
         sums = torch.tensor(
-            [sum(loss.count for loss in losses), sum(len(part) for part in parts), self.stop.requested],
+            [
+                sum(loss.count for loss in losses),
+                sum(len(part) for part in parts),
+                self.stop.number == signal.SIGTERM,
+                self.stop.number == signal.SIGINT,
+            ],
             dtype=torch.float64,
         )
-        count, clips, self.signals = distributed.all_reduce_sum(sums).tolist()
+        count, clips, terminated, interrupted = distributed.all_reduce_sum(sums).tolist()
         place.clips += int(clips)
+        # agreed on in each update, so that all processes stop after the same one
+        self.told = signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
         # DDP gives the mean of the processes' sums
         norm = scale_gradients(self.optimizer, self.world / count, settings.clip) if count else 0.0
         good = count > 0 and math.isfinite(norm)
@@ -306,13 +256,10 @@ class _Run:
         found = [(i, wrong) for part, wrong in zip(parts, odd, strict=True) for i in part.ids]
         named = [pair for text in distributed.gather_text(json.dumps(found)) for pair in json.loads(text)]
         ids = [i for i, wrong in named if wrong] or [i for i, _ in named]
-        if count:
-            sentence = health.not_finite(number, ids)
-            self.log.write({"step": place.step, "verdict": {"not_finite": sentence}, "ids": ids})
-            self.log.say(sentence)
-        else:
-            sentence = f"update {number} is skipped: in none of these clips was there anything to learn from: {ids}"
-            self.log.note(place.step, sentence)
+        sentence = health.not_finite(number, ids) if count else health.nothing_to_learn(number, ids)
+        said = {"verdict": {"not_finite": sentence}} if count else {"note": sentence}
+        self.log.write({"step": place.step, **said, "ids": ids})
+        self.log.say(sentence)
         if count and "not_finite" in self.settings.stop_on:
             self.stop_for(sentence)
         if place.skipped >= _HOPELESS:
@@ -329,6 +276,10 @@ class _Run:
         if verdicts:
             row["verdict"] = verdicts
         log.line(row, rate=rate, left=left)
+        remark = self.loader.remark
+        if remark != self.remark and (not self.remark or place.step == self.settings.steps):
+            self.remark = remark
+            log.note(place.step, remark)
         place.final |= {"loss": row["loss"], **row["metrics"]}
         for name, sentence in verdicts.items():
             if name not in before:
@@ -346,8 +297,7 @@ class _Run:
             scores = self.evaluate(self.place.step)
         self.objective.train()
         row = finite({"step": self.place.step, "evaluation": scores})
-        self.log.write(row)
-        self.log.say(f"update {self.place.step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        self.log.evaluation(row)
         self.place.final |= {f"evaluation/{name}": value for name, value in row["evaluation"].items()}
 
     def save(self) -> Path:
@@ -360,30 +310,34 @@ class _Run:
             for name, own in random_state(self.device).items()
             for rank, state in enumerate(distributed.all_gather(own))
         }
-        unsaved = ""
+        saved = False
+        unsaved = unexported = ""
         if distributed.is_main():
-            state = asdict(place) | {"recipe": self.recipe, "made_with": _made_with(self.device, self.settings)}
+            state = asdict(place) | {"recipe": self.recipe, "made_with": made_with(self.device, self.settings)}
             try:
                 checkpoint.save(
                     path.parent, self.objective, self.optimizer, rng=rng, state=state, keep=self.settings.keep
                 )
-                if self.export is not None:
-                    self.export()
+                saved = True
             except OSError as error:
                 unsaved = f"{path}: could not be saved ({error.strerror or error})"
                 self.log.note(place.step, f"{unsaved}; the checkpoint before it stays")
-        self.unsaved = distributed.broadcast_text(unsaved)
-        if not self.unsaved:
+            try:
+                if saved and self.export is not None:
+                    self.export()
+            except OSError as error:
+                unexported = f"{error.filename or self.run}: could not be exported ({error.strerror or error})"
+                self.log.note(place.step, f"{unexported}; the checkpoint {path} is saved")
+        saved, self.unsaved, self.unexported = json.loads(
+            distributed.broadcast_text(json.dumps([saved, unsaved, unexported]))
+        )
+        if saved:
             self.saved = place.step
         return path
 
     def check_saved(self) -> None:
         if self.unsaved:
             raise OSError(f"{self.unsaved}; make room, and start the same run again to go on from its last checkpoint")
-
-    def stopping(self) -> bool:
-        """Whether any process was told to stop; agreed on in each update, so that all stop after the same one."""
-        return self.signals > 0 or (self.world == 1 and self.stop.requested)
 
     def stop_for(self, reason: str) -> None:
         self.place.skipped = 0
@@ -395,216 +349,3 @@ class _Run:
     @property
     def lr(self) -> float:
         return float(self.optimizer.defaults["lr"])
-
-
-def backward(model: nn.Module, parts: Sequence[Batch], device: torch.device, precision: str) -> list[Loss]:
-    """Add up the gradients of micro-batches; with several processes, over these too, once.
-
-    Raises:
-        ValueError: a loss has no gradient.
-    """
-    losses = []
-    for number, part in enumerate(parts, 1):
-        with contextlib.ExitStack() as stack:
-            if isinstance(model, DistributedDataParallel) and number < len(parts):
-                stack.enter_context(model.no_sync())
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                loss: Loss = model(part.to(device))
-            if not loss.total.requires_grad:
-                raise ValueError(
-                    "the loss has no gradient: an objective that finds nothing to learn from in a batch should return "
-                    "a sum that is zero but depends on its parameters, with a count of zero"
-                )
-            loss.total.backward()
-        metrics = {n: (v.detach() if isinstance(v, Tensor) else v, count) for n, (v, count) in loss.metrics.items()}
-        losses.append(Loss(loss.total.detach(), loss.count, metrics))
-    return losses
-
-
-def share_statistics(objective: nn.Module, parts: Sequence[Batch], device: torch.device, precision: str) -> None:
-    """Tell an objective the sums over the whole batch that its loss needs beside a sum over clips.
-
-    A term such as the diversity of codes is a function of a mean over the whole batch. `objective.statistics(batch)`
-    gives the sums of a part; their total over all parts becomes `objective.global_statistics`, a constant to which
-    the objective adds its own part's gradient. The gradients of the parts then add up exactly.
-    """
-    with (
-        undisturbed(device),
-        torch.no_grad(),
-        # a context of its own: within one, weights cast without gradient would be used again with gradient
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
-    ):
-        sums = [objective.statistics(part.to(device)) for part in parts]  # type: ignore[operator]
-    objective.global_statistics = distributed.all_reduce_sum(torch.stack(sums).sum(0))
-
-
-def scale_gradients(optimizer: torch.optim.Optimizer, factor: float, clip: float | None) -> float:
-    """Multiply all gradients by a factor, and shorten them together to norm `clip`; gives the norm before clipping."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = float(get_total_norm(gradients)) * factor
-    if clip is not None and norm > clip:
-        factor *= clip / norm
-    if gradients and math.isfinite(norm):
-        torch._foreach_mul_(gradients, factor)
-    return norm
-
-
-class Window:
-    """What has happened since the last line of the log."""
-
-    def __init__(self, place: Place) -> None:
-        self._open(place)
-
-    def _open(self, place: Place) -> None:
-        self._losses: list[Loss] = []
-        self._norms: list[float] = []
-        self._step, self._clips, self._start = place.step, place.clips, time.monotonic()
-        self.last_loss = math.nan
-
-    def add(self, losses: Sequence[Loss], norm: float) -> None:
-        self._losses += losses
-        self._norms.append(norm)
-        count = sum(loss.count for loss in losses)
-        self.last_loss = sum(float(loss.total) for loss in losses) / count if count else math.nan
-
-    def rate(self, place: Place) -> float:
-        """Clips a second, of all processes."""
-        return (place.clips - self._clips) / max(time.monotonic() - self._start, 1e-9)
-
-    def left(self, place: Place, steps: int) -> float:
-        """Seconds to the end of the run."""
-        return (steps - place.step) * (time.monotonic() - self._start) / max(place.step - self._step, 1)
-
-    def close(self, place: Place) -> dict[str, Any]:
-        """The means over all clips of all processes, and a new window."""
-        sums: dict[str, tuple[float, float]] = {}
-        for loss in self._losses:
-            for name, (value, count) in {**loss.metrics, "/loss": (loss.total, loss.count)}.items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + float(value), before[1] + float(count))
-        shares = [json.loads(text) for text in distributed.gather_text(json.dumps(sums))]
-        means = {}
-        for name in dict.fromkeys(name for share in shares for name in share):
-            value, count = (sum(share[name][i] for share in shares if name in share) for i in (0, 1))
-            means[name] = value / count if count else math.nan
-        row = {
-            "loss": means.pop("/loss"),
-            "metrics": means,
-            "grad_norm": sum(self._norms) / len(self._norms),
-            "grad_norm_max": max(self._norms),
-            "seconds": place.seconds,
-            "clips": place.clips,
-        }
-        self._open(place)
-        return row
-
-
-class StopSignal:
-    """Remembers the first SIGTERM or SIGINT instead of dying of it; the second finds the handlers that were there."""
-
-    def __init__(self) -> None:
-        self.name = "a signal to another process"
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        # Python lets only the main thread set handlers
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._give_back()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self.name = signal.Signals(number).name
-        self._give_back()
-
-    def _give_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of the generators that dropout draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
-
-
-def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    if "cpu" in state:
-        torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@contextlib.contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside leaves no trace in the random numbers that follow."""
-    state = random_state(device)
-    try:
-        yield
-    finally:
-        set_random_state(state, device)
-
-
-def _start(
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    run: Path,
-    device: torch.device,
-    settings: TrainSettings,
-    recipe: str | None,
-    resume: bool,
-) -> tuple[Place, list[str]]:
-    """Where the run begins, and what is to be said about it. The main process looks, so that all agree."""
-    remarks: list[str] = []
-    found, refusal = "", ""
-    if distributed.is_main():
-        path = checkpoint.latest(run / "checkpoints", say=remarks.append)
-        if not resume and (path is not None or (run / "log.jsonl").exists()):
-            refusal = f"{run}: this folder holds another run; resume it, or choose another folder"
-        elif resume:
-            found = str(path or "")
-    found, refusal = json.loads(distributed.broadcast_text(json.dumps([found, refusal])))
-    if refusal:
-        raise FileExistsError(refusal)
-    if recipe is not None and distributed.is_main():
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.yaml.tmp").write_text(recipe, encoding="utf-8")
-        os.replace(run / "recipe.yaml.tmp", run / "recipe.yaml")
-    if not found:
-        return Place(), [*remarks, f"{run}: there is no checkpoint yet, so the run starts"] if resume else remarks
-    state, rng = checkpoint.load(Path(found), objective, optimizer)
-    own = f"{distributed.rank()}."
-    set_random_state({name.removeprefix(own): value for name, value in rng.items() if name.startswith(own)}, device)
-    place = Place(**{name: state[name] for name in Place.__dataclass_fields__})
-    remarks.append(f"{run}: goes on after update {place.step} of {settings.steps}")
-    if recipe is not None and state["recipe"] is not None and recipe != state["recipe"]:
-        changes = [line for line in difflib.ndiff(state["recipe"].splitlines(), recipe.splitlines()) if line[0] in "+-"]
-        remarks.append(f"{run}: the recipe is not that of the checkpoint: {'; '.join(changes[:8])}")
-    now = _made_with(device, settings)
-    changes = [
-        f"{name} {state['made_with'].get(name)} -> {now[name]}"
-        for name in now
-        if now[name] != state["made_with"].get(name)
-    ]
-    if changes:
-        remarks.append(f"{run}: goes on as the same run, but not to the bit, because of {', '.join(changes)}")
-    return place, remarks
-
-
-def _made_with(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same to the bit."""
-    return {
-        "torch": torch.__version__,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "processes": distributed.world_size(),
-        "accumulate": settings.accumulate,
-        "precision": settings.precision,
-    }

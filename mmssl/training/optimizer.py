@@ -45,11 +45,13 @@ def build_optimizer(
     named = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad]
     if not named:
         raise ValueError(f"{type(objective).__name__}: no parameter needs a gradient, so there is nothing to train")
+    transformer = dict(objective.named_modules()).get("encoder.transformer")
+    post = not getattr(transformer, "pre", True)
     depth = max((int(match[1]) + 1 for name, _ in named if (match := _BLOCK.match(name))), default=0)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         decay = weight_decay if decays(name, parameter) else 0.0
-        scale = 1.0 if layer_decay is None else layer_decay ** (depth + 1 - layer_id(name, depth))
+        scale = 1.0 if layer_decay is None else layer_decay ** (depth + 1 - layer_id(name, depth, post=post))
         groups.setdefault((scale, decay), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -74,10 +76,14 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not (one_vector and leaf != "weight") and not _NO_DECAY.search(name)
 
 
-def layer_id(name: str, depth: int) -> int:
-    """0 for what comes before the encoder's blocks, i + 1 for block i, depth + 1 for what comes after."""
+def layer_id(name: str, depth: int, *, post: bool = False) -> int:
+    """0 for what comes before the encoder's blocks, i + 1 for block i, depth + 1 for what comes after.
+
+    Args:
+        post: whether the Transformer's own norm stands before its blocks, as in the post-norm one, and not behind them.
+    """
     if match := _BLOCK.match(name):
         return int(match[1]) + 1
-    if name.startswith("encoder.") and not name.startswith("encoder.transformer."):
-        return 0
-    return depth + 1
+    if name.startswith("encoder.transformer."):
+        return 0 if post else depth + 1
+    return 0 if name.startswith("encoder.") else depth + 1

@@ -14,5 +14,6 @@ AUDIO = Modality(
     read=SPEECH.read,
     probe=SPEECH.probe,
     augments=SPEECH.augments | {"roll": augment.roll},
+    durations=SPEECH.durations,
     targets=TARGETS,
 )

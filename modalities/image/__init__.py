@@ -20,5 +20,10 @@ IMAGE = Modality(
         "shift": augment.shift,
         "color_jitter": augment.color_jitter,
     },
+    sizes={
+        "resize": augment.resize_extent,
+        "center_crop": augment.crop_extent,
+        "random_resized_crop": augment.crop_extent,
+    },
     targets=TARGETS,
 )

@@ -18,13 +18,16 @@ Size = int | Sequence[int]
 
 def resize(x: Tensor, rng: np.random.Generator, *, size: Size) -> Tensor:
     """To [height, width]; one number is the shorter side, and the other follows. Bicubic, antialiased."""
-    height, width = x.shape[-2:]
-    if isinstance(size, int):
-        scale = size / min(height, width)
-        wanted = (size, max(1, round(width * scale))) if height <= width else (max(1, round(height * scale)), size)
-    else:
-        wanted = _pair(size, "resize")
-    return _interpolate(x, wanted)
+    height, width = resize_extent(np.array([x.shape[-2:]]), size=size)[0].tolist()
+    return _interpolate(x, (height, width))
+
+
+def resize_extent(sizes: np.ndarray, *, size: Size) -> np.ndarray:
+    """(clips, 2) int64 height and width before `resize` -> after it."""
+    if not isinstance(size, int):
+        return np.broadcast_to(np.array(_pair(size, "resize")), sizes.shape)
+    scale = size / sizes.min(axis=1, keepdims=True)
+    return np.maximum(1, np.round(sizes * scale)).astype(np.int64)
 
 
 def center_crop(x: Tensor, rng: np.random.Generator, *, size: Size) -> Tensor:
@@ -41,6 +44,11 @@ def center_crop(x: Tensor, rng: np.random.Generator, *, size: Size) -> Tensor:
         )
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[:, top : top + height, left : left + width]
+
+
+def crop_extent(sizes: np.ndarray, *, size: Size, **settings: object) -> np.ndarray:
+    """(clips, 2) int64 height and width before a crop to `size` -> after it."""
+    return np.broadcast_to(np.array(_pair(size, "crop")), sizes.shape)
 
 
 def random_resized_crop(

@@ -20,5 +20,10 @@ SPEECH = Modality(
         "noise": augment.noise,
         "speed": augment.speed,
     },
+    durations={
+        "random_crop": augment.crop_extent,
+        "center_crop": augment.crop_extent,
+        "speed": augment.speed_extent,
+    },
     targets=TARGETS,
 )

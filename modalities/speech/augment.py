@@ -5,6 +5,8 @@ A setting called `rate` is filled in from the frontend; recipes do not repeat it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,6 +28,11 @@ def center_crop(x: Tensor, rng: np.random.Generator, *, seconds: float, rate: in
     size = _samples(seconds, rate)
     start = max(0, (len(x) - size) // 2)
     return x[start : start + size]
+
+
+def crop_extent(seconds_before: np.ndarray, *, seconds: float) -> np.ndarray:
+    """(clips,) seconds before a crop to `seconds` -> after it."""
+    return np.minimum(seconds_before, seconds)
 
 
 def gain(x: Tensor, rng: np.random.Generator, *, decibels: float) -> Tensor:
@@ -51,10 +58,20 @@ def speed(x: Tensor, rng: np.random.Generator, *, factors: tuple[float, ...] = (
 
     Source: Ko et al. 2015, "Audio augmentation for speech recognition", section 2.1.
     """
-    if not factors or min(factors) <= 0:
-        raise ValueError(f"speed: factors must be above 0, got {factors}")
+    _slowest(factors)
     factor = float(rng.choice(np.asarray(factors)))
     return torch.from_numpy(resample(x.numpy(), factor, 1.0))
+
+
+def speed_extent(seconds_before: np.ndarray, *, factors: Sequence[float]) -> np.ndarray:
+    """(clips,) seconds before `speed` -> after it, played as slowly as it may be."""
+    return seconds_before / np.float32(_slowest(factors))
+
+
+def _slowest(factors: Sequence[float]) -> float:
+    if not factors or min(factors) <= 0:
+        raise ValueError(f"speed: factors must be above 0, got {factors}")
+    return min(factors)
 
 
 def _samples(seconds: float, rate: int) -> int:

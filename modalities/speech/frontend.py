@@ -38,8 +38,7 @@ def refuse_short(raw: Raw, least: int) -> None:
     short = (raw.lengths < least).nonzero()[:, 0].tolist()
     if short:
         raise ValueError(
-            f"{raw.ids[short[0]]}: {int(raw.lengths[short[0]])} samples are shorter than one token, {least}; leave "
-            "such clips out of the manifest or set data.on_bad_clip=skip"
+            f"{raw.ids[short[0]]}: {int(raw.lengths[short[0]])} samples are shorter than one token, {least}"
         )
 
 
@@ -255,7 +254,8 @@ class StridedConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         kernel, stride = ctx.shape
-        grad_weight = torch.cat([product(view.t(), grad.t()) for view, _ in _views(x, weight, kernel, stride)])
+        # as `product` would, but without its copies of two transposed views
+        grad_weight = torch.cat([view.t() @ grad for view, _ in _views(x, weight, kernel, stride)])
         grad_bias = grad.sum(0) if ctx.has_bias else None
         grad_x = None
         if ctx.needs_input_grad[0]:

@@ -26,7 +26,9 @@ class LogMel(Frontend):
         bands: mel bands.
         window_ms, hop_ms: of a frame.
         stack: frames in a token; 2 of 10 ms give a token every 20 ms.
-        normalize: bring each band to mean 0 and deviation 1 over the clip's real frames.
+        normalize: bring the energies of a clip to mean 0 and deviation 1 over all its bands and real frames. Loudness
+            goes and the clip's own spectrum stays: with each band brought to mean 0, a short word loses what tells it
+            from others.
         dropout: on the tokens.
         rate: samples per second that the clips must have.
     """
@@ -100,8 +102,8 @@ class LogMel(Frontend):
         power = spectrum.real.square() + spectrum.imag.square()
         energies = (power @ self.bank + FLOOR).log() * real
         if self.normalize:
-            count = (lengths * self.stack).to(energies.device)[:, None, None]
-            centered = (energies - energies.sum(1, keepdim=True) / count) * real
-            # a band that stays at the floor has no deviation to divide by
-            energies = centered / (centered.square().sum(1, keepdim=True) / count + 1e-4).sqrt()
+            count = (lengths * self.stack * self.bank.shape[1]).to(energies.device)[:, None, None]
+            centered = (energies - energies.sum((1, 2), keepdim=True) / count) * real
+            # a clip that stays at the floor has no deviation to divide by
+            energies = centered / (centered.square().sum((1, 2), keepdim=True) / count + 1e-4).sqrt()
         return energies.view(len(energies), -1, self.feature_dim)

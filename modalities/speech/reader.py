@@ -18,6 +18,7 @@ from mmssl.types import BadClip
 
 _BLOCK = 1 << 20  # frames decoded at a time: a header that promises an hour costs no memory before the hour is there
 _SLACK = 0.1  # seconds that a segment may be shorter than asked for: MP3 encoders pad and cut by some 50 ms
+_OPEN = 0x7FFFF000  # bytes: FFmpeg, sox and arecord leave 2^32 - 1, 2^31 - 1 and less, or 2^31 where they do not know
 _UNKNOWN = 1 << 62  # frames: libsndfile says 2^63 - 1 where a header leaves the length open, as encoders in a pipe do
 # libsndfile 1.2.2 finds a place in these to the sample; in Ogg Vorbis it now and then lands elsewhere
 _SEEKS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC"}
@@ -27,7 +28,8 @@ def read(source: str | Path | BinaryIO, *, rate: int, start: float = 0.0, durati
     """A mono waveform at `rate`, from wav, flac, ogg, opus, aiff (soundfile) or mp3, m4a, webm, mp4 ... (PyAV).
 
     Channels are averaged. n samples at another rate become ceil(n * rate / own rate), as torchaudio and librosa count
-    them. A wav, ogg or mp3 file that was cut off gives what is there; a flac or m4a file is refused.
+    them. A wav, ogg or mp3 file that was cut off gives what is there; a flac or m4a file is refused. The sound of a
+    video starts with its first frame: silence stands where it comes later, and what is heard before is left out.
 
     Args:
         source: a path, or a seekable binary file.
@@ -53,7 +55,7 @@ def read(source: str | Path | BinaryIO, *, rate: int, start: float = 0.0, durati
 
 
 def probe(source: str | Path | BinaryIO) -> dict[str, Any]:
-    """What a manifest says of a sound file: `seconds`, `rate`, `channels`.
+    """What a manifest says of a sound file: `seconds`, `rate`, `channels`; and `remark` where a wav file was cut off.
 
     The header's length is taken where its last frame can be read and nothing follows it; otherwise, and for what
     soundfile does not read, the file is decoded and counted.
@@ -75,9 +77,31 @@ def probe(source: str | Path | BinaryIO) -> dict[str, Any]:
             file.seek(0)
             wave, rate, channels = _decode(file, name, 0.0, None)
             frames = len(wave)
+        missing = _missing(file)
     if not frames:
         raise BadClip(name, "holds no samples")
-    return {"seconds": frames / rate, "rate": rate, "channels": channels}
+    found: dict[str, Any] = {"seconds": frames / rate, "rate": rate, "channels": channels}
+    if missing:
+        stated = found["seconds"] / (1 - missing)
+        found["remark"] = f"ends after {found['seconds']:.3f} s, where its header states {stated:.3f} s"
+    return found
+
+
+def _missing(file: BinaryIO | io.FileIO) -> float:
+    """The share of the samples that a wav file's header states and the file does not hold; libsndfile hides it."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return 0.0
+    while len(head := file.read(8)) == 8:
+        stated = int.from_bytes(head[4:], "little")
+        if head[:4] == b"data":
+            there = size - file.tell()
+            # writers in a pipe, who cannot go back to the header, leave 0 or some of the largest numbers in it
+            return 1 - there / stated if there < stated < _OPEN else 0.0
+        file.seek(stated + stated % 2, io.SEEK_CUR)
+    return 0.0
 
 
 def resample(wave: np.ndarray, old: float, new: float) -> np.ndarray:
@@ -133,9 +157,10 @@ def _decode(file: BinaryIO | io.FileIO, name: str, start: float, duration: float
     except soundfile.LibsndfileError as error:
         file.seek(0)
         return _decode_by_pyav(file, name, start, duration, error.error_string)
-    if sound.format == "MP3" or sound.subtype == "GSM610" or sound.frames > _UNKNOWN:
+    open_end = sound.frames > _UNKNOWN or (sound.format.startswith("WAV") and not sound.frames)
+    if sound.format == "MP3" or sound.subtype == "GSM610" or open_end:
         # soundfile seeks after every read, which libsndfile does wrongly in MP3 (the second block starts with rubbish)
-        # and not at all in GSM and in FLAC of unknown length
+        # and not at all in GSM and in FLAC of unknown length; a wav whose header says 0 it takes for empty
         sound.close()
         file.seek(0)
         return _decode_by_pyav(file, name, start, duration, f"{sound.format} is left to PyAV")
@@ -195,7 +220,14 @@ def _decode_by_pyav(
             rate, channels = stream.rate, stream.channels
             first, count = round(start * rate), _frames(duration, rate)
             plain = av.AudioResampler(format="fltp", rate=rate)
+            seen = _first_picture(container)
             for frame in container.decode(stream):
+                if seen is not None and frame.time is not None:
+                    early = round((seen - frame.time) * rate)
+                    if early < 0:
+                        blocks.append(np.zeros(-early, np.float32)[first:])
+                        total -= early
+                    first, seen = first + max(0, early), None
                 for part in plain.resample(frame):
                     block = part.to_ndarray().mean(axis=0, dtype=np.float32)
                     blocks.append(block[max(0, first - total) :])
@@ -211,6 +243,14 @@ def _decode_by_pyav(
         raise _outside(name, start, total / rate)
     _check_segment(name, start, duration, len(wave) / rate)
     return wave, rate, channels
+
+
+def _first_picture(container: Any) -> float | None:
+    """Seconds at which a video's first frame appears, from where its sound is counted too; None for sound alone."""
+    for stream in container.streams.video:
+        if not int(stream.disposition) & 0x400 and stream.start_time is not None:  # a cover picture has no time
+            return float(stream.start_time * stream.time_base)
+    return None
 
 
 def _pyav_reason(error: Exception, decoded: int, tried: str) -> str:

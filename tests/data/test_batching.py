@@ -138,7 +138,7 @@ def number(row: dict[str, Any]) -> int:
 
 
 def make(folder: Path, numbers: list[int], **settings: Any) -> tuple[ManifestDataset, BatchPlan]:
-    rows = [{"audio": f"{n}.txt", "seconds": (n % 7 + 1) / 10, "label": n} for n in numbers]
+    rows = [{"audio": str(folder / f"{n}.txt"), "seconds": (n % 7 + 1) / 10, "label": n} for n in numbers]
     write_manifest(folder / "a.jsonl", rows)
     manifest = Manifest(folder / "a.jsonl")
     dataset = ManifestDataset(
@@ -188,6 +188,27 @@ def test_a_loader_resumes_anywhere_from_one_number(tmp_path: Path, consumed: int
     dataset, plan = make(tmp_path, list(range(30)))
     resumed = take(Loader(dataset, plan, consumed=consumed), 20 - consumed)
     assert all(map(same, unbroken[consumed:], resumed))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_going_on_in_a_late_epoch_plans_no_epoch_before_it(
+    tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, plan = make(tmp_path, list(range(30)))
+    unbroken = Loader(dataset, plan)
+    batches = take(unbroken, plan.count(0) + plan.count(1) + 5)
+    assert unbroken.epoch_start == (2, plan.count(0) + plan.count(1))
+    more = take(Loader(dataset, plan, consumed=unbroken.consumed), 12)
+    planned = []
+    count = plan.count
+    monkeypatch.setattr(plan, "count", lambda epoch: planned.append(epoch) or count(epoch))
+    loaders = [
+        Loader(dataset, plan, rank=rank, world=world, consumed=len(batches), epoch_start=unbroken.epoch_start)
+        for rank in range(world)
+    ]
+    parts = [take(loader, 12 // world) for loader in loaders]
+    assert all(map(same, more, [batch for step in zip(*parts, strict=True) for batch in step]))
+    assert min(planned) == 2
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -15,10 +15,12 @@ import torch
 from PIL import Image
 
 from mmssl.data.dataset import ManifestDataset
-from mmssl.data.manifest import Manifest, read_table, write_manifest
+from mmssl.data.manifest import Manifest, read_slice, write_manifest
+from mmssl.data.scan import read_table
 from mmssl.modalities.image.reader import read as read_image
 from mmssl.modalities.speech.reader import probe
 from mmssl.modalities.speech.reader import read as read_speech
+from mmssl.modalities.video.reader import read as read_video
 
 FOLDER = Path(__file__).parents[2] / "data_manifests"
 
@@ -100,7 +102,7 @@ def test_asterisk_prompts_are_for_pretraining_and_for_ctc(tmp_path: Path) -> Non
         lines.append(f"{name}.wav\t{name[:2]}\tA\t{kind}\t{digits}\t{split}\t{seconds}\tWell, {name}.\twell {name}")
     (tmp_path / "in" / "index.tsv").write_text("\n".join(lines))
     script("asterisk_prompts").main(tmp_path / "in", tmp_path / "out")
-    ids = {path.stem: Manifest(path).column("id") for path in (tmp_path / "out").glob("*.jsonl")}
+    ids = {path.stem: list(Manifest(path).values("id")) for path in (tmp_path / "out").glob("*.jsonl")}
     assert ids == {
         "pretrain_train": ["en/a.wav", "en/b.wav", "en/c.wav", "en/d.wav"],
         "pretrain_valid": ["fr/a.wav"],
@@ -135,7 +137,7 @@ def test_fashion_mnist_becomes_pictures_in_one_tar(tmp_path: Path, monkeypatch: 
             manifest, media={"image": "image"}, readers={"image": lambda source: read_image(source, channels=1)}
         )
         got += [dataset[place, 0].inputs["image"] for place in range(count)]
-        classes += manifest.column("label")
+        classes += manifest.values("label")
     assert np.array_equal((torch.cat(got) * 255).round().byte().numpy(), images)
     assert classes == labels.tolist()
     idx("t10k-labels-idx1-ubyte.gz", labels[6:])
@@ -178,10 +180,58 @@ def test_esc10_leaves_out_one_fold_after_the_other(tmp_path: Path) -> None:
         [("rain/5-5005-A", "rain", "5")],
     ]
     train = Manifest(tmp_path / "out" / "fold2" / "train.jsonl")
-    assert sorted(train.column("fold")) == ["1", "3", "4", "5"]
+    assert sorted(train.values("fold")) == ["1", "3", "4", "5"]
     soundfile.write(tmp_path / "in" / "rain" / "drops.wav", np.zeros(800), 8000)
     with pytest.raises(ValueError, match="rain/drops.wav: expected CLASS/FOLD-NUMBER-TAKE"):
         script("esc10").main(tmp_path / "in", tmp_path / "out")
+
+
+def test_motion_is_told_by_no_frame_and_by_every_two(tmp_path: Path) -> None:
+    motion = script("motion")
+    motion.main(tmp_path, {"train": 16, "valid": 8, "test": 8})
+    rows = list(Manifest(tmp_path / "train.jsonl"))
+    assert len(rows) == 16
+    assert sorted({row["label"] for row in rows}) == sorted(motion.DIRECTIONS)
+    for number, name in enumerate(motion.DIRECTIONS):
+        clip = motion.draw(number, np.random.default_rng([0, number])).astype(float)
+        row = next(row for row in rows if row["id"] == f"train_{number:05}")
+        assert row["label"] == name
+        content = read_slice(row["video"], row["offset"], row["size"])
+        stored = read_video(content, rate=8, channels=1)[0].numpy() * 255
+        assert stored.shape == clip.shape
+        assert np.abs(stored - clip).mean() < 4
+        # where the second frame fits the first best, by the cross-correlation on the torus
+        spectra = np.fft.fft2(clip[[0, 3]] - clip[[0, 3]].mean())
+        peak = np.fft.ifft2(spectra[1] * spectra[0].conj()).real
+        down, across = ((place + 16) % 32 - 16 for place in np.unravel_index(peak.argmax(), peak.shape))
+        angle = 2 * np.pi * number / 8
+        assert np.cos(np.arctan2(-down, across) - angle) > 0.9
+
+
+def test_sample_videos_become_windows(tmp_path: Path, videos: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with tarfile.open(folder / "videos.tar", "w") as shard:
+        shard.add(videos / "train" / "up" / "0.mp4", arcname="a.mp4")
+        shard.add(videos / "test" / "up" / "6.mp4", arcname="b.mp4")
+    (folder / "index.tsv").write_text("file\tsplit\tfps\na.mp4\ttrain\t8.0\nb.mp4\ttest\t8.0\n")
+    for name, key in (("windows", "scene"), ("event_windows", "event")):
+        lines = [f"file\tstart\tframes\t{key}\tsplit", "a.mp4\t4\t8\tone\ttrain", "b.mp4\t0\t8\ttwo\ttest"]
+        (folder / f"{name}.tsv").write_text("\n".join(lines))
+    script("sample_videos").main(folder, tmp_path / "out")
+    rows = {path.stem: list(Manifest(path)) for path in (tmp_path / "out").glob("*.jsonl")}
+    assert set(rows) == {"pretrain_train", "scene_train", "scene_test", "event_train", "event_test"}
+    [window] = rows["scene_train"]
+    assert (window["id"], window["start"], window["duration"], window["label"]) == ("a@4", 0.5, 1.0, "one")
+    dataset = ManifestDataset(
+        Manifest(tmp_path / "out" / "scene_train.jsonl"),
+        media={"video": "video"},
+        readers={"video": lambda source, **part: read_video(source, rate=8, **part)},
+        rates={"video": 8.0},
+        hints={"video": ("decoder",)},
+    )
+    whole = read_video(videos / "train" / "up" / "0.mp4", rate=8)
+    assert torch.equal(dataset[0, 0].inputs["video"], whole[:, 4:12])
 
 
 def index(root: Path, name: str) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmssl.data.dataset import BadClips, ManifestDataset, Sample
 from mmssl.data.manifest import Manifest, write_manifest
-from mmssl.types import BadClip
+from mmssl.types import BadClip, Raw
 
 
 def read(source: Any, start: float = 0.0, duration: float | None = None) -> Tensor:
@@ -91,11 +91,12 @@ def test_the_cache_keeps_what_was_read_and_not_what_was_augmented(tmp_path: Path
 def test_slices_segments_and_parts_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_text("....1 2 3 4....")
     (tmp_path / "b.txt").write_text("5 6 7 8")
+    tar, txt = str(tmp_path / "a.tar"), str(tmp_path / "b.txt")
     rows = [
-        {"audio": "a.tar", "offset": 4, "size": 7},
-        {"audio": "b.txt", "start": 0.1, "duration": 0.2},
-        {"audio": {"path": "a.tar", "offset": 4, "size": 7, "start": 0.2}},
-        {"audio": [{"path": "a.tar", "offset": 4, "size": 3}, "b.txt", {"path": "b.txt", "start": 0.3}]},
+        {"audio": tar, "offset": 4, "size": 7},
+        {"audio": txt, "start": 0.1, "duration": 0.2},
+        {"audio": {"path": tar, "offset": 4, "size": 7, "start": 0.2}},
+        {"audio": [{"path": tar, "offset": 4, "size": 3}, txt, {"path": txt, "start": 0.3}]},
     ]
     write_manifest(tmp_path / "a.jsonl", rows)
     clips = dataset(Manifest(tmp_path / "a.jsonl"))
@@ -106,7 +107,7 @@ def test_slices_segments_and_parts_are_read(tmp_path: Path) -> None:
 def test_a_row_may_have_several_modalities(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("1 2")
     (tmp_path / "b.txt").write_text("3")
-    write_manifest(tmp_path / "a.jsonl", [{"audio": "a.txt", "image": "b.txt"}])
+    write_manifest(tmp_path / "a.jsonl", [{"audio": str(tmp_path / "a.txt"), "image": str(tmp_path / "b.txt")}])
     clips = ManifestDataset(
         Manifest(tmp_path / "a.jsonl"),
         media={"speech": "audio", "image": "image"},
@@ -119,13 +120,14 @@ def test_a_row_may_have_several_modalities(tmp_path: Path) -> None:
 
 
 def test_a_bad_clip_stops_a_run_that_does_not_skip(tmp_path: Path) -> None:
-    with pytest.raises(BadClip, match=r"1.txt: unreadable \(ValueError\)"):
+    sentence = r"1.txt: unreadable \(ValueError\) \(at .*a.jsonl:2\); data.on_bad_clip=skip goes on without such clips$"
+    with pytest.raises(BadClip, match=sentence):
         dataset(make(tmp_path, 3, bad=(1,)))[1, 0]
 
 
 def test_a_bad_clip_in_a_shard_is_named_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_text("....x....")
-    write_manifest(tmp_path / "a.jsonl", [{"audio": "a.tar", "offset": 4, "size": 1}])
+    write_manifest(tmp_path / "a.jsonl", [{"audio": str(tmp_path / "a.tar"), "offset": 4, "size": 1}])
     with pytest.raises(BadClip, match=r"a.tar#4: unreadable \(ValueError\)"):
         dataset(Manifest(tmp_path / "a.jsonl"))[0, 0]
 
@@ -148,6 +150,17 @@ def test_a_skipped_clip_is_named_and_replaced_by_the_same_other_one(tmp_path: Pa
         first.read(3, 2)
 
 
+def test_lines_are_not_counted_for_clips_that_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def label(row: dict[str, Any]) -> int:
+        if row["label"] == 2:
+            raise ValueError("no label fits")
+        return 0
+
+    monkeypatch.setattr(Manifest, "place", lambda self, index: pytest.fail("the manifest was read up to the clip"))
+    clips = dataset(make(tmp_path, 20, bad=(3,)), label=label, on_bad_clip="skip")
+    assert [clips[i, 0].bad[0]["id"] for i in (2, 3)] == ["clip2", "clip3"]
+
+
 def test_where_everything_is_bad_the_search_ends(tmp_path: Path) -> None:
     with pytest.raises(BadClip, match="unreadable .*; and so were 19 clips taken at random in its place"):
         dataset(make(tmp_path, 4, bad=(0, 1, 2, 3)), on_bad_clip="skip")[0, 0]
@@ -160,37 +173,51 @@ def test_a_label_that_does_not_fit_makes_a_bad_clip_with_its_line(tmp_path: Path
         return row["label"]
 
     manifest = make(tmp_path, 6)
-    with pytest.raises(BadClip, match=r"a.jsonl:3: the label 2 is not among the 2 classes"):
+    with pytest.raises(
+        BadClip, match=r"clip2: the label 2 is not among the 2 classes \(0, 1\) \(at .*a.jsonl:3\); data."
+    ):
         dataset(manifest, label=label)[2, 0]
     assert dataset(manifest, label=label, on_bad_clip="skip")[2, 0].label in (0, 1)
 
 
-def test_a_clip_shorter_than_a_token_is_a_bad_clip(tmp_path: Path) -> None:
+def test_a_clip_that_the_frontend_or_an_augmentation_cannot_take_is_a_bad_clip(tmp_path: Path) -> None:
+    def two(raw: Raw) -> None:
+        if raw.lengths[0] < 2:
+            raise ValueError(f"{raw.ids[0]}: {int(raw.lengths[0])} samples at {raw.rate} Hz are too few")
+
+    def crop(clip: Tensor, rng: np.random.Generator) -> Tensor:
+        if len(clip) < 2:
+            raise ValueError("crop: the clip is too short; leave it out")
+        return clip[:1]
+
     manifest = make(tmp_path, 3)
-    assert len(dataset(manifest, shortest={"sound": 2})[1, 0].inputs["sound"]) == 2
-    with pytest.raises(BadClip, match="clip0: 1 samples long, and shorter than the 2 that one token needs"):
-        dataset(manifest, shortest={"sound": 2})[0, 0]
-    cut = {"sound": lambda clip, rng: clip[:0]}
-    with pytest.raises(BadClip, match="clip2: 0 samples long"):
-        dataset(manifest, augments=cut)[2, 0]
+    assert len(dataset(manifest, fits={"sound": two})[1, 0].inputs["sound"]) == 2
+    refused = r"clip0: 1 samples at 10.0 Hz are too few \(at .*a.jsonl:1\); data.on_bad_clip=skip goes on without"
+    with pytest.raises(BadClip, match=refused):
+        dataset(manifest, fits={"sound": two})[0, 0]
+    with pytest.raises(BadClip, match="clip2: 1 samples"):  # as it is after augmentation
+        dataset(manifest, fits={"sound": two}, augments={"sound": crop})[2, 0]
+    with pytest.raises(BadClip, match="clip0: crop: the clip is too short; leave it out"):
+        dataset(manifest, augments={"sound": crop})[0, 0]
+    assert dataset(manifest, fits={"sound": two}, on_bad_clip="skip")[0, 0].bad[0]["id"] == "clip0"
 
 
 def test_a_clip_much_longer_than_its_row_says_is_a_bad_clip(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" ".join(["1"] * 100))
-    write_manifest(tmp_path / "a.jsonl", [{"audio": "a.txt", "seconds": 2.0}, {"audio": "a.txt", "seconds": 9.0}])
+    rows = [{"audio": str(tmp_path / "a.txt"), "seconds": seconds} for seconds in (2.0, 9.0)]
+    write_manifest(tmp_path / "a.jsonl", rows)
     clips = dataset(Manifest(tmp_path / "a.jsonl"))
-    with pytest.raises(BadClip, match=r"10.00 s long where .*a.jsonl:1 says 2 s; write the manifest again"):
+    with pytest.raises(
+        BadClip, match=r"10.00 s long where its row says 2 s; write the manifest again \(at .*a.jsonl:1\)"
+    ):
         clips[0, 0]
     assert len(clips[1, 0].inputs["sound"]) == 100
 
 
 def test_a_row_without_the_modality_is_named_by_its_line(tmp_path: Path) -> None:
-    write_manifest(tmp_path / "a.jsonl", [{"image": "a.png"}, {"audio": 7}])
-    clips = dataset(Manifest(tmp_path / "a.jsonl"), on_bad_clip="skip")
-    with pytest.raises(ValueError, match="a.jsonl:1: no 'audio', which sound reads; the row has id, image"):
-        clips[0, 0]
-    with pytest.raises(ValueError, match="a.jsonl:2: 'audio' must be a path, got 7"):
-        clips[1, 0]
+    write_manifest(tmp_path / "a.jsonl", [{"audio": "a.wav"}, {"image": "a.png"}])
+    with pytest.raises(ValueError, match="a.jsonl:2: no 'audio', which sound reads; the row has id, image"):
+        dataset(Manifest(tmp_path / "a.jsonl"), on_bad_clip="skip")
 
 
 def test_settings_without_sense_are_refused(tmp_path: Path) -> None:
@@ -214,6 +241,21 @@ def test_bad_clips_are_written_once_each(tmp_path: Path) -> None:
     written = [json.loads(line) for line in (tmp_path / "run" / "bad_clips.jsonl").read_text().splitlines()]
     assert written == [bad("a", manifest), bad("b", manifest)]
     assert len(clips) == 2
+    assert clips.remark.startswith(f"{manifest.path}: 2 of 10 clips could not be read so far; they are named in ")
+
+
+def test_what_other_ranks_note_is_read_once(tmp_path: Path) -> None:
+    manifest, path = make(tmp_path, 10), tmp_path / "bad_clips.jsonl"
+    first, second = (BadClips(path, manifest=manifest, max_share=1.0) for _ in range(2))
+    assert first.remark == ""
+    first.add([bad("a", manifest)])
+    second.add([bad("b", manifest)])
+    assert len(second) == 2
+    # lines that were read are not read again: what is put in their place is not noticed
+    text = path.read_text()
+    path.write_text(text.replace('"id": "a"', '"id": "x"').replace('"id": "b"', '"id": "y"'))
+    second.add([bad("c", manifest)])
+    assert len(second) == 3
 
 
 def test_too_many_bad_clips_end_the_run_also_after_resuming_and_over_ranks(tmp_path: Path) -> None:

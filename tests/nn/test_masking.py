@@ -68,6 +68,13 @@ def test_spans_are_runs_of_the_length_asked_for():
         assert min(runs) >= 10
 
 
+def test_a_row_has_its_least_number_of_runs_however_small_the_share():
+    # two runs of 3 that begin at different tokens hide at least 4
+    masked = span_mask(torch.full((200,), 60), prob=1e-6, span=3, seeds=torch.arange(200), min_spans=2).masked
+    assert masked.sum(1).min() == 4
+    assert masked.sum(1).max() == 6
+
+
 def test_the_last_token_is_hidden_as_often_as_the_first():
     # one generator of spans hid the last row and column of a picture never; ends must be symmetric
     masked = span_mask(torch.full((4000,), 100), prob=0.3, span=5, seeds=torch.arange(4000)).masked.float().mean(0)

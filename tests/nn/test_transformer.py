@@ -114,6 +114,29 @@ def test_drop_path_leaves_out_whole_clips_and_keeps_the_mean():
     assert ours.blocks[0].drop_path == 0
 
 
+def test_the_input_is_dropped_behind_the_norm_that_stands_before_the_blocks():
+    torch.manual_seed(0)
+    model = Transformer(dim=64, depth=1, heads=2, norm="post", dropout=0.25)
+    x = torch.randn(4, 10, 64)
+    _, kept = model(x, layers=[0])
+    alive = kept[0] != 0
+    assert abs((~alive).float().mean() - 0.25) < 0.05
+    torch.testing.assert_close(kept[0][alive], (torch.nn.functional.layer_norm(x, (64,), eps=1e-6) / 0.75)[alive])
+
+
+@pytest.mark.parametrize("name", ["activation_dropout", "dropout"])
+def test_what_is_dropped_whole_leaves_the_residual_alone(name):
+    rates = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "drop_path": 0.0, name: 1.0}
+    block = room.Block(8, 2, 16, norm="pre", eps=1e-6, **rates)
+    x = torch.randn(2, 3, 8)
+    layout = room.Layout(x, None)
+    # without activations the MLP gives its bias, which is zero here; without branches nothing is added at all
+    torch.nn.init.zeros_(block.mlp.down.bias)
+    attended = x + block.attention(block.norm1(x), layout)
+    assert torch.equal(block(x, layout), attended if name == "activation_dropout" else x)
+    assert not torch.equal(block.eval()(x, layout), attended)
+
+
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="heads=5"):
         build(heads=5)

@@ -159,7 +159,7 @@ def test_accuracy_counts_the_clips_that_are_right() -> None:
 
 
 def test_a_frozen_encoder_gets_no_gradient_and_stays_in_evaluation_mode() -> None:
-    objective = image_classifier(freeze_encoder=True, head_norm="batch").train()
+    objective = image_classifier(freeze_encoder=True).train()
     objective(images()).total.backward()
     assert all(p.grad is None and not p.requires_grad for p in objective.encoder.parameters())
     assert all(p.grad is not None for p in objective.head.parameters())
@@ -230,7 +230,7 @@ def test_the_loss_is_taken_in_float32_under_bfloat16() -> None:
     [
         ({"pooling": "class", "prefix": 0}, "no class token .encoder.prefix=0.; choose mean or attention"),
         ({"pooling": "max"}, "objective.pooling='max': choose one of mean, class, attention"),
-        ({"head_norm": "group"}, "head_norm='group': choose one of layer, batch, none"),
+        ({"head_norm": "batch"}, "objective.head_norm='batch': choose layer or none"),
         ({"pooling": "attention", "pool_heads": 3}, "must divide dim=16"),
     ],
 )

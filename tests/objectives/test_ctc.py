@@ -105,6 +105,20 @@ def test_a_clip_too_short_for_its_transcript_is_left_out_counted_and_named(caplo
     assert nothing.total.item() == 0.0
 
 
+def test_many_infeasible_clips_take_few_lines_of_few_names(caplog: pytest.LogCaptureFixture) -> None:
+    objective = build().eval()
+    with caplog.at_level(logging.WARNING):
+        for first in range(0, 20, 4):
+            objective(clips([5] * 4, [[1, 1, 2, 2, 3]] * 4, first=first))
+    # told of 4, 8 and 16
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(": ")[0] for line in said] == [
+        f"clip{n}, clip{n + 1}, clip{n + 2} and 1 more" for n in (0, 4, 12)
+    ]
+    assert "as are 16 clips so far" in said[-1]
+    assert len(objective.infeasible_ids) == 20
+
+
 def test_an_infeasible_clip_gives_no_gradient() -> None:
     objective = build().train()
     objective(clips([5], [[1, 1, 2, 2, 3]])).total.backward()

@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -136,9 +137,9 @@ def test_dropout_differs_between_seeds_and_not_with_what_the_loader_or_the_evalu
     assert not same(weights(plain), weights(other))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_with_zero_and_a_sentence(
-    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits_with_its_status_and_a_sentence(
+    tmp_path: Path, number: signal.Signals, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(number)
 
@@ -149,7 +150,7 @@ def test_a_signal_saves_and_exits_with_zero_and_a_sentence(
     stopped = built(dropout=0.3, then=told)
     with pytest.raises(SystemExit) as raised:
         run(tmp_path / "stopped", stopped, steps=9)
-    assert raised.value.code == 0
+    assert raised.value.code == status
     assert signal.getsignal(number) is before
     said = capsys.readouterr().err
     assert f"stopped by {number.name} after update 6" in said
@@ -158,6 +159,11 @@ def test_a_signal_saves_and_exits_with_zero_and_a_sentence(
     run(tmp_path / "unbroken", unbroken, steps=9)
     run(tmp_path / "stopped", resumed, steps=9, resume=True)
     assert same(weights(unbroken), weights(resumed))
+
+
+def test_a_signal_at_the_last_update_stops_nothing(tmp_path: Path) -> None:
+    assert "loss" in run(tmp_path, built(then=lambda step: os.kill(os.getpid(), signal.SIGTERM)), steps=1)
+    assert "stopped by" not in notes(tmp_path)
 
 
 def test_a_second_signal_does_what_it_always_does(tmp_path: Path) -> None:
@@ -226,6 +232,29 @@ def test_a_disk_that_is_full_at_the_end_is_one_clear_error_and_the_last_checkpoi
         run(tmp_path, built(then=steps.append), steps=7, save_every=2)
     assert steps == [1, 2, 3, 4, 5, 6, 7]
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_2"]
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_an_encoder_that_cannot_be_exported_is_told_from_a_checkpoint_that_cannot_be_saved(
+    tmp_path: Path, mended: bool
+) -> None:
+    here = tmp_path / "encoder.safetensors"
+    exports = []
+
+    def export() -> None:
+        exports.append(here)
+        if len(exports) == 1 or not mended:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(here))
+
+    said = rf"{here}: could not be exported \(No space left on device\)"
+    if mended:
+        run(tmp_path, built(), steps=4, save_every=2, export=export)
+        assert re.search(rf"{said}; the checkpoint {tmp_path}/checkpoints/step_2 is saved", notes(tmp_path))
+    else:
+        with pytest.raises(OSError, match=f"^{said}; make room, and start the same run again"):
+            run(tmp_path, built(), steps=4, save_every=2, export=export)
+    assert "could not be saved" not in notes(tmp_path)
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_4\n"
 
 
 def test_a_folder_that_holds_another_run_is_refused(tmp_path: Path) -> None:
@@ -312,7 +341,9 @@ def test_batches_without_anything_to_learn_are_skipped_by_name(tmp_path: Path) -
             return Loss(loss.total * 0, 0) if "clip0" in batch.ids else loss
 
     run(tmp_path, built(Empty), steps=2)
-    assert "update 1 is skipped: in none of these clips was there anything to learn from: ['clip0'" in notes(tmp_path)
+    said = "update 1 is skipped: its 4 clips hold nothing to learn from: clip0, clip1, clip2 and 1 more"
+    assert said in notes(tmp_path)
+    assert lines(tmp_path)[0]["ids"] == ["clip0", "clip1", "clip2", "clip3"]
 
 
 def test_a_loss_without_a_gradient_is_a_clear_error(tmp_path: Path) -> None:
@@ -369,6 +400,14 @@ def test_evaluation_happens_in_time_and_in_evaluation_mode(tmp_path: Path) -> No
     assert objective.training
     assert final["evaluation/score"] == 0.5
     assert [line["evaluation"] for line in lines(tmp_path) if "evaluation" in line][-1] == {"score": 0.5}
+
+
+def test_a_line_about_an_evaluation_says_so_and_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {"loss": 0.51234, "feature_std": 1.0, "target_std": 1.0, "wer": math.nan, "accuracy": 0.25}
+    run(tmp_path / "many", built(), steps=2, evaluate=lambda step: scores, eval_every=2)
+    assert "\nvalidation after update 2: loss 0.5123  accuracy 0.25  wer nan\n" in capsys.readouterr().err
+    run(tmp_path / "own", built(), steps=2, evaluate=lambda step: {"score": 0.5}, eval_every=2)
+    assert "\nvalidation after update 2: score 0.5\n" in capsys.readouterr().err
 
 
 def test_in_bfloat16_products_are_rounded_and_weights_are_not(tmp_path: Path) -> None:
@@ -441,3 +480,28 @@ def test_an_evaluation_that_fails_costs_no_update(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zebra"):
         run(tmp_path, built(), evaluate=evaluate, steps=4, eval_every=4, save_every=0)
     assert checkpoint.latest(tmp_path / "checkpoints", say=print) is not None
+
+
+class Leaving(Loader):
+    """Counts epochs of two micro-batches, and cannot read a clip from the third micro-batch on."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for part in super().__iter__():
+            last = self.consumed - 1
+            self.epoch_start = (last // 2, last // 2 * 2)
+            self.remark = f"{self.consumed - 2} clips could not be read" if self.consumed > 2 else ""
+            yield part
+
+
+def test_clips_that_are_left_out_are_told_of_at_once_and_at_the_end(tmp_path: Path) -> None:
+    run(tmp_path, built(), loader=Leaving(), steps=6, log_every=1, save_every=5)
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    notes = [(line["step"], line["note"]) for line in lines if "note" in line]
+    assert notes == [(3, "1 clips could not be read"), (6, "4 clips could not be read")]
+
+
+def test_a_run_goes_on_from_the_start_of_its_epoch(tmp_path: Path) -> None:
+    run(tmp_path, built(), loader=Leaving(), steps=5)
+    loader = Leaving()
+    run(tmp_path, built(), loader=loader, steps=5, resume=True)
+    assert (loader.consumed, loader.epoch_start) == (5, (2, 4))

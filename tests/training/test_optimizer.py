@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from mmssl.encoder import Encoder
+from mmssl.modalities import MODALITIES
+from mmssl.nn.masking import plan_of
+from mmssl.nn.positions import POSITIONS
+from mmssl.nn.transformer import Transformer
+from mmssl.objectives.classify import Classify
 from mmssl.training.optimizer import build_optimizer, decays, layer_id
+from mmssl.types import Raw
 
 
 class Part(nn.Module):
@@ -80,6 +87,50 @@ def test_without_layer_decay_all_layers_learn_alike() -> None:
 def test_layer_ids_count_from_the_input() -> None:
     names = ["encoder.frontend.x", "encoder.transformer.blocks.11.y", "encoder.transformer.norm.bias", "head.z"]
     assert [layer_id(name, 12) for name in names] == [0, 12, 13, 13]
+
+
+FRONTENDS = {
+    "speech/waveform": {"layers": [[8, 10, 5], [8, 4, 4]], "rate": 8000},
+    "speech/logmel": {"bands": 8, "rate": 8000},
+    "image/patches": {"size": [4, 4]},
+}
+TABLES = {"sincos": {}, "conv": {"kernel": 4, "groups": 2}, "learned": {"grid": [2, 3]}}
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize(
+    ("source", "positions"),
+    [(source, "sincos" if source.startswith("speech") else "learned") for source in FRONTENDS]
+    + [("speech/logmel", "conv"), ("image/patches", "conv")],
+)
+def test_a_parameter_s_layer_is_the_first_that_depends_on_it(source: str, positions: str, norm: str) -> None:
+    torch.manual_seed(0)
+    modality, name = source.split("/")
+    assert set(FRONTENDS) == {f"{m}/{f}" for m in MODALITIES for f in MODALITIES[m].frontends}
+    assert set(TABLES) == set(POSITIONS)
+    body = Encoder(
+        MODALITIES[modality].frontends[name](dim=8, **FRONTENDS[source]),
+        Transformer(dim=8, depth=2, heads=2, norm=norm),
+        POSITIONS[positions](8, **TABLES[positions]),
+        prefix=2,
+        mask_token=True,
+    )
+    objective = Classify(body, n_classes=2, pooling="attention", pool_heads=2)
+    data = torch.randn(1, 1600) if modality == "speech" else torch.rand(1, 3, 8, 12)
+    lengths = torch.tensor([1600 if modality == "speech" else 1])
+    tokens = body.tokens(Raw(data, lengths, ["clip"], 8000.0 if modality == "speech" else None))
+    masked = torch.zeros(tokens.x.shape[:2], dtype=torch.bool)
+    masked[:, 1] = True
+    layers = body(tokens, plan_of(masked, tokens.lengths), "replace", layers=[0, 1, 2]).layers
+    expected = {key: 3 for key, _ in objective.named_parameters()}
+    for layer in (2, 1, 0):
+        objective.zero_grad()
+        # weighed at random: a sum over the channels of a norm would have no gradient
+        (layers[layer] * torch.randn_like(layers[layer])).sum().backward(retain_graph=True)
+        expected |= {key: layer for key, p in objective.named_parameters() if p.grad is not None and p.grad.any()}
+    assert set(expected.values()) == {0, 1, 2, 3}
+    scales = found(objective, "lr_scale", layer_decay=0.5)
+    assert {key: 3 + math.log2(scale) for key, scale in scales.items()} == expected
 
 
 def test_a_matrix_of_one_row_decays_and_a_token_of_that_shape_does_not() -> None:

@@ -37,6 +37,9 @@ def batch(numbers: range) -> Batch:
 class Loader:
     """Micro-batch k holds the clips from k * size on."""
 
+    epoch_start = (0, 0)
+    remark = ""
+
     def __init__(self, size: int = 4, *, rank: int = 0, world: int = 1) -> None:
         self.size, self.rank, self.world, self.consumed = size, rank, world, 0
 
@@ -122,7 +125,9 @@ def run(
 ) -> dict[str, float]:
     """Train; `options` are those of `train` and of `TrainSettings`."""
     rank, world = distributed.rank(), distributed.world_size()
-    inner = {name: options.pop(name) for name in ("evaluate", "recipe", "resume", "schedule") if name in options}
+    inner = {
+        name: options.pop(name) for name in ("evaluate", "export", "recipe", "resume", "schedule") if name in options
+    }
     optimizer: torch.optim.Optimizer
     if sgd:  # one update of rate 1 moves the weights by the gradient itself
         optimizer = torch.optim.SGD(objective.parameters(), lr=1.0)
@@ -155,7 +160,7 @@ def gradient(folder: Path, kind: type[Toy] = Toy, **options: Any) -> dict[str, T
 def start(task: str, folder: Path, **environment: object) -> subprocess.Popen[str]:
     """This file as a program of its own."""
     return subprocess.Popen(
-        [sys.executable, __file__, task, str(folder)],
+        [sys.executable, "-W", "error::FutureWarning", __file__, task, str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -25,3 +25,5 @@ def test_a_share_of_clips_is_left_as_it_is() -> None:
 
 def test_audio_has_what_speech_has() -> None:
     assert set(MODALITIES["audio"].augments) == set(MODALITIES["speech"].augments) | {"roll"}
+    # a rolled clip is as long as before
+    assert MODALITIES["audio"].durations == MODALITIES["speech"].durations

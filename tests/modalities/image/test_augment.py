@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from mmssl.modalities.image import IMAGE
 from mmssl.modalities.image.augment import center_crop, color_jitter, flip, random_resized_crop, resize, shift
 
 
@@ -118,3 +120,26 @@ def test_settings_without_sense_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=wrong.func.__name__):
             wrong(RAMP, rng())
+
+
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("resize", {"size": 5}),
+    ("resize", {"size": [4, 5]}),
+    ("center_crop", {"size": [6, 4]}),
+    ("random_resized_crop", {"size": 4}),
+    ("flip", {}),
+    ("shift", {"pixels": 2}),
+    ("color_jitter", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS)
+def test_a_picture_is_as_large_as_its_extent_says(name: str, settings: dict[str, Any]) -> None:
+    before = np.array([[6, 8], [9, 7], [31, 6]])
+    extent = IMAGE.sizes.get(name, lambda sizes, **settings: sizes)
+    after = [list(IMAGE.augments[name](torch.rand(1, *size), rng(), **settings).shape[1:]) for size in before.tolist()]
+    assert extent(before, **settings).tolist() == after
+
+
+def test_every_augmentation_is_held_against_its_extent() -> None:
+    assert {name for name, _ in SETTINGS} == set(IMAGE.augments)

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from mmssl.modalities.speech import SPEECH
 from mmssl.modalities.speech.augment import center_crop, gain, noise, random_crop, speed
 
 RATE = 1000
@@ -98,3 +100,23 @@ def test_settings_without_sense_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="crop|gain|noise|speed"):
             wrong(RAMP, rng())
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "random_crop": {"seconds": 0.4, "rate": RATE},
+    "center_crop": {"seconds": 0.4, "rate": RATE},
+    "gain": {"decibels": 6.0},
+    "noise": {},
+    "speed": {"factors": [0.8, 1.0, 1.3]},
+}
+
+
+@pytest.mark.parametrize("name", SPEECH.augments)
+def test_no_clip_becomes_longer_than_its_extent_says(name: str) -> None:
+    before = np.array([0.1, 0.4, 1.0], np.float32)
+    extent = SPEECH.durations.get(name, lambda seconds, **settings: seconds)
+    bounds = extent(before, **{key: value for key, value in SETTINGS[name].items() if key != "rate"})
+    for seconds, bound in zip(before, bounds, strict=True):
+        x = RAMP[: round(RATE * float(seconds))]
+        longest = max(len(SPEECH.augments[name](x, rng(seed), **SETTINGS[name])) for seed in range(20))
+        assert longest == pytest.approx(RATE * bound, abs=1)

@@ -189,6 +189,7 @@ def test_what_was_cut_off_gives_what_is_there_or_one_sentence(write: Callable[..
         got = read(path, rate=RATE)
         assert 0.3 * len(wave) < len(got) < 0.7 * len(wave)
         assert probe(path)["seconds"] == len(got) / RATE  # the header of the mp3 still promises all of it
+    assert probe(tmp_path / "a.wav")["remark"] == "ends after 2.999 s, where its header states 6.000 s"
     flac = cut(write("a.flac", wave))
     m4a = cut(write_m4a(tmp_path / "a.m4a", wave))
     for path, reason in ((flac, "damaged or cut off"), (m4a, "not a sound file that can be read")):
@@ -211,6 +212,16 @@ def test_a_header_is_not_believed(write: Callable[..., Path]) -> None:
     path.write_bytes(content)
     with pytest.raises(BadClip, match="damaged or cut off"):
         read(path, rate=RATE)
+
+
+@pytest.mark.parametrize("stated", [0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+def test_a_wav_whose_header_leaves_its_length_open_is_whole(write: Callable[..., Path], stated: int) -> None:
+    path = write("a.wav", tone(0.1))
+    content = path.read_bytes()
+    place = content.index(b"data") + 4
+    path.write_bytes(content[:place] + stated.to_bytes(4, "little") + content[place + 4 :])
+    assert torch.equal(read(path, rate=RATE), read(io.BytesIO(content), rate=RATE))
+    assert probe(path) == {"seconds": 0.1, "rate": RATE, "channels": 1}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -1,0 +1,300 @@
+"""What is to be embedded, from whatever a user gives: files, folders, manifests and arrays, read ahead as clips."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import queue
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmssl.assemble import build_augment, build_reader, build_span
+from mmssl.data.batching import collate_samples
+from mmssl.data.dataset import ManifestDataset, Sample
+from mmssl.data.manifest import Manifest
+from mmssl.encoder import Encoder
+from mmssl.modalities import MODALITIES
+from mmssl.types import BadClip, Frontend
+
+Input: TypeAlias = str | Path | BinaryIO | np.ndarray | Tensor | Manifest
+# Clips are read in windows, sorted by length within, and embedded in groups. Windows start small, so that the model
+# has something to do soon, and double up to so many groups, or so many values whichever comes first.
+WINDOW_GROUPS = 16
+WINDOW_VALUES = 2**24
+# what an array of each media is
+_AXES = {"audio": "(samples,)", "image": "(channels, height, width)", "video": "(channels, frames, height, width)"}
+KINDS = "path, glob, folder, manifest, binary file, array and tensor"
+
+
+def find_clips(
+    inputs: Input | Sequence[Input], config: Mapping[str, Any], encoder: Encoder, *, rate: float | None
+) -> Clips:
+    """The clips of inputs, none of them read yet; see `Embedder.embed`.
+
+    Args:
+        config: what config.json holds.
+        rate: samples per second of arrays, where it is not the encoder's own.
+
+    Raises:
+        ValueError: an input that is none, or nothing to embed.
+    """
+    if rate is not None and not (rate > 0 and math.isfinite(rate)):
+        raise ValueError(f"rate={rate}: must be above 0; leave it out for arrays at the encoder's own rate")
+    single = isinstance(inputs, (str, Path, np.ndarray, Tensor, Manifest)) or hasattr(inputs, "read")
+    if not single and not isinstance(inputs, Iterable):
+        raise ValueError(f"inputs: {type(inputs).__name__} is none of {KINDS}, nor a sequence of them")
+    listed: Iterable[Input] = [cast(Input, inputs)] if single else cast("Iterable[Input]", inputs)
+    modality, frontend = config["modality"], encoder.frontend
+    kind = MODALITIES[modality]
+    clips = Clips(modality, frontend)
+    augment = build_augment(config["augment_eval"], modality, frontend)
+    read = build_reader(config, frontend)
+    span = build_span(config["augment_eval"], modality, frontend)
+    read_part = read if span is None else partial(read, span=partial(span, rng=np.random.default_rng(0)))
+    settings = frontend.reader_settings
+
+    def ready(make: Callable[..., Tensor], *given: Any) -> Tensor:
+        # nothing that is done for evaluation is random; the augmentations take a generator all the same
+        return augment(make(*given), np.random.default_rng(0))
+
+    for place, item in enumerate(listed):
+        if isinstance(item, Manifest) or (isinstance(item, (str, Path)) and str(item).endswith(".jsonl")):
+            manifest = item if isinstance(item, Manifest) else Manifest(item)
+            clips.add(
+                ManifestDataset(
+                    manifest,
+                    media={modality: kind.media},
+                    readers={modality: read},
+                    hints={modality: kind.hints},
+                    spans={} if span is None else {modality: span},
+                    augments={modality: augment},
+                    rates={modality: settings.get("rate")},
+                )
+            )
+        elif isinstance(item, (str, Path)):
+            for path in _expand(str(item), kind.suffixes, modality):
+                clips.add((path, partial(ready, read_part, path)))
+        elif isinstance(item, (np.ndarray, Tensor)):
+            batch = _split(item, f"input {place}", kind.media, frontend.min_length)
+            for i, clip in enumerate(batch):
+                name = f"input {place}" if len(batch) == 1 else f"input {place}.{i}"
+                if kind.media == "audio":
+                    clips.add((name, partial(ready, _wave, clip, name, rate, settings["rate"])))
+                else:
+                    clips.add((name, partial(ready, _picture, clip, name, settings["channels"])))
+        elif hasattr(item, "read"):
+            clips.add((str(getattr(item, "name", f"input {place}")), partial(ready, read_part, item)))
+        else:
+            raise ValueError(f"input {place}: {type(item).__name__} is none of {KINDS}")
+    if not len(clips):
+        raise ValueError("nothing to embed: the inputs are empty")
+    return clips
+
+
+@dataclass(frozen=True)
+class Item:
+    """One clip that was read, or the reason why it could not be."""
+
+    place: int
+    name: str
+    sample: Sample | None = None
+    error: BadClip | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its only input."""
+        assert self.sample is not None
+        return tuple(next(iter(self.sample.inputs.values())).shape)
+
+
+class Clips:
+    """What is to be embedded, read clip by clip.
+
+    A manifest stays a manifest: its rows are not listed.
+    """
+
+    def __init__(self, modality: str, frontend: Frontend) -> None:
+        self.modality = modality
+        self.frontend = frontend
+        self.rate = frontend.reader_settings.get("rate")
+        self._parts: list[ManifestDataset | tuple[str, Callable[[], Tensor]]] = []
+        self._ends: list[int] = []
+
+    def add(self, part: ManifestDataset | tuple[str, Callable[[], Tensor]]) -> None:
+        """Rows of a manifest, or (name, how to read it)."""
+        self._parts.append(part)
+        self._ends.append(len(self) + (len(part) if isinstance(part, ManifestDataset) else 1))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def line(self, place: int) -> str:
+        """The manifest and its line where the clip at `place` is a row of one, else nothing."""
+        part, row = self._find(place)
+        return part.manifest.place(row) if isinstance(part, ManifestDataset) else ""
+
+    def read(self, place: int) -> Item:
+        """The clip at `place`, fit for the frontend."""
+        part, row = self._find(place)
+        name = part.manifest[row]["id"] if isinstance(part, ManifestDataset) else part[0]
+        try:
+            if isinstance(part, ManifestDataset):
+                sample = part.read(row, 0)
+            else:
+                sample = Sample(name, {self.modality: part[1]()}, {self.modality: self.rate}, None, 0)
+            self._try(sample)
+        except BadClip as error:
+            return Item(place, name, error=error)
+        except ValueError as error:  # a clip that an augmentation or the frontend cannot take
+            return Item(place, name, error=BadClip(name, str(error).removeprefix(f"{name}: ")))
+        return Item(place, name, sample)
+
+    def _find(self, place: int) -> tuple[ManifestDataset | tuple[str, Callable[[], Tensor]], int]:
+        """What holds the clip at `place`, and its row in there."""
+        number = bisect_right(self._ends, place)
+        return self._parts[number], place - (self._ends[number - 1] if number else 0)
+
+    def _try(self, sample: Sample) -> None:
+        """A clip that is no whole token is found before it is put beside others.
+
+        Raises:
+            ValueError: the frontend cannot take it.
+        """
+        self.frontend.lengths(collate_samples([sample]).raw)
+
+
+def windows(clips: Clips, batch_size: int) -> Generator[list[Item], None, None]:
+    """Clips in order, many at a time, read by one thread while the caller works on those before."""
+    ready: queue.Queue[list[Item] | Exception | None] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+
+    def hand_over(what: list[Item] | Exception | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(what, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def read() -> None:
+        window: list[Item] = []
+        values, most = 0, batch_size
+        try:
+            for place in range(len(clips)):
+                if stopped.is_set():
+                    return
+                window.append(clips.read(place))
+                values += 0 if window[-1].sample is None else math.prod(window[-1].shape)
+                if len(window) >= most or values >= WINDOW_VALUES:
+                    hand_over(window)
+                    window, values, most = [], 0, min(2 * most, WINDOW_GROUPS * batch_size)
+            if window:
+                hand_over(window)
+            hand_over(None)
+        except Exception as error:  # whatever it is, it belongs to the thread that waits
+            hand_over(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        while (window := ready.get()) is not None:
+            if isinstance(window, Exception):
+                raise window
+            yield window
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def groups(items: Sequence[Item], batch_size: int, batch_seconds: float) -> Iterator[list[Item]]:
+    """Clips that are computed together: sound of similar length, pictures and video of the same shape."""
+    group: list[Item] = []
+    for item in sorted(items, key=lambda item: item.shape):
+        assert item.sample is not None
+        rate = next(iter(item.sample.rates.values()))
+        if len(item.shape) == 1:
+            full = rate is not None and (len(group) + 1) * item.shape[0] > batch_seconds * rate
+        else:
+            full = bool(group) and group[0].shape != item.shape
+        if group and (full or len(group) == batch_size):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
+
+
+def _expand(text: str, suffixes: Collection[str], modality: str) -> list[str]:
+    """The files that a path, a folder or a glob pattern means, sorted where there are several."""
+    if os.path.isdir(text):
+        inside = sorted(
+            str(path) for path in Path(text).rglob("*") if path.suffix.lower() in suffixes and path.is_file()
+        )
+        if not inside:
+            raise ValueError(f"{text}: no {modality} file in this folder ({' '.join(sorted(suffixes))})")
+        return inside
+    if os.path.exists(text) or not glob.has_magic(text):
+        return [text]
+    matching = sorted(path for path in glob.glob(text, recursive=True) if os.path.isfile(path))
+    if not matching:
+        raise ValueError(f"{text}: no file matches this pattern")
+    return matching
+
+
+def _split(array: np.ndarray | Tensor, name: str, media: str, shortest: int) -> list[Tensor]:
+    """The clips of an array: one, or one for each place on an axis in front; `shortest` is what a token sees of one."""
+    try:
+        x = torch.as_tensor(array)
+    except TypeError:
+        raise ValueError(f"{name}: an array of {array.dtype} holds no numbers; give paths as a list") from None
+    meaning = _AXES[media]
+    axes = len(meaning.split())
+    if x.ndim not in (axes, axes + 1):
+        raise ValueError(
+            f"{name}: an array of shape {tuple(x.shape)}; a clip is {meaning}, with or without an axis of "
+            "clips in front"
+        )
+    if media == "audio" and x.ndim == 2 and x.shape[1] < shortest <= x.shape[0]:
+        raise ValueError(
+            f"{name}: an array of shape {tuple(x.shape)} is {x.shape[0]} clips of {x.shape[1]} samples, each shorter "
+            "than one token; if these are samples by channels, give the mean over axis 1"
+        )
+    return [x] if x.ndim == axes else list(x)
+
+
+def _wave(x: Tensor, name: str, rate: float | None, own_rate: float) -> Tensor:
+    """Samples as a reader would give them."""
+    if x.dtype == torch.int16:
+        x = x / 32768
+    if not x.is_floating_point():
+        raise BadClip(name, f"samples of type {x.dtype}; give floating point numbers, or int16")
+    x = x.detach().float().cpu()
+    if not len(x) or not torch.isfinite(x).all():
+        raise BadClip(name, "holds no samples" if not len(x) else "samples are NaN or infinite")
+    if rate is not None and rate != own_rate:
+        from mmssl.modalities.speech.reader import resample
+
+        return torch.from_numpy(resample(x.numpy(), rate, own_rate))
+    return x
+
+
+def _picture(x: Tensor, name: str, channels: int) -> Tensor:
+    """Pixels as a reader would give them."""
+    if x.shape[0] != channels and x.shape[-1] == channels:
+        meaning = _AXES["image" if x.ndim == 3 else "video"]
+        raise BadClip(name, f"pixels of shape {tuple(x.shape)}; they must be {meaning}")
+    if x.dtype == torch.uint8:
+        x = x / 255
+    x = x.detach().float().cpu()
+    if not x.numel() or not bool(((x >= -1e-3) & (x <= 1 + 1e-3)).all()):
+        raise BadClip(name, "pixels must be from 0 to 1 (or uint8), and there must be some")
+    return x

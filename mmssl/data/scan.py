@@ -1,0 +1,344 @@
+"""From a folder of files, and what a table says of them, to the rows of a manifest."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import posixpath
+import re
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mmssl.data.manifest import MEDIA, Row, read_slice
+from mmssl.types import BadClip
+
+
+@dataclass
+class ScanResult:
+    """What a scan found.
+
+    rows: one a readable clip, in the order of their names (of the table, where there is one).
+    bad: (path, reason) of each file that cannot be read, and of each line of the table that names no file.
+    remarks: (path, sentence) of each file that is in `rows` and has something odd about it.
+    unlisted: files that the table does not name; they are not in `rows`.
+    ignored: suffix -> number of files that are not of this media.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    remarks: list[tuple[str, str]] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+
+class NoClips(ValueError):
+    """A folder without a file of the media that was looked for; `ignored` as in `ScanResult`."""
+
+    def __init__(self, sentence: str, ignored: Counter[str]) -> None:
+        super().__init__(sentence)
+        self.ignored = ignored
+
+
+@dataclass
+class _Clip:
+    """A file, or a slice of one, that may become a row."""
+
+    name: str  # relative to the scanned folder
+    path: str
+    offset: int | None = None
+    size: int | None = None
+    member: str = ""  # its name inside a tar
+    known: Row = field(default_factory=dict)  # what a table says of it
+
+
+def scan(
+    folder: str | Path,
+    *,
+    media: str,
+    probe: Callable[[Any], Mapping[str, Any]],
+    suffixes: Collection[str],
+    label_from: int | None = None,
+    split_from: int | None = None,
+    text_from: int | None = None,
+    tsv: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    workers: int = 4,
+    progress: bool = True,
+) -> ScanResult:
+    """Look through a folder, and through the uncompressed tar files in it, for clips.
+
+    Args:
+        media: the key that names a row's file: "audio", "image", "video".
+        probe: (path or binary file) -> what to note of the clip ("seconds", "height"), and perhaps a "remark" for the
+            user; raises `BadClip`.
+        suffixes: with their dot, in lower case. They choose what is looked at; what a file is, its content decides.
+        label_from, split_from, text_from: the folder whose name is the clip's label, split, transcript: 1 is the first
+            below `folder`, -1 the one that the file lies in.
+        tsv: a table of the clips: tab-separated (or .csv) with a line of column names, or fairseq's (a root, then
+            `relative path <tab> samples`; a .wrd or .ltr file beside it gives the transcripts). Its file names may be
+            relative paths or bare names, with or without suffix.
+        columns: row key -> column of the table, where the names do not tell: {"text": "norm", "split": "fold"}.
+        workers: threads that read headers.
+
+    Raises:
+        NoClips: nothing in it to look at.
+        ValueError: no such folder, or a table that cannot be read.
+    """
+    root = os.path.abspath(folder)
+    if not os.path.isdir(root):
+        what = "a file; give the folder that it lies in" if os.path.isfile(root) else "no such folder"
+        raise ValueError(f"{folder}: {what}")
+    if media not in MEDIA:
+        raise ValueError(f"scan: media {media!r} is not among {', '.join(MEDIA)}")
+    result = ScanResult()
+    clips = list(_walk(root, frozenset(suffixes), result))
+    if tsv is not None:
+        clips = _listed(clips, root, Path(tsv), dict(columns or {}), result)
+    if not clips and not result.bad:
+        others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in result.ignored.most_common(5))
+        raise NoClips(
+            f"{folder}: no {media} file here ({' '.join(sorted(suffixes))}); found {others or 'nothing'}",
+            result.ignored,
+        )
+    levels = {"label": label_from, "split": split_from, "text": text_from}
+
+    def look(part: list[_Clip]) -> list[Row | tuple[str, str]]:
+        return [_probe(clip, media, probe, levels) for clip in part]
+
+    parts = [clips[start : start + 32] for start in range(0, len(clips), 32)]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for found in _with_progress(pool.map(look, parts), parts, progress):
+            for item in found:
+                if isinstance(item, tuple):
+                    result.bad.append(item)
+                else:
+                    if "remark" in item:
+                        result.remarks.append((item[media], item.pop("remark")))
+                    result.rows.append(item)
+    return result
+
+
+def read_table(path: str | Path) -> list[tuple[int, dict[str, str]]]:
+    """(line number, values by the names in the first line) of a tab-separated file (.csv: of a comma-separated one).
+
+    Raises:
+        ValueError: not UTF-8, or a line with more or fewer columns than the first, by its number.
+    """
+    path = Path(path)
+
+    def lines() -> Iterator[str]:
+        with open(path, "rb") as handle:
+            for number, line in enumerate(handle, 1):
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); save the table as UTF-8") from None
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    comma = path.suffix.lower() == ".csv"
+    reader = csv.reader(
+        lines(), delimiter="," if comma else "\t", quoting=csv.QUOTE_MINIMAL if comma else csv.QUOTE_NONE
+    )
+    names = next(reader, None)
+    if not names:
+        raise ValueError(f"{path}: the table is empty")
+    table = []
+    for values in reader:
+        if not values:
+            continue
+        if len(values) != len(names):
+            raise ValueError(f"{path}:{reader.line_num}: {len(values)} columns, but the first line names {len(names)}")
+        table.append((reader.line_num, dict(zip(names, values, strict=True))))
+    return table
+
+
+def _walk(root: str, suffixes: frozenset[str], result: ScanResult) -> Iterator[_Clip]:
+    """Clips below `root`, by name; folders and files whose names start with a dot are left out."""
+    seen = set()
+    for where, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = os.path.relpath(where, root)
+        for file in sorted(files):
+            name = os.path.normpath(os.path.join(inside, file)).replace(os.sep, "/")
+            path, suffix = os.path.join(where, file), os.path.splitext(file)[1].lower()
+            if file.startswith("."):
+                result.ignored[file] += 1
+            elif suffix in suffixes:
+                yield _Clip(name, path)
+            elif suffix == ".tar":
+                yield from _members(path, os.path.dirname(name), suffixes, result)
+            else:
+                result.ignored[suffix] += 1
+
+
+def _members(path: str, inside: str, suffixes: frozenset[str], result: ScanResult) -> Iterator[_Clip]:
+    """The files of an uncompressed tar, as slices of it: nothing is unpacked."""
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                suffix = os.path.splitext(member.name)[1].lower()
+                if not member.isfile():
+                    continue
+                if suffix not in suffixes:
+                    result.ignored[suffix] += 1
+                    continue
+                inner = posixpath.normpath(member.name).lstrip("/")
+                yield _Clip(posixpath.join(inside, inner), path, member.offset_data, member.size, inner)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        result.bad.append((path, f"cannot be read as an uncompressed tar ({error})"))
+
+
+def _probe(
+    clip: _Clip, media: str, probe: Callable[[Any], Mapping[str, Any]], levels: Mapping[str, int | None]
+) -> Row | tuple[str, str]:
+    row: Row = {"id": clip.name, media: clip.path}
+    place = clip.path
+    try:
+        if clip.offset is None:
+            found = probe(clip.path)
+        else:
+            row |= {"offset": clip.offset, "size": clip.size}
+            place = f"{clip.path}#{clip.name}"
+            found = probe(read_slice(clip.path, clip.offset, clip.size))
+    except BadClip as error:
+        return place, error.reason
+    row |= {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
+    folders = clip.name.split("/")[:-1]
+    for key, level in levels.items():
+        if level is None:
+            continue
+        if level == 0 or not -len(folders) <= level - (level > 0) < len(folders):
+            return place, f"has no folder of level {level} to take its {key} from (its folders: {folders or 'none'})"
+        row[key] = folders[level - (level > 0)]
+    row |= clip.known
+    try:
+        row |= {key: float(row[key]) for key in ("start", "duration") if key in row}
+    except ValueError as error:
+        return place, f"'start' and 'duration' must be seconds ({error})"
+    if "start" in row or "duration" in row:
+        row["seconds"] = row.get("duration", row.get("seconds", math.inf) - row.get("start", 0.0))
+        if not 0 < row["seconds"] < math.inf:
+            return place, f"the segment that starts at {row.get('start', 0.0):g} s is {row['seconds']:g} s long"
+    return row
+
+
+# row key -> names of columns that mean it
+_COLUMNS = {
+    "file": ("file", "path", "audio", "image", "video", "filename", "file_name", "wav", "clip"),
+    "text": ("text", "sentence", "transcript", "transcription"),
+    "label": ("label", "class", "category"),
+    "split": ("split", "subset"),
+    "speaker": ("speaker", "speaker_id", "client_id"),
+}
+
+
+def _listed(clips: list[_Clip], root: str, tsv: Path, columns: dict[str, str], result: ScanResult) -> list[_Clip]:
+    """The clips that a table names, with what it says of them, in its order."""
+    if not tsv.is_file():
+        raise ValueError(f"{tsv}: no such file")
+    fairseq = _read_fairseq(tsv)
+    entries = _read_entries(tsv, columns) if fairseq is None else fairseq
+    by_name: dict[str, set[int]] = defaultdict(set)
+    for place, clip in enumerate(clips):
+        for name in {clip.name, clip.member or clip.name, os.path.basename(clip.name)}:
+            by_name[name].add(place)
+            by_name[os.path.splitext(name)[0]].add(place)
+    listed, used = [], set()
+    for line, file, known in entries:
+        name = os.path.relpath(file, root) if os.path.isabs(file) else os.path.normpath(file)
+        name = name.replace(os.sep, "/")
+        places = by_name.get(name, set())
+        path = os.path.join(root, file)
+        piece = re.fullmatch(r"(.+):(\d+):(\d+)", path)
+        if len(places) == 1:
+            place = next(iter(places))
+            used.add(place)
+            listed.append(replace(clips[place], known=known))
+        elif len(places) > 1:
+            result.bad.append((file, f"{tsv}:{line} names it, and {len(places)} files have that name"))
+        elif os.path.isfile(path):
+            listed.append(_Clip(name, path, known=known))
+        elif piece and os.path.isfile(piece[1]):
+            listed.append(_Clip(name, piece[1], int(piece[2]), int(piece[3]), known=known))
+        else:
+            result.bad.append((file, f"{tsv}:{line} names it, but there is no such file in {root}"))
+    result.unlisted = [clip.name for place, clip in enumerate(clips) if place not in used]
+    return listed
+
+
+def _read_entries(tsv: Path, columns: dict[str, str]) -> list[tuple[int, str, Row]]:
+    """(line, file, what is known) of a table with column names."""
+    table = read_table(tsv)
+    names = list(table[0][1]) if table else []
+    for key, column in columns.items():
+        if column not in names:
+            raise ValueError(f"{tsv}: no column {column!r} for {key!r}; the columns are {', '.join(names) or 'none'}")
+    for key, guesses in _COLUMNS.items():
+        guess = next((name for name in names if name.lower() in guesses), None)
+        if guess is not None:
+            columns.setdefault(key, guess)
+    if "file" not in columns:
+        raise ValueError(
+            f"{tsv}: no column is called {', '.join(_COLUMNS['file'])}; say which names the file, of "
+            f"{', '.join(names) or 'none at all'}"
+        )
+    file = columns.pop("file")
+    return [(line, entry[file], {key: entry[column] for key, column in columns.items()}) for line, entry in table]
+
+
+def _read_fairseq(tsv: Path) -> list[tuple[int, str, Row]] | None:
+    """(line, file, what is known) of fairseq's table, None where it is not one.
+
+    A clip inside a stored zip is written `archive.zip:offset:size` there. The count of samples is not taken over: it
+    says nothing of the rate, and is a header's word. A root that is gone is read as the scanned folder.
+    """
+    with open(tsv, encoding="utf-8", errors="replace") as handle:
+        lines = handle.read().splitlines()
+    if len(lines) < 2 or "\t" in lines[0] or not all(_is_fairseq(line) for line in lines[1:] if line):
+        return None
+    texts: list[str] | None = None
+    for suffix in (".wrd", ".ltr"):
+        beside = tsv.with_suffix(suffix)
+        if texts is None and beside.is_file():
+            texts = beside.read_text(encoding="utf-8").splitlines()
+            if suffix == ".ltr":
+                texts = [" ".join(text.replace(" ", "").replace("|", " ").split()) for text in texts]
+            if len(texts) != len(lines) - 1:
+                raise ValueError(f"{beside}: {len(texts)} transcripts for the {len(lines) - 1} clips of {tsv}")
+    entries = []
+    for number, line in enumerate(lines[1:], 2):
+        if line:
+            file = os.path.join(lines[0] if os.path.isdir(lines[0]) else "", line.split("\t")[0])
+            entries.append((number, file, {} if texts is None else {"text": texts[number - 2]}))
+    return entries
+
+
+def _is_fairseq(line: str) -> bool:
+    parts = line.split("\t")
+    return len(parts) == 2 and parts[1].strip().isdigit()
+
+
+def _with_progress(found: Iterable[Any], parts: list[list[_Clip]], shown: bool) -> Iterator[Any]:
+    """Hand through, with a progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    look = (TextColumn("reading headers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*look, console=console, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task("", total=sum(len(part) for part in parts))
+        for part, item in zip(parts, found, strict=True):
+            progress.advance(task, len(part))
+            yield item

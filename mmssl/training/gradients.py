@@ -1,0 +1,68 @@
+"""From the losses of micro-batches on several processes to the one gradient of an update."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from mmssl import distributed
+from mmssl.training.rng import undisturbed
+from mmssl.types import Batch, Loss
+
+
+def backward(model: nn.Module, parts: Sequence[Batch], device: torch.device, precision: str) -> list[Loss]:
+    """Add up the gradients of micro-batches; with several processes, over these too, once.
+
+    Raises:
+        ValueError: a loss has no gradient.
+    """
+    losses = []
+    for number, part in enumerate(parts, 1):
+        with contextlib.ExitStack() as stack:
+            if isinstance(model, DistributedDataParallel) and number < len(parts):
+                stack.enter_context(model.no_sync())
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                loss: Loss = model(part.to(device))
+            if not loss.total.requires_grad:
+                raise ValueError(
+                    "the loss has no gradient: an objective that finds nothing to learn from in a batch should return "
+                    "a sum that is zero but depends on its parameters, with a count of zero"
+                )
+            loss.total.backward()
+        metrics = {n: (v.detach() if isinstance(v, Tensor) else v, count) for n, (v, count) in loss.metrics.items()}
+        losses.append(Loss(loss.total.detach(), loss.count, metrics))
+    return losses
+
+
+def share_statistics(objective: nn.Module, parts: Sequence[Batch], device: torch.device, precision: str) -> None:
+    """Tell an objective the sums over the whole batch that its loss needs beside a sum over clips.
+
+    A term such as the diversity of codes is a function of a mean over the whole batch. `objective.statistics(batch)`
+    gives the sums of a part; their total over all parts becomes `objective.global_statistics`, a constant to which
+    the objective adds its own part's gradient. The gradients of the parts then add up exactly.
+    """
+    with (
+        undisturbed(device),
+        torch.no_grad(),
+        # a context of its own: within one, weights cast without gradient would be used again with gradient
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+    ):
+        sums = [objective.statistics(part.to(device)) for part in parts]  # type: ignore[operator]
+    objective.global_statistics = distributed.all_reduce_sum(torch.stack(sums).sum(0))
+
+
+def scale_gradients(optimizer: torch.optim.Optimizer, factor: float, clip: float | None) -> float:
+    """Multiply all gradients by a factor, and shorten them together to norm `clip`; gives the norm before clipping."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = float(get_total_norm(gradients)) * factor
+    if clip is not None and norm > clip:
+        factor *= clip / norm
+    if gradients and math.isfinite(norm):
+        torch._foreach_mul_(gradients, factor)
+    return norm

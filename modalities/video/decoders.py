@@ -1,0 +1,354 @@
+"""Frames of a video file by the time at which they are shown: decord where it is right, PyAV for everything else.
+
+Run as a program, this file answers requests on its standard input. It is run so, in a process of its own (see
+`process.py`), because decoders crash and hang on damaged files; it imports neither torch nor mmssl, to start quickly.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+
+# What decord was never seen to be wrong on. It refuses AV1 and gif; from MPEG transport streams, and from AVI whose
+# frames are not shown as they are stored, it gives wrong frames without a word.
+DECORD_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+DECORD_CODECS = {"h264", "hevc", "vp9", "vp8", "mpeg4", "mjpeg"}
+
+
+class Unreadable(Exception):
+    """One sentence: why there is nothing to be had from a file."""
+
+
+@dataclass
+class Timeline:
+    """When each frame of a file is shown.
+
+    stamps: of the frames that are shown, in the file's own units of time, ascending.
+    keys: those of them that can be decoded without others; the first of `stamps` where decoding starts at the front.
+    base: seconds of one unit.
+    seconds: from the first frame's appearance to the last one's end.
+    edited: whether the file holds frames that are not to be shown.
+    """
+
+    stamps: list[int]
+    keys: list[int]
+    base: float
+    seconds: float
+    container: str
+    codec: str
+    edited: bool
+    sound: bool
+
+    def at(self, time: float) -> int:
+        """The number of the frame that is shown `time` seconds after the first one appears."""
+        # a little later: a time that is a frame's first moment must not be rounded to the frame before
+        stamp = self.stamps[0] + (time + 1e-6) / self.base
+        return max(bisect_right(self.stamps, stamp) - 1, 0)
+
+
+def read_timeline(file: BinaryIO) -> Timeline:
+    """The frames of a file, from its packets: none is decoded where every packet says when its frame is shown.
+
+    Raises:
+        Unreadable: no video, or no frame in it.
+    """
+    with _opened(file) as (container, stream):
+        shown: list[tuple[int, int, bool]] = []  # stamp, duration, whether it is a key
+        complete, edited = True, False
+        holds_picture = _picture_test(stream.codec_context)
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue  # the end
+            if packet.is_discard:
+                edited = True
+            elif packet.pts is None:
+                complete = False
+            elif holds_picture(bytes(packet)):
+                shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
+        shown.sort()
+        stamps = [stamp for stamp, _, _ in shown]
+        if not complete or len(set(stamps)) < len(stamps):
+            shown = _decode_timeline(container, stream)
+            stamps = [stamp for stamp, _, _ in shown]
+        if not stamps:
+            raise Unreadable("there is no frame in it")
+        base, rate = float(stream.time_base), float(stream.average_rate or stream.base_rate or 0)
+        last = shown[-1][1] * base or (1 / rate if rate else 0.0)
+        return Timeline(
+            stamps=stamps,
+            keys=[stamp for stamp, _, key in shown if key] if complete else stamps[:1],
+            base=base,
+            seconds=(stamps[-1] - stamps[0]) * base + last,
+            container=container.format.name,
+            codec=stream.codec_context.codec.canonical_name,
+            edited=edited,
+            sound=bool(container.streams.audio),
+        )
+
+
+def by_pyav(file: BinaryIO, timeline: Timeline, numbers: list[int]) -> list[np.ndarray]:
+    """Frames by their numbers, ascending: (H, W, 3) uint8 each, upright, up to the first that cannot be decoded."""
+    import av
+
+    found: dict[int, np.ndarray] = {}
+    stamps = [timeline.stamps[number] for number in numbers]
+    wanted = set(stamps)
+    with _opened(file) as (container, stream):
+        try:
+            for group in _groups(stamps, timeline.keys):
+                for start in (group[0], timeline.stamps[0]):
+                    if start > timeline.stamps[0]:
+                        container.seek(start, stream=stream)
+                    else:
+                        container.seek(min(0, start), stream=stream)
+                    for frame in container.decode(stream):
+                        if frame.pts in wanted and frame.pts not in found:
+                            found[frame.pts] = _upright(frame)
+                        if frame.pts is not None and frame.pts >= group[-1]:
+                            break
+                    if all(stamp in found for stamp in group[1:]):
+                        break  # a seek that lands too late, which damaged indices make it do, is mended from the front
+        except av.FFmpegError:
+            pass  # what was decoded before is still good
+    frames = []
+    for stamp in stamps:
+        if stamp not in found:
+            break
+        frames.append(found[stamp])
+    return frames
+
+
+def by_decord(file: str | BinaryIO, numbers: list[int], *, count: int | None) -> np.ndarray:
+    """Frames by their numbers: (T, H, W, 3) uint8.
+
+    Raises:
+        Unreadable: decord cannot read the file, or does not find `count` frames in it: then its numbers are others, or
+            it would look for ever for those that are not there.
+    """
+    import decord
+
+    try:
+        reader = decord.VideoReader(file, num_threads=1)
+        if count is not None and len(reader) != count:
+            raise Unreadable("decord counts other frames than are shown")
+        frames: np.ndarray = reader.get_batch(numbers).asnumpy()
+    except (RuntimeError, decord.DECORDError, OSError) as error:
+        raise Unreadable("decord fails on it") from error
+    return frames
+
+
+class _opened:
+    """PyAV's view of a file that stands at its start: (container, the video stream to be seen)."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        import av
+
+        self.file = file
+        file.seek(0)
+        try:
+            # an object, not a name: neither a suffix decides what it is, nor can its content name other files
+            self.container = av.open(file)
+        except (av.FFmpegError, ValueError, OSError, IndexError) as error:
+            raise Unreadable(f"not a video that can be read ({getattr(error, 'strerror', None) or error})") from None
+
+    def __enter__(self) -> tuple[Any, Any]:
+        streams = [s for s in self.container.streams.video if not int(s.disposition) & 0x400]  # no cover pictures
+        if not streams or streams[0].codec_context is None or self.container.format.name == "tty":
+            self.container.close()
+            raise Unreadable("there is no video in it")
+        stream = streams[0]
+        # threads over frames can deadlock when decoding ends early
+        stream.codec_context.thread_type = "SLICE"
+        stream.codec_context.thread_count = 1
+        return self.container, stream
+
+    def __exit__(self, *exception: object) -> None:
+        self.container.close()
+
+
+def _groups(stamps: list[int], keys: list[int]) -> list[list[int]]:
+    """The stamps that can be decoded from the same key, behind that key."""
+    groups: list[list[int]] = []
+    for stamp in stamps:
+        place = bisect_right(keys, stamp) - 1
+        start = keys[place] if place >= 0 else stamps[0]
+        if groups and groups[-1][0] == start:
+            groups[-1].append(stamp)
+        else:
+            groups.append([start, stamp])
+    return groups
+
+
+def _decode_timeline(container: Any, stream: Any) -> list[tuple[int, int, bool]]:
+    """For files whose packets do not say when they are shown (AVI with B-frames): what decoding all of it says."""
+    import av
+
+    container.seek(0, stream=stream)
+    shown = []
+    try:
+        for frame in container.decode(stream):
+            if frame.pts is not None:
+                shown.append((frame.pts, frame.duration or 0, False))
+    except av.FFmpegError:
+        pass  # a file that was cut off: what is there
+    return sorted({stamp: (stamp, duration, key) for stamp, duration, key in shown}.values())
+
+
+def _upright(frame: Any) -> np.ndarray:
+    pixels: np.ndarray = frame.to_ndarray(format="rgb24")
+    return np.rot90(pixels, round(frame.rotation / 90) % 4)
+
+
+def _picture_test(codec: Any) -> Any:
+    """packet -> whether it holds a picture: containers count as frames those that hold parameters or nothing, too."""
+    extra = bytes(codec.extradata or b"")
+    if codec.name == "vp8":
+        return lambda data: bool(data[0] & 0x10)  # the others are references that are never shown
+    if codec.name not in ("h264", "hevc"):
+        return lambda data: True
+    hevc = codec.name == "hevc"
+    size = 0  # of the length before each unit; 0 where start codes stand there
+    if extra[:1] == b"\x01" and len(extra) > 21:
+        size = (extra[21 if hevc else 4] & 3) + 1
+
+    def is_picture(head: int) -> bool:
+        return (head >> 1 & 0x3F) < 32 if hevc else 1 <= head & 0x1F <= 5
+
+    def test(data: bytes) -> bool:
+        place = 0
+        while size and place + size < len(data):
+            if is_picture(data[place + size]):
+                return True
+            place += size + int.from_bytes(data[place : place + size], "big")
+        return not size and any(is_picture(unit[0]) for unit in data.split(b"\0\0\1")[1:] if unit)
+
+    return test
+
+
+class _Session:
+    """The file that a process is asked about."""
+
+    def __init__(self, path: str | None, content: bytes) -> None:
+        self.path = path
+        self.file: BinaryIO = io.BytesIO(content) if path is None else open(path, "rb")  # noqa: SIM115 kept open
+        self.timeline = read_timeline(self.file)
+
+    def describe(self, *, decord: bool) -> dict[str, Any]:
+        """What a manifest says of the file. The end is decoded from its last key on: there containers over-report."""
+        line = self.timeline
+        reason = self._declined()
+        first = line.keys[-1] if line.keys else line.stamps[0]
+        tail = [number for number, stamp in enumerate(line.stamps) if stamp >= first]
+        decoded = by_pyav(self.file, line, tail)
+        count, seconds = len(line.stamps) - len(tail) + len(decoded), line.seconds
+        if len(decoded) < len(tail):
+            reason = "its last frames cannot be decoded"
+            seconds = (line.stamps[count] - line.stamps[0]) * line.base
+            decoded = decoded or by_pyav(self.file, line, [0])
+        if not decoded or not count:
+            raise Unreadable("its frames cannot be decoded")
+        if decord and not reason:
+            try:
+                by_decord(self.path or self._rewound(), [count - 1], count=count)
+            except Unreadable as error:
+                reason = str(error)
+            except ImportError:
+                pass  # nothing can be said against a decoder that is not here
+        height, width = decoded[0].shape[:2]
+        return {
+            "seconds": seconds,
+            "fps": count / seconds,
+            "frames": count,
+            "height": height,
+            "width": width,
+            "sound": line.sound,
+            "reason": reason,
+        }
+
+    def frames(self, times: list[float], decoder: str) -> tuple[dict[str, Any], np.ndarray]:
+        """What is shown at each of `times`, and how it was had."""
+        line = self.timeline
+        numbers = [line.at(time) for time in times]
+        unique = sorted(set(numbers))
+        reason = self._declined() if decoder == "auto" else ""
+        frames: np.ndarray | None = None
+        if decoder == "decord" or (decoder == "auto" and not reason):
+            try:
+                count = len(line.stamps) if decoder == "auto" else None
+                frames = by_decord(self.path or self._rewound(), unique, count=count)
+            except (Unreadable, ImportError) as error:
+                if isinstance(error, Unreadable):
+                    reason = str(error)
+        used = "pyav" if frames is None else "decord"
+        if frames is None:
+            found = by_pyav(self.file, line, unique)
+            if len(found) < len(unique):
+                lost = (line.stamps[unique[len(found)]] - line.stamps[0]) * line.base
+                raise Unreadable(f"damaged or cut off: the frame at {lost:.2f} s cannot be decoded")
+            frames = np.stack(found)
+        places = {number: place for place, number in enumerate(unique)}
+        said = {"decoder": used, "reason": reason, "distinct": len(unique)}
+        return said, frames[[places[number] for number in numbers]]
+
+    def _declined(self) -> str:
+        """Why decord is not to be asked; empty where it is."""
+        line = self.timeline
+        if line.edited:
+            return "an edit list hides frames of it"
+        if line.codec not in DECORD_CODECS:
+            return f"it is {line.codec}"
+        return "" if line.container in DECORD_CONTAINERS else f"it is {line.container}"
+
+    def _rewound(self) -> BinaryIO:
+        self.file.seek(0)
+        return self.file
+
+
+def serve() -> None:
+    """Answer requests, a line of JSON each (and as many bytes as its "size" says), until the input ends.
+
+    An answer is a line of JSON, and as many bytes as its "size" says.
+    """
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries that print would garble the answers
+    session: _Session | None = None
+    while line := requests.readline():
+        request = json.loads(line)
+        content = requests.read(request.get("size", 0))
+        if hasattr(signal, "alarm"):
+            # not handled, so that it ends this process whatever holds Python's lock, also where nobody is left to do so
+            signal.setitimer(signal.ITIMER_REAL, request["limit"] + 1.0)
+        pixels: np.ndarray | None = None
+        try:
+            if request["do"] == "open":
+                session = None
+                session = _Session(request["path"], content)
+                answer: dict[str, Any] = {"seconds": session.timeline.seconds}
+            elif session is None:
+                answer = {"unreadable": "no file is open"}
+            elif request["do"] == "describe":
+                answer = session.describe(decord=request["decord"])
+            else:
+                answer, pixels = session.frames(request["times"], request["decoder"])
+                pixels = np.ascontiguousarray(pixels)
+                answer |= {"shape": pixels.shape, "size": pixels.nbytes}
+        except (Unreadable, OSError) as error:
+            answer = {"unreadable": str(error)}
+        if hasattr(signal, "alarm"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.write(json.dumps(answer).encode() + b"\n")
+        if pixels is not None:
+            answers.write(pixels.data)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

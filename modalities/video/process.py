@@ -1,0 +1,161 @@
+"""The processes that decoders run in: thrown away when they take too long or crash, gone when nobody asks any more.
+
+Decoders loop for ever on some damaged files, holding Python's lock, and end their process on others; neither must cost
+more than the one clip. A `multiprocessing.Process` would not do: workers of a loader may not have any.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from mmssl.modalities.video import decoders
+
+CLIPS = 1000  # files that one process reads before another takes its place: decord's readers leave memory behind
+
+
+class Died(Exception):
+    """The process ended before it answered: killed at the time limit, or crashed. One sentence."""
+
+
+class Decoder:
+    """One such process, which holds one file at a time.
+
+    It ends with its input, so it does not outlive its parent, however that ended.
+    """
+
+    def __init__(self) -> None:
+        # -P: the modules beside the program must not hide others of their names
+        command = [sys.executable, "-P", str(Path(decoders.__file__).resolve())]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        self.opened = 0
+        self.answering = False
+
+    def ask(self, request: dict[str, Any], content: bytes = b"", *, limit: float) -> tuple[dict[str, Any], np.ndarray]:
+        """The answer to a request of `decoders.serve`, and the pixels that came with it: (T, H, W, 3) uint8.
+
+        Raises:
+            Died: it does not answer within `limit` seconds, or ended.
+        """
+        late = threading.Event()
+
+        def kill() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(limit, kill)
+        timer.daemon = True
+        timer.start()
+        self.answering = True
+        try:
+            requests, answers = self._pipes()
+            requests.write(json.dumps(request | {"size": len(content), "limit": limit}).encode() + b"\n" + content)
+            requests.flush()
+            answer = json.loads(answers.readline())
+            pixels = np.empty(answer.get("shape", 0), np.uint8)
+            if pixels.size and answers.readinto(pixels.reshape(-1).data) < pixels.nbytes:
+                raise EOFError
+        except (OSError, EOFError, ValueError):
+            self.close()
+            if late.is_set():
+                raise Died(f"no frame within {limit:g} s") from None
+            raise Died(f"the decoder crashed (exit code {self._process.returncode})") from None
+        finally:
+            timer.cancel()
+        self.answering = False
+        return answer, pixels
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+        self._close_pipes()
+
+    def forget(self) -> None:
+        """Let go of it without ending it: it is another process's."""
+        self._process.returncode = 0  # else it is waited for, and warned about
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:
+                    continue  # what was not yet written can no longer be
+
+    def _pipes(self) -> tuple[IO[bytes], Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        return self._process.stdin, self._process.stdout
+
+
+_lock = threading.Lock()
+_idle: list[Decoder] = []
+_all: set[Decoder] = set()
+
+
+@contextmanager
+def borrowed() -> Iterator[Decoder]:
+    """A process for one file: each thread that reads has one of its own, which the next file finds running."""
+    with _lock:
+        decoder = _idle.pop() if _idle else None
+    if decoder is not None and not decoder.alive:
+        with _lock:
+            _all.discard(decoder)
+        decoder.close()
+        decoder = None
+    if decoder is None:
+        decoder = Decoder()
+        with _lock:
+            _all.add(decoder)
+    decoder.opened += 1
+    try:
+        yield decoder
+    finally:
+        # one in the middle of an answer would give it to the next who asks
+        if decoder.alive and not decoder.answering and decoder.opened < CLIPS:
+            with _lock:
+                _idle.append(decoder)
+        else:
+            with _lock:
+                _all.discard(decoder)
+            decoder.close()
+
+
+def stop() -> None:
+    """End all processes; the next clip starts another."""
+    with _lock:
+        _idle.clear()
+        while _all:
+            _all.pop().close()
+
+
+def _forget() -> None:
+    """In a forked worker: its parent's processes are not its own, and would answer both."""
+    global _lock
+    _lock = threading.Lock()
+    _idle.clear()
+    while _all:
+        _all.pop().forget()
+
+
+atexit.register(stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

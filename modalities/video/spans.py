@@ -1,0 +1,34 @@
+"""Which part of a file is read: (whole, rng, **settings) -> (start, duration), all in seconds.
+
+A span is chosen before anything is decoded, so a clip from an hour of video costs what the clip costs. A file shorter
+than the span is taken whole, and gives fewer frames.
+
+A setting called `rate` is filled in from the frontend; recipes do not repeat it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def random_span(whole: float, rng: np.random.Generator, *, frames: int, rate: float) -> tuple[float, float]:
+    """So many frames in a row from anywhere."""
+    duration = min(_duration(frames, rate), whole)
+    return float(rng.uniform(0.0, whole - duration)), duration
+
+
+def center_span(whole: float, rng: np.random.Generator, *, frames: int, rate: float) -> tuple[float, float]:
+    """The frames in the middle. The same every time: for evaluation."""
+    duration = min(_duration(frames, rate), whole)
+    return (whole - duration) / 2, duration
+
+
+def span_extent(seconds_before: np.ndarray, *, frames: int, rate: float) -> np.ndarray:
+    """(clips,) seconds before a span of so many frames -> what it leaves."""
+    return np.minimum(seconds_before, _duration(frames, rate))
+
+
+def _duration(frames: int, rate: float) -> float:
+    if frames < 1:
+        raise ValueError(f"span: frames must be at least 1, got {frames}")
+    return frames / rate

@@ -1,0 +1,405 @@
+"""The frame asked for is the frame got, in every format that a user has; what cannot be read costs one clip."""
+
+from __future__ import annotations
+
+import io
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmssl.modalities.speech.reader import read as read_sound
+from mmssl.modalities.video import process, reader
+from mmssl.modalities.video.reader import probe, read
+from mmssl.types import BadClip
+
+linux = pytest.mark.skipif(not Path("/proc/self").exists(), reason="counts processes in /proc")
+
+HEVC = {"x265-params": "log-level=none:pools=none:frame-threads=1"}
+UNEVEN = [0, 40, 140, 160, 400, 450, 500, 900, 1000, 1030, 1100, 1210, 1300, 1333, 1400, 1500, 1520, 1600, 1800, 1900]
+
+# name -> (encoder, settings of `write_video`, which decoder `auto` ends with): a new format is a new line
+FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "h264.mp4": ("libx264", {}, "decord"),
+    "h264_sound.mp4": ("libx264", {"sound": "aac"}, "decord"),
+    "h264_one_gop.mp4": ("libx264", {"gop": 250}, "decord"),
+    "h264.mov": ("libx264", {}, "decord"),
+    "h264_sound.mkv": ("libx264", {"sound": "libopus"}, "decord"),
+    "h264.avi": ("libx264", {"options": {"bf": "0"}}, "pyav"),
+    "h264_uneven.mp4": ("libx264", {"stamps": UNEVEN}, "decord"),
+    "h264_uneven.mkv": ("libx264", {"stamps": UNEVEN}, "decord"),
+    "h264.ts": ("libx264", {}, "pyav"),
+    "hevc.mp4": ("libx265", {"options": HEVC}, "decord"),
+    "hevc_sound.mkv": ("libx265", {"options": HEVC, "sound": "aac"}, "decord"),
+    "vp8.webm": ("libvpx", {"options": {"auto-alt-ref": "1", "lag-in-frames": "16"}}, "decord"),
+    "vp9.webm": ("libvpx-vp9", {}, "decord"),
+    "vp9_sound.webm": ("libvpx-vp9", {"sound": "libopus"}, "decord"),
+    "av1.mp4": ("libsvtav1", {"options": {"preset": "12"}}, "pyav"),
+    "av1_sound.mkv": ("libsvtav1", {"options": {"preset": "12"}, "sound": "libopus"}, "pyav"),
+    "mpeg4.avi": ("mpeg4", {}, "pyav"),
+    "mpeg4_sound.avi": ("mpeg4", {"sound": "pcm_s16le"}, "pyav"),
+    "mpeg4_b_frames.avi": ("mpeg4", {"options": {"bf": "2"}}, "pyav"),
+    "mpeg4_uneven.mp4": ("mpeg4", {"stamps": UNEVEN}, "decord"),
+    "mpeg2.mpg": ("mpeg2video", {}, "pyav"),
+    "mjpeg.avi": ("mjpeg", {"pixels": "yuvj420p"}, "pyav"),
+    "gif.gif": ("gif", {"pixels": "rgb8"}, "pyav"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(painted: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for name, (encoder, settings, _) in FORMATS.items():
+        painted.write(folder / name, encoder, **settings)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_said", set())
+    monkeypatch.setattr(reader, "_avoided", set())
+
+
+def shown(stamps: list[int], at: float) -> int:
+    """The number of the frame on the screen."""
+    return max(number for number, stamp in enumerate(stamps) if stamp <= 1000 * at)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_frame_asked_for_is_the_frame_got(files: Path, painted: Any, name: str) -> None:
+    _, settings, last = FORMATS[name]
+    found = probe(files / name)
+    stamps = settings.get("stamps", [100 * number for number in range(20)])
+    assert found["seconds"] == pytest.approx(2.0, abs=0.11)  # a container may not say how long the last frame stands
+    assert found["frames"] == 20
+    assert (found["height"], found["width"]) == (64, 64)
+    assert found["sound"] == ("sound" in settings)
+    assert found["decoder"] == ("auto" if last == "decord" else "pyav")
+    for decoder in {"auto", "pyav", last}:
+        whole = read(files / name, rate=10, decoder=decoder)
+        assert whole.dtype == torch.float32
+        assert whole.shape == (3, round(10 * found["seconds"]), 64, 64)
+        assert painted.numbers(whole) == [shown(stamps, (k + 0.5) / 10) for k in range(whole.shape[1])]
+        # far into the file, finer than its own rate, from memory
+        content = io.BytesIO((files / name).read_bytes())
+        part = read(content, rate=16, start=1.2, duration=0.5, decoder=decoder)
+        assert painted.numbers(part) == [shown(stamps, 1.2 + (k + 0.5) / 16) for k in range(8)]
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "av1.mp4", "mpeg4_b_frames.avi", "gif.gif"])
+def test_the_log_says_once_which_decoder_is_not_taken(files: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            read(files / name, rate=10)
+    assert len(caplog.records) == (FORMATS[name][2] == "pyav")
+    kind = {"mpeg4_b_frames.avi": "avi"}.get(name, name.partition(".")[0])
+    assert all(f"{name}: read by PyAV: it is {kind} (said once" in text for text in caplog.messages)
+
+
+def test_pyav_alone_does_everything(files: Path, painted: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on Arm and Apple silicon, where decord has no wheel."""
+    (tmp_path / "decord.py").write_text("raise ImportError('no decord here')")
+    process.stop()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    try:
+        for name in FORMATS:
+            stamps = FORMATS[name][1].get("stamps", [100 * number for number in range(20)])
+            clip = read(files / name, rate=5, start=0.5, duration=1.0)
+            assert painted.numbers(clip) == [shown(stamps, 0.5 + (k + 0.5) / 5) for k in range(5)]
+            assert probe(files / name)["frames"] == 20
+    finally:
+        process.stop()
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+def test_a_phone_held_sideways_gives_upright_frames(painted: Any, tmp_path: Path, rotation: int, decoder: Any) -> None:
+    def turned(number: int) -> np.ndarray:
+        # as the sensor lies: what the player turns back counterclockwise
+        return np.ascontiguousarray(np.rot90(painted.paint(number, 64, 96), -rotation // 90))
+
+    size = (64, 96) if rotation == 180 else (96, 64)
+    path = painted.write(tmp_path / "a.mp4", "libx264", rotation=rotation, size=size, draw=turned, frames=4)
+    clip = read(path, rate=10, decoder=decoder)
+    assert clip.shape == (3, 4, 64, 96)
+    assert painted.numbers(clip) == [0, 1, 2, 3]
+    assert (probe(path)["height"], probe(path)["width"]) == (64, 96)
+
+
+def test_frames_before_the_cut_of_an_edit_list_are_not_there(painted: Any, tmp_path: Path) -> None:
+    """As `ffmpeg -ss 0.5 -c copy` cuts: from a key frame on, with the frames before the cut kept and hidden."""
+
+    def cut(packets: list[Any]) -> list[Any]:
+        for packet in packets:
+            packet.pts -= round(0.5 / packet.time_base)
+            packet.dts -= round(0.5 / packet.time_base)
+        return packets
+
+    path = painted.remux(painted.write(tmp_path / "a.mp4", "libx264", frames=40), tmp_path / "b.mp4", cut)
+    found = probe(path)
+    assert found["frames"] == 35
+    assert found["seconds"] == pytest.approx(3.5)
+    assert found["decoder"] == "pyav"
+    assert painted.numbers(read(path, rate=10)) == list(range(5, 40))
+    assert painted.numbers(read(path, rate=10, start=2.0, duration=0.3)) == [25, 26, 27]
+
+
+def hollow(count: int) -> Any:
+    """The last packets hold a unit that is no picture, as some recorders end a file."""
+
+    def change(packets: list[Any]) -> list[Any]:
+        import av
+
+        for place in range(len(packets) - count, len(packets)):
+            empty: Any = av.Packet(b"\0\0\0\x03\x46\x01\x50")
+            old = packets[place]
+            empty.pts, empty.dts, empty.duration, empty.time_base = old.pts, old.dts, old.duration, old.time_base
+            packets[place] = empty
+        return packets
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def long(painted: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return painted.write(tmp_path_factory.mktemp("long") / "a.mp4", "libx265", frames=200, gop=50, options=HEVC)
+
+
+@pytest.mark.parametrize("count", [2, 131])
+def test_frames_that_a_container_promises_and_does_not_hold(
+    long: Path, painted: Any, tmp_path: Path, count: int
+) -> None:
+    path = painted.remux(long, tmp_path / "a.mp4", hollow(count))
+    found = probe(path)
+    assert found["frames"] == 200 - count
+    assert found["decoder"] == "pyav"
+    got = painted.numbers(read(path, rate=10))
+    # B-frames go first, so the last ones may have gaps before them; none is made up
+    assert got[: 190 - count] == list(range(190 - count))
+    assert got == sorted(got)
+    with pytest.raises(BadClip, match=r"the segment starts at 60 s, but the file ends at"):
+        read(path, rate=10, start=60.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda whole: b"", "the file is empty"),
+        (lambda whole: b"<html><body>404 Not Found</body></html>" * 50, "not a video that can be read"),
+        (lambda whole: b"ffconcat version 1.0\nfile '/etc/passwd'\n", "not a video that can be read"),
+        (lambda whole: np.random.default_rng(0).bytes(5000), "not a video that can be read|there is no"),
+        (lambda whole: whole[: len(whole) * 2 // 3], "not a video that can be read|there is no video"),
+    ],
+    ids=["empty", "html", "list of files", "random", "truncated"],
+)
+def test_what_is_no_video_is_one_sentence(files: Path, tmp_path: Path, make: Any, sentence: str) -> None:
+    (tmp_path / "a.mp4").write_bytes(make((files / "h264.mp4").read_bytes()))
+    for look in (lambda path: read(path, rate=10), probe):
+        with pytest.raises(BadClip, match=f"a.mp4: .*({sentence})"):
+            look(tmp_path / "a.mp4")
+
+
+def test_a_missing_file_and_sound_alone_are_named(painted: Any, tmp_path: Path) -> None:
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", np.zeros(800), 8000)
+    with pytest.raises(BadClip, match="there is no video in it"):
+        read(tmp_path / "a.wav", rate=10)
+    with pytest.raises(BadClip, match="no such file"):
+        read(tmp_path / "b.mp4", rate=10)
+
+
+@pytest.mark.parametrize("name", ["h264_sound.mkv", "vp9.webm", "mpeg4.avi", "h264.ts"])
+def test_a_file_that_was_cut_off_gives_what_is_there_or_one_sentence(
+    files: Path, painted: Any, tmp_path: Path, name: str
+) -> None:
+    whole = (files / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    try:
+        clip = read(tmp_path / name, rate=10)
+    except BadClip:
+        return
+    assert 1 < clip.shape[1] < 20
+    assert painted.numbers(clip) == list(range(clip.shape[1]))
+
+
+def test_holes_are_not_filled_with_other_frames(files: Path, tmp_path: Path) -> None:
+    content = bytearray((files / "vp9.webm").read_bytes())
+    content[len(content) // 3 :] = bytes(len(content) - len(content) // 3)
+    (tmp_path / "a.webm").write_bytes(content)
+    with pytest.raises(BadClip):
+        read(tmp_path / "a.webm", rate=10, start=1.5, duration=0.3)
+
+
+def test_frames_that_come_again_are_said_to(files: Path, painted: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert painted.numbers(read(files / "h264.mp4", rate=20, duration=0.2)) == [0, 0, 1, 1]
+        read(files / "hevc.mp4", rate=20, duration=0.2)
+    assert len(caplog.messages) == 1
+    assert "2 frames stand for the 4 at 20 a second" in caplog.messages[0]
+
+
+def test_a_short_file_gives_fewer_frames_and_none_twice(painted: Any, tmp_path: Path) -> None:
+    path = painted.write(tmp_path / "a.mp4", "libx264", frames=6)
+    clip = read(path, rate=10, span=lambda whole: (0.0, min(1.6, whole)))
+    assert painted.numbers(clip) == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(BadClip, match=r"the segment of 1.6 s from 0 s on ends after 0.6 s"):
+        read(path, rate=10, duration=1.6)
+    alone = painted.write(tmp_path / "b.mp4", "libx264", frames=1)
+    assert painted.numbers(read(alone, rate=10)) == [0]
+
+
+def test_a_span_is_chosen_within_the_segment(files: Path, painted: Any) -> None:
+    asked = []
+
+    def span(whole: float) -> tuple[float, float]:
+        asked.append(whole)
+        return 0.3, 0.2
+
+    assert painted.numbers(read(files / "h264.mp4", rate=10, start=0.5, duration=1.0, span=span)) == [8, 9]
+    assert painted.numbers(read(files / "h264.mp4", rate=10, start=0.5, span=span)) == [8, 9]
+    assert asked == [1.0, pytest.approx(1.5)]
+
+
+def test_one_channel_is_luma(files: Path) -> None:
+    color, gray = (read(files / "h264.mp4", rate=10, duration=0.2, channels=channels) for channels in (3, 1))
+    assert gray.shape == (1, 2, 64, 64)
+    assert torch.allclose(gray[0], 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2], atol=1e-6)
+    with pytest.raises(ValueError, match="1 or 3 channels, got 2"):
+        read(files / "h264.mp4", rate=10, channels=2)
+
+
+# processes
+
+
+BROKEN = {
+    "crashes": ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "the decoder crashed (exit code -11)"),
+    # as decord's own endless loop does, it never lets go of Python's lock
+    "hangs": ("import ctypes\nctypes.PyDLL(None).pause()", "no frame within 1.5 s"),
+}
+
+
+@linux
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_decoder_that_crashes_or_hangs_costs_one_more_try(
+    files: Path,
+    painted: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:
+    program, sentence = BROKEN[kind]
+    (tmp_path / "decord.py").write_text(program)
+    process.stop()
+    before = running()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    try:
+        begun = time.monotonic()
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                assert painted.numbers(read(files / "h264.mp4", rate=10, duration=0.3, limit=1.5)) == [0, 1, 2]
+        # it is not asked for that file again, or each time would cost the limit
+        assert time.monotonic() - begun < 4.5
+        assert len(caplog.messages) == 1
+        assert f"decord hangs or crashes on it ({sentence})" in caplog.messages[0]
+        assert probe(files / "h264.mp4", limit=1.5)["decoder"] == "pyav"
+    finally:
+        process.stop()
+    assert running() <= before
+
+
+def running() -> set[int]:
+    """Processes that decode, whoever started them."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, state = (folder / "cmdline").read_bytes(), (folder / "stat").read_text().rpartition(")")[2]
+        except OSError:
+            continue
+        if b"video/decoders.py" in command and not state.strip().startswith("Z"):
+            found.add(int(folder.name))
+    return found
+
+
+@linux
+def test_one_process_serves_many_clips_and_a_bad_one_does_not_end_it(files: Path, tmp_path: Path) -> None:
+    process.stop()
+    before = running()
+    (tmp_path / "a.mp4").write_bytes(b"rubbish")
+    for _ in range(3):
+        read(files / "h264.mp4", rate=10)
+        with pytest.raises(BadClip):
+            read(tmp_path / "a.mp4", rate=10)
+    assert len(running() - before) == 1
+    process.stop()
+    assert running() <= before
+
+
+@linux
+@pytest.mark.parametrize("end", ["raise SystemExit(3)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_no_process_is_left_however_a_program_ends(files: Path, end: str) -> None:
+    before = running()
+    program = (
+        "import os, signal\nfrom mmssl.modalities.video.reader import read\n"
+        f"print(read({str(files / 'h264.mp4')!r}, rate=10).shape, flush=True)\n{end}"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "torch.Size([3, 20, 64, 64])" in done.stdout, done.stderr
+    patience = time.monotonic() + 5
+    while running() - before and time.monotonic() < patience:
+        time.sleep(0.02)
+    assert running() <= before
+
+
+@linux
+def test_a_forked_worker_starts_its_own(files: Path, painted: Any) -> None:
+    def work(answers: Any) -> None:
+        answers.put((painted.numbers(read(files / "h264.mp4", rate=10, duration=0.3)), os.getpid()))
+
+    read(files / "h264.mp4", rate=10)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    worker = context.Process(target=work, args=(answers,), daemon=True)
+    worker.start()
+    # both at once: a shared process would give each the other's frames
+    mine = [painted.numbers(read(files / "hevc.mp4", rate=10, start=1.0, duration=0.3)) for _ in range(5)]
+    assert answers.get(timeout=20)[0] == [0, 1, 2]
+    worker.join()
+    assert mine == [[10, 11, 12]] * 5
+
+
+# sound
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "sound", "start"),
+    [
+        ("a.mp4", "libx264", "aac", 0.0),
+        ("a.mkv", "libx264", "aac", 0.0),
+        ("a.webm", "libvpx-vp9", "libopus", 0.0),
+        ("late.mp4", "libx264", "aac", 0.3),
+        ("late.mkv", "libx264", "pcm_s16le", 0.3),
+        ("early.mkv", "libx264", "pcm_s16le", -0.25),
+    ],
+)
+def test_sound_is_in_time_with_the_frames(
+    painted: Any, tmp_path: Path, name: str, encoder: str, sound: str, start: float
+) -> None:
+    """The click sounds when frame 10 appears, wherever the sound track starts."""
+    path = painted.write(tmp_path / name, encoder, sound=sound, sound_from=start)
+    wave = read_sound(path, rate=16_000)
+    click = (wave.abs() > 0.3).nonzero()[:, 0] / 16_000
+    assert float(click.min()) == pytest.approx(1.0, abs=0.005)
+    assert float(click.max()) == pytest.approx(1.01, abs=0.005)
+    part = read_sound(path, rate=16_000, start=0.9, duration=0.5)
+    assert float((part.abs() > 0.3).nonzero()[0]) / 16_000 == pytest.approx(0.1, abs=0.005)
+    assert painted.numbers(read(path, rate=10, start=1.0, duration=0.1)) == [10]

@@ -1,0 +1,122 @@
+"""Whole runs on two processes against one, from the recipe on. As a program, this file is one of the two."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmssl import distributed
+from mmssl.assemble import train
+from mmssl.data.manifest import write_manifest
+from mmssl.objectives import OBJECTIVES
+from mmssl.training.checkpoint import read_tensors
+
+TOY = {
+    "transformer.dim": 16,
+    "transformer.depth": 2,
+    "transformer.heads": 2,
+    # dropout differs between processes, and masks do not
+    "transformer.dropout": 0,
+    "transformer.attention_dropout": 0,
+    "transformer.drop_path": 0,
+    "data.batch_size": 2,
+    "data.workers": 0,
+    "data.max_bad_share": 0.5,
+    # nearly the gradient itself: Adam's own step makes as much of a rounding error as of a gradient
+    "optimizer.eps": 0.1,
+    "optimizer.lr": 0.1,
+    "schedule": "{name: constant}",
+    "trainer.precision": "float32",
+    "trainer.eval_every": 2,
+    "trainer.steps": 2,
+    "trainer.threads": 1,
+}
+SPEECH = {"positions.kernel": 4, "frontend.bands": 8, "data.max_seconds": "null"}
+RUNS = {
+    "wav2vec2": ("small/wav2vec2_speech", SPEECH | {"objective.dim": 8, "objective.codes": 8}),
+    "ctc": ("small/ctc_speech", SPEECH),
+    "mae": (
+        "small/mae_image",
+        {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2},
+    ),
+    "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
+}
+
+
+def commands(folder: Path) -> dict[str, tuple[str, list[str]]]:
+    """Run -> its recipe and settings; each objective once, and once more with a clip that cannot be read."""
+    found = {}
+    for name, (recipe, settings) in RUNS.items():
+        kind = recipe.rpartition("_")[2]
+        for rows in ("whole", "bad"):
+            data = {"data.train": folder / f"{kind}_{rows}.jsonl", "data.valid": folder / f"{kind}_valid.jsonl"}
+            skip = {"data.on_bad_clip": "skip"} if rows == "bad" else {}
+            every = TOY | settings | data | skip
+            found[f"{name}_{rows}"] = recipe, [f"{key}={value}" for key, value in every.items()]
+    return found
+
+
+def run_all(folder: Path, out: str, accumulate: int) -> None:
+    for name, (recipe, settings) in commands(folder).items():
+        train(recipe, folder / out / name, [*settings, f"trainer.accumulate={accumulate}"])
+
+
+@pytest.mark.processes
+def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp_path: Path) -> None:
+    assert set(RUNS) == set(OBJECTIVES)
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"neither sound nor picture")
+    for kind, key, source in (("speech", "audio", sounds), ("image", "image", pictures)):
+        files = {split: sorted(path for path in (source / split).rglob("*.*")) for split in ("train", "test")}
+        for name, paths in {
+            "whole": files["train"][:6],
+            "bad": [*files["train"][:3], broken, *files["train"][3:5]],
+            "valid": files["test"],
+        }.items():
+            rows = [
+                {key: str(path), "seconds": 0.7, "label": f"{n % 2}", "text": f"{'ab' * (n % 3)}a"}
+                for n, path in enumerate(paths)
+            ]
+            write_manifest(tmp_path / f"{kind}_{name}.jsonl", rows)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error::FutureWarning", __file__, str(tmp_path)],
+            env=os.environ | together | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    run_all(tmp_path, "one", accumulate=2)
+    for process in processes:
+        said, _ = process.communicate(timeout=480)
+        assert process.returncode == 0, said
+
+    moved = {}
+    for name in commands(tmp_path):
+        one, two = (
+            read_tensors(tmp_path / number / name / "checkpoints" / "step_2" / "model.safetensors")
+            for number in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        flat = [torch.cat([tensors[key].double().flatten() for key in sorted(tensors)]) for tensors in (one, two)]
+        moved[name] = flat[0]
+        assert (flat[0] - flat[1]).norm() < 1e-4 * flat[0].norm(), name
+    for name in RUNS:
+        assert not torch.equal(moved[f"{name}_whole"], moved[f"{name}_bad"])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.modules["tensorboard"] = None  # type: ignore[assignment]
+    run_all(Path(sys.argv[1]), "two", accumulate=1)
+    distributed.shutdown()
