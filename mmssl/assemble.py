@@ -240,6 +240,11 @@ def build_dataset(
     data = _placed(recipe, lambda: DataSettings(**recipe.values["data"]))
     steps = recipe.values["augment"][side]
     span = build_span(steps, name, frontend)
+    if data.cache and span is not None:
+        raise recipe.error(
+            "data.cache",
+            f"data.cache=true would keep one span of each clip, and augment.{side} draws another each time",
+        )
     # a copy without weights: what is sent to loader workers must not lie on a GPU
     lengths = copy.deepcopy(frontend).to("meta").lengths
     dataset = ManifestDataset(

@@ -182,8 +182,10 @@ class ManifestDataset(Dataset[Sample]):
         for name, key in self.media.items():
             value = row[key]
             parts = value if isinstance(value, list) else [value]
+            if name in self.spans and len(parts) > 1:
+                raise BadClip(row["id"], "a span is drawn from one file, and this clip has several; give each its row")
             clips = [self._read_part(name, row, part, generator) for part in parts]
-            raw[name] = clips[0] if len(clips) == 1 else torch.cat(clips, dim=_time_axis(clips[0]))
+            raw[name] = clips[0] if len(clips) == 1 else _joined(row["id"], clips)
             self._check_length(name, row, raw[name])
         if self._cache is not None:
             self._cache[index] = raw
@@ -291,6 +293,20 @@ def _alone(id: str, clip: Tensor, rate: float | None) -> Raw:
 def _steps(clip: Tensor) -> int:
     """Units along time; 1 of a picture."""
     return 1 if clip.ndim == 3 else clip.shape[_time_axis(clip)]
+
+
+def _joined(id: str, clips: list[Tensor]) -> Tensor:
+    """The parts of a clip, one after the other.
+
+    Raises:
+        BadClip: they are no parts of one clip.
+    """
+    sizes = [clip.movedim(_time_axis(clip), 0).shape[1:] for clip in clips]
+    other = next((size for size in sizes if size != sizes[0]), None)
+    if clips[0].ndim == 3 or other is not None:
+        what = "pictures" if clips[0].ndim == 3 else f"of sizes {tuple(sizes[0])} and {tuple(other or ())}"
+        raise BadClip(id, f"its parts are {what}, which do not go on one after the other; give each a row of its own")
+    return torch.cat(clips, dim=_time_axis(clips[0]))
 
 
 def _time_axis(clip: Tensor) -> int:

@@ -283,3 +283,19 @@ def test_without_a_file_bad_clips_are_counted_in_memory(tmp_path: Path) -> None:
     clips.add([bad("a", manifest)])
     with pytest.raises(ValueError, match="2 of 4 clips"):
         clips.add([bad("b", manifest)])
+
+
+def test_parts_that_do_not_go_on_one_after_the_other_are_a_bad_clip(tmp_path: Path) -> None:
+    sizes = {"a": (3, 2, 8, 8), "b": (3, 4, 8, 8), "c": (3, 2, 8, 6)}
+    for name in sizes:
+        (tmp_path / name).write_bytes(b"x")
+    rows = [{"id": pair, "video": [str(tmp_path / name) for name in pair]} for pair in ("ab", "ac")]
+    write_manifest(tmp_path / "m.jsonl", rows)
+    dataset = ManifestDataset(
+        Manifest(tmp_path / "m.jsonl"),
+        media={"video": "video"},
+        readers={"video": lambda path: torch.zeros(sizes[Path(path).name])},
+    )
+    assert dataset[0, 0].inputs["video"].shape == (3, 6, 8, 8)
+    with pytest.raises(BadClip, match=r"ac: its parts are of sizes \(3, 8, 8\) and \(3, 8, 6\)"):
+        dataset[1, 0]
