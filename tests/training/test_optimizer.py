@@ -92,7 +92,17 @@ def test_layer_ids_count_from_the_input() -> None:
 FRONTENDS = {
     "speech/waveform": {"layers": [[8, 10, 5], [8, 4, 4]], "rate": 8000},
     "speech/logmel": {"bands": 8, "rate": 8000},
+    "audio/spectrogram": {"bands": 8, "size": [4, 4], "rate": 8000},
     "image/patches": {"size": [4, 4]},
+    "video/tubes": {"size": [2, 4, 4], "rate": 5},
+}
+# modality -> (one clip, units along time, how many of them a second)
+SOUND = torch.randn(1, 1600, generator=torch.Generator().manual_seed(0)), 1600, 8000.0
+CLIPS = {
+    "speech": SOUND,
+    "audio": SOUND,
+    "image": (torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(0)), 1, None),
+    "video": (torch.rand(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 4, 5.0),
 }
 TABLES = {"sincos": {}, "conv": {"kernel": 4, "groups": 2}, "learned": {"grid": [2, 3]}}
 
@@ -100,8 +110,8 @@ TABLES = {"sincos": {}, "conv": {"kernel": 4, "groups": 2}, "learned": {"grid": 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize(
     ("source", "positions"),
-    [(source, "sincos" if source.startswith("speech") else "learned") for source in FRONTENDS]
-    + [("speech/logmel", "conv"), ("image/patches", "conv")],
+    [(source, "sincos") for source in FRONTENDS]
+    + [("image/patches", "learned"), ("speech/logmel", "conv"), ("image/patches", "conv")],
 )
 def test_a_parameter_s_layer_is_the_first_that_depends_on_it(source: str, positions: str, norm: str) -> None:
     torch.manual_seed(0)
@@ -109,16 +119,15 @@ def test_a_parameter_s_layer_is_the_first_that_depends_on_it(source: str, positi
     assert set(FRONTENDS) == {f"{m}/{f}" for m in MODALITIES for f in MODALITIES[m].frontends}
     assert set(TABLES) == set(POSITIONS)
     body = Encoder(
-        MODALITIES[modality].frontends[name](dim=8, **FRONTENDS[source]),
-        Transformer(dim=8, depth=2, heads=2, norm=norm),
-        POSITIONS[positions](8, **TABLES[positions]),
+        MODALITIES[modality].frontends[name](dim=12, **FRONTENDS[source]),
+        Transformer(dim=12, depth=2, heads=2, norm=norm),
+        POSITIONS[positions](12, **TABLES[positions]),
         prefix=2,
         mask_token=True,
     )
     objective = Classify(body, n_classes=2, pooling="attention", pool_heads=2)
-    data = torch.randn(1, 1600) if modality == "speech" else torch.rand(1, 3, 8, 12)
-    lengths = torch.tensor([1600 if modality == "speech" else 1])
-    tokens = body.tokens(Raw(data, lengths, ["clip"], 8000.0 if modality == "speech" else None))
+    data, length, rate = CLIPS[modality]
+    tokens = body.tokens(Raw(data, torch.tensor([length]), ["clip"], rate))
     masked = torch.zeros(tokens.x.shape[:2], dtype=torch.bool)
     masked[:, 1] = True
     layers = body(tokens, plan_of(masked, tokens.lengths), "replace", layers=[0, 1, 2]).layers
