@@ -14,6 +14,9 @@ from torch import Tensor
 from mmssl.nn.seeds import uniform
 from mmssl.types import MaskPlan, Tokens, valid_mask
 
+# of the draws that are no masks of a clip's clones, see `uniform`; those count from 0
+_START = 1_000_000
+
 
 def random_mask(lengths: Tensor, *, ratio: float, seeds: Tensor, clones: int = 1) -> MaskPlan:
     """Hide a random share of each row's tokens.
@@ -67,6 +70,42 @@ def tube_mask(tokens: Tokens, *, ratio: float, seeds: Tensor) -> MaskPlan:
     one = random_mask(torch.full((len(tokens.lengths),), places), ratio=ratio, seeds=seeds).masked
     lengths = tokens.lengths.cpu()
     return plan_of(one.repeat(1, steps) & valid_mask(lengths, steps * places), lengths)
+
+
+def running_cells(tokens: Tokens, *, ratio: float, seeds: Tensor) -> Tensor:
+    """Which tokens a decoder works for: in each 2 x 2 cell of places some, and in the next time step the next ones.
+
+    Source: Wang et al. 2023, VideoMAE V2 (arXiv:2303.16727), section 3.2, "running cell masking", after Qing et al.
+    2022 (arXiv:2207.11660). The four places of a cell are taken in turn, row by row; where in that turn a clip's first
+    step stands is drawn from its seed. Over four steps every place is left out equally often.
+
+    Args:
+        tokens: with time and two other axes; their coordinates and lengths are read.
+        ratio: share of tokens to leave out: 0.25, 0.5 or 0.75.
+        seeds: (B,) int64.
+
+    Returns:
+        (B, N) bool on the CPU, True = worked for; only real tokens are.
+
+    Raises:
+        ValueError: another ratio, or tokens that lie on other axes.
+    """
+    if len(tokens.axes) != 3 or tokens.axes[0] != "t":
+        raise ValueError(
+            f"objective.decoder_mask=running_cells: cells run over time and two other axes, but these tokens lie on "
+            f"{', '.join(tokens.axes)}; leave it out"
+        )
+    if ratio not in (0.25, 0.5, 0.75):
+        raise ValueError(
+            f"objective.decoder_mask_ratio={ratio}: one, two or three of the four places of a cell can be left out; "
+            "choose 0.25, 0.5 or 0.75"
+        )
+    # from the grid and not from the coordinates, which lie on the accelerator
+    step, row, column = torch.meshgrid(*[torch.arange(size) for size in tokens.grid], indexing="ij")
+    turn = (2 * (row % 2) + column % 2 - step).flatten()
+    start = (4 * uniform(seeds, 1, stream=_START)).long()
+    taken = (turn - start) % 4 < 4 * (1 - ratio)
+    return taken & valid_mask(tokens.lengths.cpu(), taken.shape[1])
 
 
 def span_mask(
