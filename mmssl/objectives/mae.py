@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
-from mmssl.nn.masking import plan_of, random_mask, running_cells, tube_mask
+from mmssl.nn.masking import green_mask, plan_of, random_mask, running_cells, tube_mask
 from mmssl.nn.predictor import Predictor, places
 from mmssl.nn.spread import spread, token_spread
 from mmssl.types import Batch, Frontend, Hide, Loss, MaskPlan, Raw, Tokens
 
-Mask = Literal["random", "tube"]
+Mask = Literal["random", "tube", "green"]
 DecoderMask = Literal["running_cells"]
 # (tokens, ratio, seeds) -> MaskPlan
 MASKS: dict[Mask, Callable[..., MaskPlan]] = {
     "random": lambda tokens, **settings: random_mask(tokens.lengths, **settings),
     "tube": tube_mask,
+    "green": green_mask,
 }
 # (tokens, ratio, seeds) -> (B, N) bool, True = the decoder works for it
 DECODER_MASKS: dict[DecoderMask, Callable[..., Tensor]] = {"running_cells": running_cells}
@@ -41,7 +42,8 @@ class MAE(nn.Module):
         target_learned: whether the target is learned features of the frontend, which cannot be reconstructed.
         pictures: (frontend, tokens, masked, values) -> pictures of the target's values, for `reconstruct`.
         mask: "random" hides tokens anywhere (over space and time of video: Feichtenhofer et al. 2022, MAE-ST,
-            arXiv:2205.09113); "tube" the same places in every time step (Tong et al. 2022, VideoMAE, arXiv:2203.12602).
+            arXiv:2205.09113); "tube" the same places in every time step (Tong et al. 2022, VideoMAE, arXiv:2203.12602);
+            "green" patches of a few tokens (Hinojosa et al. 2024, ColorMAE, arXiv:2407.13036).
         mask_ratio: share of each clip's tokens to hide; or [first, last, updates], to go evenly from the first share
             to the last over that many updates of the optimizer, and stay there.
         decoder_mask: "running_cells" leaves hidden tokens out of the decoder and of the loss (Wang et al. 2023,
