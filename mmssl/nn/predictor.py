@@ -46,7 +46,15 @@ class Predictor(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, encoded: Encoded, tokens: Tokens, plan: MaskPlan, *, predicted: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        encoded: Encoded,
+        tokens: Tokens,
+        plan: MaskPlan,
+        *,
+        predicted: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Predict the hidden tokens.
 
         Args:
@@ -55,6 +63,9 @@ class Predictor(nn.Module):
             plan: on the CPU, so that no place has to be fetched from a device.
             predicted: (R, N) bool on the CPU, those of the hidden tokens that are to be predicted; all by default. The
                 Transformer never sees the others.
+            noise: (M, dim_in), put on the positions of the mask vectors by the map that brings encoded tokens here: Bar
+                et al. 2023 (arXiv:2308.00566), section 3, where that map is shared so that it cannot shrink the noise
+                away.
 
         Returns:
             (M, out_dim), one row for each True of `predicted`, in its row-major order.
@@ -82,8 +93,11 @@ class Predictor(nn.Module):
 
         # A class token has no place: its position is zero.
         added = F.pad(sincos(coords, filled.shape[-1]), (0, 0, prefix, 0)).to(seen.dtype)
-        h, _ = self.transformer(filled.view(rows, prefix + size, -1) + added, lengths + prefix)
         hidden = places(F.pad(predicted, (prefix, 0), value=False), device)
+        if noise is not None:
+            moved = F.linear(noise.to(self.embed.weight.dtype), self.embed.weight)
+            filled = filled.index_add(0, hidden, moved.to(filled.dtype))
+        h, _ = self.transformer(filled.view(rows, prefix + size, -1) + added, lengths + prefix)
         return self.out(h.flatten(0, 1).index_select(0, hidden))
 
 

@@ -49,6 +49,8 @@ class MAE(nn.Module):
         decoder_mask: "running_cells" leaves hidden tokens out of the decoder and of the loss (Wang et al. 2023,
             VideoMAE V2, arXiv:2303.16727); none by default.
         decoder_mask_ratio: share of all tokens that `decoder_mask` leaves out.
+        position_noise: variance of normal noise on the positions of the mask vectors while training, in the units of
+            the encoder's output, so that no place is learned by heart (FlexPredict: Bar et al. 2023, arXiv:2308.00566).
         decoder_dim, decoder_depth, decoder_heads, decoder_mlp_dim, decoder_eps: of the Predictor.
     """
 
@@ -67,6 +69,7 @@ class MAE(nn.Module):
         mask_ratio: float | tuple[float, float, int] = 0.75,
         decoder_mask: DecoderMask | None = None,
         decoder_mask_ratio: float = 0.5,
+        position_noise: float = 0.0,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
@@ -92,10 +95,13 @@ class MAE(nn.Module):
                 f"objective.mask_ratio={mask_ratio}: a share of the tokens to hide lies between 0 and 1, and one that "
                 "changes takes at least 1 update; give a share, or [first share, last share, updates]"
             )
+        if position_noise < 0:
+            raise ValueError(f"objective.position_noise={position_noise}: a variance is at least 0")
         self.encoder = encoder
         self.target = target
         self.pictures = pictures
         self.mask, self.decoder_mask, self.decoder_mask_ratio = mask, decoder_mask, decoder_mask_ratio
+        self.position_noise = position_noise
         self.first_ratio, self.last_ratio, self.ratio_updates = first, last, updates
         # saved where masks depend on it, so that a run that is resumed draws the same ones
         self.updates: Tensor
@@ -124,9 +130,13 @@ class MAE(nn.Module):
         if self.decoder_mask is not None:
             settings = {"ratio": self.decoder_mask_ratio, "seeds": batch.seeds}
             predicted = predicted & DECODER_MASKS[self.decoder_mask](tokens, **settings)
-        prediction = self.predictor(
-            encoded, tokens, plan, predicted=None if self.decoder_mask is None else predicted
-        )  # (M, P)
+        prediction = self.predictor(  # (M, P)
+            encoded,
+            tokens,
+            plan,
+            predicted=None if self.decoder_mask is None else predicted,
+            noise=self._noise(predicted.sum(1), batch.seeds, encoded.x) if self.training else None,
+        )
         hidden = places(predicted, prediction.device)
         # a target may hold a product of its own, as log_mel does
         with torch.autocast(prediction.device.type, enabled=False):
@@ -182,6 +192,16 @@ class MAE(nn.Module):
         masked = plan.masked.to(values.device)
         values[masked] = prediction.float()
         return self.pictures(self.encoder.frontend, tokens, masked, values)
+
+    def _noise(self, counts: Tensor, seeds: Tensor, like: Tensor) -> Tensor | None:
+        """(M, D) for so many tokens of each clip, the clips' end to end, each from its own seed."""
+        if self.position_noise == 0:
+            return None
+        parts = [
+            torch.randn(n, like.shape[-1], generator=torch.Generator(like.device).manual_seed(seed), device=like.device)
+            for n, seed in zip(counts.tolist(), seeds.tolist(), strict=True)
+        ]
+        return torch.cat(parts) * self.position_noise**0.5
 
     def _hide(self, batch: Batch, masked: Tensor | None = None) -> tuple[Tokens, MaskPlan]:
         tokens = self.encoder.tokens(batch.raw)

@@ -366,3 +366,28 @@ def test_a_share_outside_its_range_is_refused(ratio: Any) -> None:
         ValueError, match=r"objective.mask_ratio=.* give a share, or \[first share, last share, updates"
     ):
         image_mae(mask_ratio=ratio)
+
+
+def test_noise_on_positions_is_each_clips_own_and_of_training_alone() -> None:
+    objective, still, batch = image_mae(position_noise=0.25), image_mae(), images(4)
+    loss = objective(batch)
+    torch.testing.assert_close(objective(batch).total, loss.total, rtol=0, atol=0)
+    parts = [objective(part_of(batch, [i])).total for i in (3, 1, 0, 2)]
+    torch.testing.assert_close(torch.stack(parts).sum(), loss.total, rtol=1e-5, atol=0)
+    assert abs(float(loss.total.detach() - still(batch).total.detach())) > 1e-3
+    objective.eval()
+    still.eval()
+    torch.testing.assert_close(objective(batch).total, still(batch).total, rtol=0, atol=0)
+
+
+def test_noise_on_positions_has_the_variance_asked_for() -> None:
+    noise = image_mae(position_noise=0.25)._noise(torch.tensor([500, 1000]), seeds(2), torch.zeros(1, 16))
+    assert noise is not None
+    assert noise.shape == (1500, 16)
+    # five standard errors of the variance of 24,000 normal numbers
+    assert abs(float(noise.square().mean()) - 0.25) < 5 * 0.25 * (2 / 24_000) ** 0.5
+
+
+def test_a_negative_variance_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"objective.position_noise=-0.1: a variance is at least 0"):
+        image_mae(position_noise=-0.1)
