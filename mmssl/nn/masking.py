@@ -15,6 +15,11 @@ from torch import Tensor
 from mmssl.nn.seeds import uniform
 from mmssl.types import MaskPlan, Tokens, valid_mask
 
+# of the draws that are no masks of a clip's clones, see `uniform`; those count from 0
+_START = 1_000_000
+# deviations in tokens of the two Gaussians between which green noise lies
+_GREEN = (0.5, 2.0)
+
 
 def random_mask(lengths: Tensor, *, ratio: float, seeds: Tensor, clones: int = 1) -> MaskPlan:
     """Hide a random share of each row's tokens.
@@ -31,18 +36,43 @@ def random_mask(lengths: Tensor, *, ratio: float, seeds: Tensor, clones: int = 1
     Raises:
         ValueError: ratio outside (0, 1).
     """
-    if not 0 < ratio < 1:
-        raise ValueError(f"mask_ratio={ratio}: the share of tokens to hide must lie between 0 and 1")
     lengths = lengths.cpu()
     size = int(lengths.max())
     noise = torch.cat([uniform(seeds, size, stream=2 * clone) for clone in range(clones)], 1).view(-1, size)
     rows, lengths = _clone(lengths, clones)
-    valid = valid_mask(lengths, size)
-    hidden = (lengths * ratio).round().long()
-    hidden = torch.minimum(hidden.clamp_min(1), lengths - 1).clamp_min(0)
-    # the `hidden` smallest of a row's noise; padding sorts last and is never reached
-    rank = noise.masked_fill(~valid, 2.0).argsort(1).argsort(1)
-    return plan_of(rank < hidden[:, None], lengths, rows=rows)
+    return plan_of(_lowest(noise, lengths, ratio), lengths, rows=rows)
+
+
+def green_mask(tokens: Tokens, *, ratio: float, seeds: Tensor) -> MaskPlan:
+    """Hide where green noise is lowest: patches of a few tokens, spread evenly over the clip.
+
+    Source: Hinojosa et al. 2024, ColorMAE (arXiv:2407.13036), section 3, "green noise": white noise blurred a little,
+    less the same blurred more, which leaves the middle frequencies.
+    Differs from the paper: noise is drawn for each clip on its own grid, whatever the axes, and not cropped from stored
+        maps; it wraps around at the edges, so that each place is hidden equally often; and the deviations of the two
+        Gaussians, in tokens, are chosen here.
+
+    Args:
+        tokens: their grid and lengths are read.
+        ratio: share of tokens to hide, in (0, 1); rounded as in `random_mask`.
+        seeds: (B,) int64.
+
+    Raises:
+        ValueError: ratio outside (0, 1).
+    """
+    lengths, rest = tokens.lengths.cpu(), tuple(tokens.grid[1:])
+    noise = uniform(seeds, int(lengths.max())).double() - 0.5
+    for n in lengths.unique().tolist():
+        rows = lengths == n
+        grid = (n // math.prod(rest), *rest)
+        axes = tuple(range(1, 1 + len(grid)))
+        square = torch.zeros(grid, dtype=torch.float64)  # of the frequency, in cycles per token
+        for axis in torch.meshgrid(*[torch.fft.fftfreq(size, dtype=torch.float64) for size in grid], indexing="ij"):
+            square += axis.square()
+        fine, coarse = (torch.exp(-2 * (math.pi * deviation) ** 2 * square) for deviation in _GREEN)
+        spectrum = torch.fft.fftn(noise[rows, :n].view(-1, *grid), dim=axes) * (fine - coarse)
+        noise[rows, :n] = torch.fft.ifftn(spectrum, dim=axes).real.flatten(1)
+    return plan_of(_lowest(noise, lengths, ratio), lengths)
 
 
 def tube_mask(tokens: Tokens, *, ratio: float, seeds: Tensor) -> MaskPlan:
@@ -68,6 +98,42 @@ def tube_mask(tokens: Tokens, *, ratio: float, seeds: Tensor) -> MaskPlan:
     one = random_mask(torch.full((len(tokens.lengths),), places), ratio=ratio, seeds=seeds).masked
     lengths = tokens.lengths.cpu()
     return plan_of(one.repeat(1, steps) & valid_mask(lengths, steps * places), lengths)
+
+
+def running_cells(tokens: Tokens, *, ratio: float, seeds: Tensor) -> Tensor:
+    """Which tokens a decoder works for: in each 2 x 2 cell of places some, and in the next time step the next ones.
+
+    Source: Wang et al. 2023, VideoMAE V2 (arXiv:2303.16727), section 3.2, "running cell masking", after Qing et al.
+    2022 (arXiv:2207.11660). The four places of a cell are taken in turn, row by row; where in that turn a clip's first
+    step stands is drawn from its seed. Over four steps every place is left out equally often.
+
+    Args:
+        tokens: with time and two other axes; their coordinates and lengths are read.
+        ratio: share of tokens to leave out: 0.25, 0.5 or 0.75.
+        seeds: (B,) int64.
+
+    Returns:
+        (B, N) bool on the CPU, True = worked for; only real tokens are.
+
+    Raises:
+        ValueError: another ratio, or tokens that lie on other axes.
+    """
+    if len(tokens.axes) != 3 or tokens.axes[0] != "t":
+        raise ValueError(
+            f"objective.decoder_mask=running_cells: cells run over time and two other axes, but these tokens lie on "
+            f"{', '.join(tokens.axes)}; leave it out"
+        )
+    if ratio not in (0.25, 0.5, 0.75):
+        raise ValueError(
+            f"objective.decoder_mask_ratio={ratio}: one, two or three of the four places of a cell can be left out; "
+            "choose 0.25, 0.5 or 0.75"
+        )
+    # from the grid and not from the coordinates, which lie on the accelerator
+    step, row, column = torch.meshgrid(*[torch.arange(size) for size in tokens.grid], indexing="ij")
+    turn = (2 * (row % 2) + column % 2 - step).flatten()
+    start = (4 * uniform(seeds, 1, stream=_START)).long()
+    taken = (turn - start) % 4 < 4 * (1 - ratio)
+    return taken & valid_mask(tokens.lengths.cpu(), taken.shape[1])
 
 
 def span_mask(
@@ -166,6 +232,21 @@ def channel_mask(batch: int, channels: int, *, prob: float, span: int, seeds: Te
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each row: (R, N, D) at (R, K) -> (R, K, D)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _lowest(noise: Tensor, lengths: Tensor, ratio: float) -> Tensor:
+    """(R, N) bool, True for the share `ratio` of each row's real tokens where the noise is lowest.
+
+    Raises:
+        ValueError: ratio outside (0, 1).
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"mask_ratio={ratio}: the share of tokens to hide must lie between 0 and 1")
+    hidden = (lengths * ratio).round().long()
+    hidden = torch.minimum(hidden.clamp_min(1), lengths - 1).clamp_min(0)
+    # padding sorts last and is never reached
+    rank = noise.masked_fill(~valid_mask(lengths, noise.shape[1]), torch.inf).argsort(1).argsort(1)
+    return rank < hidden[:, None]
 
 
 def _clone(lengths: Tensor, clones: int) -> tuple[Tensor, Tensor]:

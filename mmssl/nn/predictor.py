@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.nn.linear import Linear
+from mmssl.nn.masking import plan_of, take
 from mmssl.nn.positions import sincos
 from mmssl.nn.transformer import Transformer
 from mmssl.types import Encoded, MaskPlan, Tokens, valid_mask
@@ -45,35 +46,58 @@ class Predictor(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, encoded: Encoded, tokens: Tokens, plan: MaskPlan) -> Tensor:
+    def forward(
+        self,
+        encoded: Encoded,
+        tokens: Tokens,
+        plan: MaskPlan,
+        *,
+        predicted: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Predict the hidden tokens.
 
         Args:
             encoded: what the encoder gave for the tokens that `plan` keeps, with `hide="drop"`.
             tokens: all tokens of the B clips; only their coordinates and lengths are read.
             plan: on the CPU, so that no place has to be fetched from a device.
+            predicted: (R, N) bool on the CPU, those of the hidden tokens that are to be predicted; all by default. The
+                Transformer never sees the others.
+            noise: (M, dim_in), put on the positions of the mask vectors by the map that brings encoded tokens here: Bar
+                et al. 2023 (arXiv:2308.00566), section 3, where that map is shared so that it cannot shrink the noise
+                away.
 
         Returns:
-            (M, out_dim), one row for each True of `plan.masked`, in its row-major order.
+            (M, out_dim), one row for each True of `predicted`, in its row-major order.
         """
         prefix = encoded.n_prefix
         device = encoded.x.device
-        rows, size = plan.masked.shape
         lengths = tokens.lengths[plan.rows]
-        visible = valid_mask(lengths, size) & ~plan.masked
+        visible = valid_mask(lengths, plan.masked.shape[1]) & ~plan.masked
+        coords = tokens.coords[:1] if tokens.coords.stride(0) == 0 else tokens.coords[plan.rows]
+        if predicted is None:
+            predicted = plan.masked
+        else:
+            shown = plan_of(~(visible | predicted), lengths)
+            lengths, real = shown.keep_lengths, shown.keep_valid
+            visible, predicted = (mask.gather(1, shown.keep) & real for mask in (visible, predicted))
+            coords = take(coords.expand(len(visible), -1, -1), shown.keep.to(device, non_blocking=True))
+        rows, size = visible.shape
 
         seen = self.embed(encoded.x).flatten(0, 1)
         if int(encoded.lengths.min()) < encoded.x.shape[1]:
             seen = seen.index_select(0, places(valid_mask(encoded.lengths, encoded.x.shape[1]), device))
-        # Both the encoder's rows and the grid are read in ascending order, so the n-th real row is the n-th True here.
+        # Both the encoder's rows and these are read in ascending order, so the n-th real row is the n-th True here.
         taken = places(F.pad(visible, (prefix, 0), value=True), device)
         filled = self.mask_vector.to(seen.dtype).expand(rows * (prefix + size), -1).index_copy(0, taken, seen)
 
-        coords = tokens.coords[:1] if tokens.coords.stride(0) == 0 else tokens.coords[plan.rows]
         # A class token has no place: its position is zero.
         added = F.pad(sincos(coords, filled.shape[-1]), (0, 0, prefix, 0)).to(seen.dtype)
+        hidden = places(F.pad(predicted, (prefix, 0), value=False), device)
+        if noise is not None:
+            moved = F.linear(noise.to(self.embed.weight.dtype), self.embed.weight)
+            filled = filled.index_add(0, hidden, moved.to(filled.dtype))
         h, _ = self.transformer(filled.view(rows, prefix + size, -1) + added, lengths + prefix)
-        hidden = places(F.pad(plan.masked, (prefix, 0), value=False), device)
         return self.out(h.flatten(0, 1).index_select(0, hidden))
 
 

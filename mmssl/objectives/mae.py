@@ -9,17 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
-from mmssl.nn.masking import random_mask, tube_mask
+from mmssl.nn.masking import green_mask, plan_of, random_mask, running_cells, tube_mask
 from mmssl.nn.predictor import Predictor, places
 from mmssl.nn.spread import spread, token_spread
 from mmssl.types import Batch, Frontend, Hide, Loss, MaskPlan, Raw, Tokens
 
-Mask = Literal["random", "tube"]
+Mask = Literal["random", "tube", "green"]
+DecoderMask = Literal["running_cells"]
 # (tokens, ratio, seeds) -> MaskPlan
 MASKS: dict[Mask, Callable[..., MaskPlan]] = {
     "random": lambda tokens, **settings: random_mask(tokens.lengths, **settings),
     "tube": tube_mask,
+    "green": green_mask,
 }
+# (tokens, ratio, seeds) -> (B, N) bool, True = the decoder works for it
+DECODER_MASKS: dict[DecoderMask, Callable[..., Tensor]] = {"running_cells": running_cells}
 
 
 class MAE(nn.Module):
@@ -38,8 +42,15 @@ class MAE(nn.Module):
         target_learned: whether the target is learned features of the frontend, which cannot be reconstructed.
         pictures: (frontend, tokens, masked, values) -> pictures of the target's values, for `reconstruct`.
         mask: "random" hides tokens anywhere (over space and time of video: Feichtenhofer et al. 2022, MAE-ST,
-            arXiv:2205.09113); "tube" the same places in every time step (Tong et al. 2022, VideoMAE, arXiv:2203.12602).
-        mask_ratio: share of each clip's tokens to hide.
+            arXiv:2205.09113); "tube" the same places in every time step (Tong et al. 2022, VideoMAE, arXiv:2203.12602);
+            "green" patches of a few tokens (Hinojosa et al. 2024, ColorMAE, arXiv:2407.13036).
+        mask_ratio: share of each clip's tokens to hide; or [first, last, updates], to go evenly from the first share
+            to the last over that many updates of the optimizer, and stay there.
+        decoder_mask: "running_cells" leaves hidden tokens out of the decoder and of the loss (Wang et al. 2023,
+            VideoMAE V2, arXiv:2303.16727); none by default.
+        decoder_mask_ratio: share of all tokens that `decoder_mask` leaves out.
+        position_noise: variance of normal noise on the positions of the mask vectors while training, in the units of
+            the encoder's output, so that no place is learned by heart (FlexPredict: Bar et al. 2023, arXiv:2308.00566).
         decoder_dim, decoder_depth, decoder_heads, decoder_mlp_dim, decoder_eps: of the Predictor.
     """
 
@@ -55,7 +66,10 @@ class MAE(nn.Module):
         target_learned: bool = False,
         pictures: Callable[[Frontend, Tokens, Tensor, Tensor], dict[str, Any]] | None = None,
         mask: Mask = "random",
-        mask_ratio: float = 0.75,
+        mask_ratio: float | tuple[float, float, int] = 0.75,
+        decoder_mask: DecoderMask | None = None,
+        decoder_mask_ratio: float = 0.5,
+        position_noise: float = 0.0,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
@@ -71,10 +85,27 @@ class MAE(nn.Module):
             )
         if mask not in MASKS:
             raise ValueError(f"objective.mask={mask!r}: choose one of {', '.join(MASKS)}")
+        if decoder_mask is not None and decoder_mask not in DECODER_MASKS:
+            raise ValueError(
+                f"objective.decoder_mask={decoder_mask!r}: choose {', '.join(DECODER_MASKS)}, or leave it out"
+            )
+        first, last, updates = (mask_ratio, mask_ratio, 1) if isinstance(mask_ratio, int | float) else mask_ratio
+        if not (0 < first < 1 and 0 < last < 1 and updates >= 1):
+            raise ValueError(
+                f"objective.mask_ratio={mask_ratio}: a share of the tokens to hide lies between 0 and 1, and one that "
+                "changes takes at least 1 update; give a share, or [first share, last share, updates]"
+            )
+        if position_noise < 0:
+            raise ValueError(f"objective.position_noise={position_noise}: a variance is at least 0")
         self.encoder = encoder
         self.target = target
         self.pictures = pictures
-        self.mask, self.mask_ratio = mask, mask_ratio
+        self.mask, self.decoder_mask, self.decoder_mask_ratio = mask, decoder_mask, decoder_mask_ratio
+        self.position_noise = position_noise
+        self.first_ratio, self.last_ratio, self.ratio_updates = first, last, updates
+        # saved where masks depend on it, so that a run that is resumed draws the same ones
+        self.updates: Tensor
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64), persistent=first != last)
         # nothing is replaced here, so a mask token that the encoder may have gets no gradient
         self.skips_parameters = (
             encoder.mask_token is not None
@@ -92,11 +123,21 @@ class MAE(nn.Module):
         )
 
     def forward(self, batch: Batch) -> Loss:
-        """Sum over hidden tokens of the mean squared error over their P values; the count is hidden tokens."""
+        """Sum over predicted tokens of the mean squared error over their P values; the count is predicted tokens."""
         tokens, plan = self._hide(batch)
         encoded = self.encoder(tokens, plan, self.hide)
-        prediction = self.predictor(encoded, tokens, plan)  # (M, P)
-        hidden = places(plan.masked, prediction.device)
+        predicted = plan.masked
+        if self.decoder_mask is not None:
+            settings = {"ratio": self.decoder_mask_ratio, "seeds": batch.seeds}
+            predicted = predicted & DECODER_MASKS[self.decoder_mask](tokens, **settings)
+        prediction = self.predictor(  # (M, P)
+            encoded,
+            tokens,
+            plan,
+            predicted=None if self.decoder_mask is None else predicted,
+            noise=self._noise(predicted.sum(1), batch.seeds, encoded.x) if self.training else None,
+        )
+        hidden = places(predicted, prediction.device)
         # a target may hold a product of its own, as log_mel does
         with torch.autocast(prediction.device.type, enabled=False):
             target = self.target(batch.raw, tokens).flatten(0, 1).index_select(0, hidden).detach().float()
@@ -112,20 +153,31 @@ class MAE(nn.Module):
         return Loss(total, count, {name: (value, count) for name, value in metrics.items()})
 
     def after_step(self, step: int) -> None:
-        """Nothing here changes with time."""
+        self.updates.fill_(step)
+
+    @property
+    def mask_ratio(self) -> float:
+        """The share to hide after the updates so far."""
+        if self.first_ratio == self.last_ratio:
+            return self.last_ratio
+        gone = min(int(self.updates) / self.ratio_updates, 1.0)
+        return self.first_ratio + gone * (self.last_ratio - self.first_ratio)
 
     @torch.no_grad()
-    def reconstruct(self, batch: Batch) -> dict[str, Any]:
+    def reconstruct(self, batch: Batch, *, masked: Tensor | None = None) -> dict[str, Any]:
         """What the model sees of a batch and what it makes of it, for looking at.
 
         Hidden tokens show the prediction, visible ones their own values.
+
+        Args:
+            masked: (B, N) bool, True = hidden; drawn as in training by default.
 
         Returns:
             "input", "masked" and "reconstruction", as `pictures` draws them: (B, C, H, W); and "note", what to print
             with them.
 
         Raises:
-            ValueError: this target cannot be drawn.
+            ValueError: this target cannot be drawn, or `masked` does not fit the batch.
         """
         if self.pictures is None:
             raise ValueError(
@@ -133,7 +185,7 @@ class MAE(nn.Module):
             )
         training = self.training
         self.eval()
-        tokens, plan = self._hide(batch)
+        tokens, plan = self._hide(batch, masked)
         prediction = self.predictor(self.encoder(tokens, plan, self.hide), tokens, plan)
         self.train(training)
         values = self.target(batch.raw, tokens).float().clone()  # it may be the tokens' own features
@@ -141,6 +193,44 @@ class MAE(nn.Module):
         values[masked] = prediction.float()
         return self.pictures(self.encoder.frontend, tokens, masked, values)
 
-    def _hide(self, batch: Batch) -> tuple[Tokens, MaskPlan]:
+    def _noise(self, counts: Tensor, seeds: Tensor, like: Tensor) -> Tensor | None:
+        """(M, D) for so many tokens of each clip, the clips' end to end, each from its own seed."""
+        if self.position_noise == 0:
+            return None
+        parts = [
+            torch.randn(n, like.shape[-1], generator=torch.Generator(like.device).manual_seed(seed), device=like.device)
+            for n, seed in zip(counts.tolist(), seeds.tolist(), strict=True)
+        ]
+        return torch.cat(parts) * self.position_noise**0.5
+
+    def _hide(self, batch: Batch, masked: Tensor | None = None) -> tuple[Tokens, MaskPlan]:
         tokens = self.encoder.tokens(batch.raw)
-        return tokens, MASKS[self.mask](tokens, ratio=self.mask_ratio, seeds=batch.seeds)
+        if masked is None:
+            return tokens, MASKS[self.mask](tokens, ratio=self.mask_ratio, seeds=batch.seeds)
+        return tokens, _given(masked.cpu(), tokens)
+
+
+def _given(masked: Tensor, tokens: Tokens) -> MaskPlan:
+    """The plan of a mask that was not drawn.
+
+    Raises:
+        ValueError: it is no mask of these tokens, or it leaves a clip nothing to predict from.
+    """
+    valid = tokens.valid.cpu()
+    if masked.dtype != torch.bool or masked.shape != valid.shape:
+        kind = f"{tuple(masked.shape)} {str(masked.dtype).removeprefix('torch.')}"
+        raise ValueError(
+            f"reconstruct: masked is {kind}, but these clips have {tuple(valid.shape)} tokens; give one bool for each, "
+            "True where it is to be hidden"
+        )
+    for row, hidden in enumerate(masked):
+        if not (valid[row] & ~hidden).any():
+            raise ValueError(
+                f"reconstruct: masked hides all tokens of clip {row}; leave one to predict the others from"
+            )
+        if (hidden & ~valid[row]).any():
+            raise ValueError(
+                f"reconstruct: masked hides tokens of clip {row} past its {int(valid[row].sum())} real ones; set "
+                "them to False"
+            )
+    return plan_of(masked, tokens.lengths)

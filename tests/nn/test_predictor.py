@@ -108,3 +108,13 @@ def test_gradients_reach_the_mask_vector_and_every_visible_token() -> None:
     assert part.mask_vector.grad.abs().max() > 0
     assert encoded.x.grad is not None
     assert (encoded.x.grad.abs().amax(-1) > 0).all()
+
+
+def test_noise_moves_the_places_of_hidden_tokens_by_the_map_of_visible_ones() -> None:
+    part = predictor(depth=0)
+    tokens = line([4, 3])
+    plan = plan_of(torch.tensor([[False, True, False, True], [True, False, False, False]]), tokens.lengths)
+    noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
+    out = part(encoded_for(plan, n_prefix=1), tokens, plan, noise=noise)
+    moved = part.mask_vector + sincos(torch.tensor([[1], [3], [0]]), 8) + noise @ part.embed.weight.T
+    torch.testing.assert_close(out, part.out(part.transformer.norm(moved)))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def sounds(samples: tuple[int, ...] = (2000, 1200, 600)) -> Batch:
     return Batch({"speech": raw}, seeds(len(samples)))
 
 
-def image_mae(target: str = "normalized_pixels", prefix: int = 1, ratio: float = 0.75) -> MAE:
+def image_mae(target: str = "normalized_pixels", prefix: int = 1, **settings: Any) -> MAE:
     torch.manual_seed(0)
     frontend = Patches(dim=16, size=[2, 3], channels=2, mean=[0.5, 0.5], std=[0.3, 0.3])
     encoder = Encoder(frontend, Transformer(dim=16, depth=2, heads=2), SinCos(16), prefix=prefix)
@@ -57,10 +58,10 @@ def image_mae(target: str = "normalized_pixels", prefix: int = 1, ratio: float =
         target_dim=TARGETS[target].dim(frontend),
         target_learned=TARGETS[target].learned,
         pictures=TARGETS[target].pictures,
-        mask_ratio=ratio,
         decoder_dim=16,
         decoder_depth=2,
         decoder_heads=2,
+        **settings,
     )
 
 
@@ -282,3 +283,111 @@ def test_learned_features_are_refused_as_a_target() -> None:
 def test_a_target_without_a_picture_says_so() -> None:
     with pytest.raises(ValueError, match="there is no picture of this target"):
         speech_mae().reconstruct(sounds())
+
+
+def hidden_in(shown: dict[str, Any]) -> Tensor:
+    """(B, N): which patches of 2 x 3 pixels a picture shows as gray."""
+    gray = (shown["masked"] == 0.5).all(1).float()
+    return torch.nn.functional.avg_pool2d(gray[:, None], (2, 3))[:, 0].flatten(1) == 1
+
+
+def test_a_mask_of_ones_own_is_what_the_model_sees() -> None:
+    objective, batch = image_mae("pixels"), images(2)
+    own = torch.zeros(2, 16, dtype=torch.bool)
+    own[0, 3] = True
+    own[1, 5:15] = True
+    shown = objective.reconstruct(batch, masked=own)
+    assert torch.equal(hidden_in(shown), own)
+    pixels = unpatch(own[..., None].expand(-1, -1, 12), (4, 4), (2, 3), 2)
+    torch.testing.assert_close(shown["reconstruction"][~pixels], batch.raw.data[~pixels])
+    assert (shown["reconstruction"][pixels] != batch.raw.data[pixels]).all()
+    # the mask that training would draw is given back as it is
+    tokens = objective.encoder.tokens(batch.raw)
+    drawn = random_mask(tokens.lengths, ratio=0.75, seeds=batch.seeds).masked
+    again = objective.reconstruct(batch, masked=drawn)
+    torch.testing.assert_close(again["reconstruction"], objective.reconstruct(batch)["reconstruction"])
+
+
+def test_a_mask_that_hides_nothing_shows_the_clip() -> None:
+    objective, batch = image_mae("pixels"), images(2)
+    shown = objective.reconstruct(batch, masked=torch.zeros(2, 16, dtype=torch.bool))
+    torch.testing.assert_close(shown["reconstruction"], batch.raw.data)
+
+
+@pytest.mark.parametrize(
+    ("masked", "sentence"),
+    [
+        (torch.zeros(2, 15).bool(), r"masked is \(2, 15\) bool, but these clips have \(2, 16\) tokens"),
+        (torch.zeros(2, 16), r"masked is \(2, 16\) float32, .* give one bool for each"),
+        (torch.arange(2)[:, None].expand(2, 16) == 1, "masked hides all tokens of clip 1; leave one"),
+    ],
+    ids=["shape", "type", "all"],
+)
+def test_a_mask_that_does_not_fit_is_refused(masked: Tensor, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        image_mae().reconstruct(images(2), masked=masked)
+
+
+def test_a_mask_over_padding_is_refused() -> None:
+    objective, batch = speech_mae(), sounds()
+    objective.pictures = lambda frontend, tokens, masked, values: {}
+    lengths = objective.encoder.tokens(batch.raw).lengths
+    masked = torch.zeros(3, int(lengths.max()), dtype=torch.bool)
+    masked[1, -1] = True
+    with pytest.raises(ValueError, match=f"hides tokens of clip 1 past its {lengths[1]} real ones; set them to False"):
+        objective.reconstruct(batch, masked=masked)
+
+
+def test_a_share_to_hide_goes_evenly_over_its_updates_and_stays() -> None:
+    objective, batch = image_mae(mask_ratio=[0.25, 0.75, 4]), images(2)
+    hidden = [objective(batch).count]
+    for step in range(1, 7):
+        objective.after_step(step)
+        hidden.append(objective(batch).count)
+    # of 16 patches in each of 2 pictures
+    assert hidden == [2 * n for n in (4, 6, 8, 10, 12, 12, 12)]
+
+
+def test_a_share_that_changes_goes_on_where_it_was_saved() -> None:
+    objective = image_mae(mask_ratio=[0.25, 0.75, 4])
+    objective.after_step(3)
+    resumed = image_mae(mask_ratio=[0.25, 0.75, 4])
+    resumed.load_state_dict(objective.state_dict())
+    assert resumed.mask_ratio == objective.mask_ratio == 0.625
+
+
+def test_a_fixed_share_has_no_state() -> None:
+    assert "updates" not in image_mae().state_dict()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, [0.5, 1.0, 10], [0.5, 0.9, 0]])
+def test_a_share_outside_its_range_is_refused(ratio: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"objective.mask_ratio=.* give a share, or \[first share, last share, updates"
+    ):
+        image_mae(mask_ratio=ratio)
+
+
+def test_noise_on_positions_is_each_clips_own_and_of_training_alone() -> None:
+    objective, still, batch = image_mae(position_noise=0.25), image_mae(), images(4)
+    loss = objective(batch)
+    torch.testing.assert_close(objective(batch).total, loss.total, rtol=0, atol=0)
+    parts = [objective(part_of(batch, [i])).total for i in (3, 1, 0, 2)]
+    torch.testing.assert_close(torch.stack(parts).sum(), loss.total, rtol=1e-5, atol=0)
+    assert abs(float(loss.total.detach() - still(batch).total.detach())) > 1e-3
+    objective.eval()
+    still.eval()
+    torch.testing.assert_close(objective(batch).total, still(batch).total, rtol=0, atol=0)
+
+
+def test_noise_on_positions_has_the_variance_asked_for() -> None:
+    noise = image_mae(position_noise=0.25)._noise(torch.tensor([500, 1000]), seeds(2), torch.zeros(1, 16))
+    assert noise is not None
+    assert noise.shape == (1500, 16)
+    # five standard errors of the variance of 24,000 normal numbers
+    assert abs(float(noise.square().mean()) - 0.25) < 5 * 0.25 * (2 / 24_000) ** 0.5
+
+
+def test_a_negative_variance_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"objective.position_noise=-0.1: a variance is at least 0"):
+        image_mae(position_noise=-0.1)
