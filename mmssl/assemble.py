@@ -7,41 +7,36 @@ changes.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-from unicodedata import normalize
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmssl import distributed
-from mmssl.data.batching import BatchPlan, Loader, one_pass
-from mmssl.data.dataset import ATTEMPTS, ManifestDataset
+from mmssl.data.batching import Loader, one_pass
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import CharVocabulary, Classes
 from mmssl.encoder import Encoder
-from mmssl.evaluation.speech import error_rates
+from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, label_of
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Modality
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
-from mmssl.objectives import OBJECTIVES
+from mmssl.objectives import LABELLED, OBJECTIVES
 from mmssl.recipe import SECTIONS, Recipe, RecipeError, leaves, load, parse
 from mmssl.training import checkpoint
 from mmssl.training.loop import train as train_loop
 from mmssl.training.optimizer import build_optimizer
-from mmssl.training.pictures import write_sheet
 from mmssl.training.schedule import SCHEDULES
 from mmssl.training.settings import TrainSettings
-from mmssl.types import BadClip, Batch, Frontend, Loss, Raw
+from mmssl.types import Frontend
+from mmssl.validation import Validation, spells
 
 FORMAT = 1
 ENCODER = ("frontend", "positions", "transformer", "encoder")
@@ -77,45 +72,6 @@ PROVIDED: dict[str, Callable[[Config, Encoder], Any]] = {
     "n_characters": lambda config, encoder: len(config["vocabulary"]),
     "n_classes": lambda config, encoder: len(config["classes"]),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """The section `data` of a recipe.
-
-    Args:
-        train, valid: manifests; without `valid` nothing is evaluated while training.
-        batch_size: most clips of a micro-batch.
-        max_seconds: most seconds of a micro-batch, padding included.
-        bucket: put clips of similar length together.
-        workers: processes that read clips; 0 reads in a thread.
-        on_bad_clip: "raise" stops at the first clip that cannot be read, "skip" counts and names it and goes on.
-        max_bad_share: of the clips, beyond which "skip" stops too.
-        cache: keep decoded clips in memory.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    train: str
-    valid: str | None = None
-    batch_size: int | None = None
-    max_seconds: float | None = None
-    bucket: bool = True
-    workers: int = 0
-    on_bad_clip: Literal["raise", "skip"] = "raise"
-    max_bad_share: float = 0.01
-    cache: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("workers", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"data.{name}={value}: must be at least {least}")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ValueError(f"data.max_seconds={self.max_seconds}: must be above 0; leave it out for no such bound")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"data.max_bad_share={self.max_bad_share}: must be a share of the clips, from 0 to 1")
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -178,181 +134,6 @@ def build_objective(config: Config, encoder: Encoder) -> nn.Module:
     return made
 
 
-def build_reader(config: Config, frontend: Frontend) -> Callable[..., Tensor]:
-    """(path or binary file, **{start, duration}) -> the clip as this frontend reads it, not augmented."""
-    return partial(MODALITIES[config["modality"]].read, **frontend.reader_settings)
-
-
-def build_augment(steps: Sequence[Mapping[str, Any]], modality: str, frontend: Frontend) -> Augment:
-    """One function of the steps that a recipe lists; what the frontend fixes, such as the rate, is filled in."""
-    table, given = MODALITIES[modality].augments, frontend.reader_settings
-    return Augment(tuple(_step(table, step, given) for step in steps if step["name"] in table))
-
-
-def build_span(steps: Sequence[Mapping[str, Any]], modality: str, frontend: Frontend) -> Span | None:
-    """Which part of a clip is to be read, (seconds, rng=generator) -> (start, duration); None for all."""
-    table, given = MODALITIES[modality].spans, frontend.reader_settings
-    return next((_step(table, step, given) for step in steps if step["name"] in table), None)
-
-
-def _step(
-    table: Mapping[str, Callable[..., Any]], step: Mapping[str, Any], given: Mapping[str, Any]
-) -> Callable[..., Any]:
-    """The function that a step names, with its settings, and of what is `given` with that which it knows."""
-    settings = dict(step)
-    function = table[settings.pop("name")]
-    known = inspect.signature(function).parameters
-    return partial(function, **settings, **{name: value for name, value in given.items() if name in known})
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Augmentations one after the other."""
-
-    steps: tuple[Callable[..., Tensor], ...]
-
-    def __call__(self, x: Tensor, rng: np.random.Generator) -> Tensor:
-        for step in self.steps:
-            x = step(x, rng)
-        return x
-
-
-def extents(
-    recipe: Recipe, side: str, table: Mapping[str, Callable[..., np.ndarray]], before: np.ndarray
-) -> np.ndarray:
-    """What clips measure after the steps of one side, at most; `table` is the modality's `durations` or `sizes`."""
-    for step in recipe.values["augment"][side]:
-        if step["name"] in table:
-            before = _step(table, step, {"rate": recipe.values["frontend"].get("rate")})(before)
-    return before
-
-
-def build_dataset(
-    recipe: Recipe, config: Config, encoder: Encoder, manifest: Manifest, *, side: Literal["train", "eval"]
-) -> ManifestDataset:
-    """The clips of a manifest as an objective wants them; `side` chooses the augmentations.
-
-    Raises:
-        RecipeError: a setting outside its range, or pictures of several sizes that are to lie in one batch.
-        ValueError: a row that names no file of the modality.
-    """
-    name, frontend = config["modality"], encoder.frontend
-    data = _placed(recipe, lambda: DataSettings(**recipe.values["data"]))
-    steps = recipe.values["augment"][side]
-    span = build_span(steps, name, frontend)
-    if data.cache and span is not None:
-        raise recipe.error(
-            "data.cache",
-            f"data.cache=true would keep one span of each clip, and augment.{side} draws another each time",
-        )
-    # a copy without weights: what is sent to loader workers must not lie on a GPU
-    lengths = copy.deepcopy(frontend).to("meta").lengths
-    dataset = ManifestDataset(
-        manifest,
-        media={name: MODALITIES[name].media},
-        readers={name: build_reader(config, frontend)},
-        hints={name: MODALITIES[name].hints},
-        spans={} if span is None else {name: span},
-        augments={name: build_augment(steps, name, frontend)},
-        rates={name: frontend.reader_settings.get("rate")},
-        fits={name: lengths},
-        label=_labeler(config),
-        seed=recipe.values["trainer"]["seed"],
-        on_bad_clip=data.on_bad_clip,
-        max_bad_share=data.max_bad_share,
-        cache=data.cache,
-    )
-    if "h" in frontend.axes and data.batch_size != 1 and not _one_size(recipe, side):
-        _check_sizes(recipe, manifest, side)
-        dataset.fits = {name: partial(_fits, lengths, _first_size(dataset, name))}
-    return dataset
-
-
-def _one_size(recipe: Recipe, side: str) -> bool:
-    """Whether pictures of whatever size are of the same one after the steps of one side."""
-    one, other = _sizes(recipe, side, [[301, 170], [211, 411]])
-    return one == other
-
-
-def _sizes(recipe: Recipe, side: str, before: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Heights and widths after the steps of one side."""
-    return extents(recipe, side, MODALITIES[recipe.values["modality"]].sizes, np.array(before)).tolist()
-
-
-def _check_sizes(recipe: Recipe, manifest: Manifest, side: str) -> None:
-    """See that the sizes that the rows state come to one.
-
-    Raises:
-        RecipeError: they do not.
-    """
-    first, first_id = None, ""
-    for place, row in enumerate(manifest):
-        if not all(isinstance(row.get(key), int) for key in ("height", "width")):
-            continue
-        [size] = _sizes(recipe, side, [[row["height"], row["width"]]])
-        if first is None:
-            first, first_id = size, row["id"]
-        elif size != first:
-            raise recipe.error(
-                f"augment.{side}",
-                f"augment.{side} leaves {first_id} at {first[0]} x {first[1]} pixels and {row['id']} "
-                f"({manifest.place(place)}) at {size[0]} x {size[1]}, but a batch holds pictures of one size; add for "
-                "example a resize and a center_crop, or set data.batch_size to 1",
-            )
-
-
-def _first_size(dataset: ManifestDataset, modality: str) -> tuple[int, ...] | None:
-    """Height and width of the first clip that can be read; None where none of the first few can."""
-    for place in range(min(len(dataset), ATTEMPTS)):
-        try:
-            return tuple(dataset.read(place, 0).inputs[modality].shape[-2:])
-        except BadClip:
-            continue
-    return None
-
-
-def _fits(lengths: Callable[[Raw], Tensor], size: tuple[int, ...] | None, raw: Raw) -> None:
-    """Raises ValueError where a clip is none for the frontend, or its pictures are of another size than the others."""
-    lengths(raw)
-    own = tuple(raw.data.shape[-2:])
-    if size is not None and own != size:
-        raise ValueError(
-            f"{own[0]} x {own[1]} pixels, where the first clip of the manifest has {size[0]} x {size[1]}, and a batch "
-            "holds pictures of one size; bring them to one in `augment`, for example with resize and center_crop"
-        )
-
-
-def build_plan(recipe: Recipe, manifest: Manifest, *, side: Literal["train", "eval"]) -> BatchPlan:
-    """Which clips go together: shuffled anew in each epoch for "train", every clip in order of length for "eval".
-
-    Raises:
-        RecipeError: no bound, one outside its range, or clips that are longer than it.
-        ValueError: a row that does not state its length.
-    """
-    data, training = _placed(recipe, lambda: DataSettings(**recipe.values["data"])), side == "train"
-    modality = recipe.values["modality"]
-    by_length = MODALITIES[modality].media != "image" and (data.bucket or data.max_seconds is not None)
-    if data.batch_size is None and (data.max_seconds is None or not by_length):
-        raise recipe.error(
-            "data", "micro-batches have no bound: set data.batch_size, or data.max_seconds for sound and video"
-        )
-    lengths = np.ones(len(manifest), np.float32)
-    if by_length:
-        lengths = extents(recipe, side, MODALITIES[modality].durations, manifest.lengths())
-    try:
-        return BatchPlan(
-            lengths,
-            batch_size=data.batch_size,
-            max_length=data.max_seconds if by_length else None,
-            bucket=data.bucket and by_length,
-            seed=recipe.values["trainer"]["seed"],
-            shuffle=training,
-            longer="refuse" if training else "alone",
-        )
-    except ValueError as error:  # the rest was seen to above
-        raise recipe.error("data.max_seconds", f"data.max_seconds={data.max_seconds}: {error}") from None
-
-
 def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
     """Train what a recipe says, and export the encoder: a shipped recipe by name, a file, or one that was loaded.
 
@@ -371,20 +152,20 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     """
     recipe = resolve(recipe if isinstance(recipe, Recipe) else load(recipe, overrides))
     run = Path("runs", recipe.name) if run is None else Path(run)
-    settings = _placed(recipe, lambda: TrainSettings(**recipe.values["trainer"]))
+    settings = recipe.placed(lambda: TrainSettings(**recipe.values["trainer"]))
     device = distributed.setup(settings.device)
     resume = _claim(run, recipe)
 
     data = recipe.values["data"]
-    _placed(recipe, lambda: DataSettings(**data))
+    recipe.placed(lambda: DataSettings(**data))
     manifest = Manifest(data["train"])
     config = export_config(recipe, manifest)
     torch.manual_seed(settings.seed)
-    encoder = _placed(recipe, lambda: build_encoder(config))
+    encoder = recipe.placed(lambda: build_encoder(config))
     if recipe.values["init"] is not None:
         encoder.load_state_dict(checkpoint.read_encoder(Path(recipe.values["init"]))[1])
-    objective = _placed(recipe, lambda: build_objective(config, encoder))
-    optimizer = _placed(recipe, lambda: build_optimizer(objective.to(device), **recipe.values["optimizer"]))
+    objective = recipe.placed(lambda: build_objective(config, encoder))
+    optimizer = recipe.placed(lambda: build_optimizer(objective.to(device), **recipe.values["optimizer"]))
     bad_clips = run / "bad_clips.jsonl"
     loader = Loader(
         build_dataset(recipe, config, encoder, manifest, side="train"),
@@ -403,7 +184,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
             texts = {row["id"]: row["text"] for row in valid if "text" in row}
             held_out.label = partial(_spelled, CharVocabulary(config["vocabulary"]))
         if data["on_bad_clip"] == "raise" and held_out.label is not None:
-            _check_labels(held_out.label, valid)
+            check_labels(held_out.label, valid)
         batches = partial(
             one_pass,
             held_out,
@@ -415,7 +196,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         evaluate = Validation(objective, batches, config, device, settings.precision, run / "pictures", texts)
     schedule = dict(recipe.values["schedule"])
     multiplier = partial(SCHEDULES[schedule.pop("name")], steps=settings.steps, **schedule)
-    _placed(recipe, lambda: multiplier(1))
+    recipe.placed(lambda: multiplier(1))
     export = partial(
         checkpoint.export_encoder,
         run,
@@ -454,12 +235,6 @@ def finetune(recipe: Recipe, run: Path | None = None) -> Path:
     return train(recipe, run)
 
 
-# objective -> the key of a manifest's rows that it learns from
-LABELLED: dict[str, str] = {
-    name: label for name, objective in OBJECTIVES.items() if (label := getattr(objective, "label", None)) is not None
-}
-
-
 def export_config(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
     """What config.json holds: all that is needed to build the encoder and the objective again.
 
@@ -496,86 +271,6 @@ def read_config(run: Path) -> dict[str, Any]:
     if config.get("format") != FORMAT:
         raise ValueError(f"{path}: format {config.get('format')!r}, but this version of mmssl reads {FORMAT}")
     return config
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The mean loss and metrics of an objective over held-out clips, and error rates where it writes text.
-
-    Where the objective can draw what it makes of pictures, some of the first clips go to the folder `pictures`.
-
-    texts: id -> transcript, for an objective that writes text. Error rates are over all of them, as `mmssl evaluate`
-        has it; one that the vocabulary cannot spell has no loss, and "unspelled" is the share of these.
-    """
-
-    objective: Any
-    batches: Callable[[], Iterator[Batch]]
-    config: Config
-    device: torch.device
-    precision: str
-    pictures: Path
-    texts: Mapping[str, str] | None = None
-
-    @torch.no_grad()
-    def __call__(self, step: int) -> dict[str, float]:
-        sums: dict[str, tuple[float, float]] = {}
-        said: list[tuple[str, str]] = []
-        drawn = False
-        for batch in self.batches():
-            batch = batch.to(self.device)
-            if not drawn and distributed.is_main() and getattr(self.objective, "pictures", None) is not None:
-                shown = self.objective.reconstruct(batch)
-                note = shown.pop("note")
-                write_sheet(self.pictures / f"update_{step}.png", shown, note=note)
-                drawn = True
-            metrics: dict[str, tuple[float | Tensor, float]] = {}
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                learnt: Batch | None = batch
-                if self.texts is not None:
-                    said += self._transcribe(batch, self.texts)
-                    learnt = self._spelled(batch, self.texts)
-                    metrics["unspelled"] = len(batch) - (0 if learnt is None else len(learnt)), len(batch)
-                if learnt is not None:
-                    loss: Loss = self.objective(learnt)
-                    metrics |= {**loss.metrics, "loss": (loss.total, loss.count)}
-            for name, (value, count) in metrics.items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + float(value), before[1] + float(count))
-        # every process saw other clips, and a metric may be one process's alone
-        shares = [json.loads(text) for text in distributed.gather_text(json.dumps([sums, said]))]
-        scores = {}
-        for name in dict.fromkeys(name for share, _ in shares for name in share):
-            total, count = (sum(share[name][i] for share, _ in shares if name in share) for i in (0, 1))
-            if count:
-                scores[name] = total / count
-        pairs = [pair for _, part in shares for pair in part]
-        if any(reference for reference, _ in pairs):
-            references, hypotheses = zip(*pairs, strict=True)
-            rates = error_rates(references, hypotheses, decoding="best path")
-            scores |= {name: rate.value for name, rate in rates.items()}
-        return scores
-
-    def _transcribe(self, batch: Batch, texts: Mapping[str, str]) -> list[tuple[str, str]]:
-        """(reference, hypothesis) of each clip."""
-        vocabulary = CharVocabulary(self.config["vocabulary"])
-        hypotheses = [vocabulary.decode(ids) for ids in self.objective.predict(batch)]
-        references = [" ".join(normalize("NFC", texts[name]).split()) for name in batch.ids]
-        return list(zip(references, hypotheses, strict=True))
-
-    def _spelled(self, batch: Batch, texts: Mapping[str, str]) -> Batch | None:
-        """The clips whose transcripts the vocabulary can spell; None where there are none."""
-        vocabulary = CharVocabulary(self.config["vocabulary"])
-        rows = [row for row, name in enumerate(batch.ids) if _spells(vocabulary, texts[name])]
-        if len(rows) == len(batch):
-            return batch
-        assert batch.labels is not None
-        assert batch.label_lengths is not None
-        inputs = {
-            name: replace(raw, data=raw.data[rows], lengths=raw.lengths[rows], ids=[raw.ids[row] for row in rows])
-            for name, raw in batch.inputs.items()
-        }
-        spelled = Batch(inputs, batch.seeds[rows], batch.labels[rows], batch.label_lengths[rows])
-        return spelled if rows else None
 
 
 def _make(table: Mapping[str, Callable[..., Any]], section: Mapping[str, Any], **given: Any) -> Any:
@@ -688,47 +383,6 @@ def _claim(run: Path, recipe: Recipe) -> bool:
     return bool(resume)
 
 
-def _placed(recipe: Recipe, make: Callable[[], Any]) -> Any:
-    """What `make` gives; a complaint that begins with a setting is put behind the place where that was written."""
-    try:
-        return make()
-    except ValueError as error:
-        setting = re.match(r"\w+\.\w+", str(error))
-        raise RecipeError(f"{recipe.place(setting[0] if setting else '')}: {error}") from error
-
-
-def _labeler(config: Config) -> Callable[[dict[str, Any]], Any] | None:
-    key = LABELLED.get(config["objective"]["name"])
-    if key is None:
-        return None
-    if key != "label":
-        return partial(_label, key, CharVocabulary(config["vocabulary"]).encode)
-    classes = Classes(config["classes"])
-    return partial(_label, key, classes.encode_all if config["objective"].get("multi_label") else classes.encode)
-
-
-def _check_labels(label: Callable[[dict[str, Any]], Any], manifest: Manifest) -> None:
-    """See that training knows the labels of held-out clips: these are read at the first evaluation only.
-
-    Raises:
-        ValueError: it does not, by the place of the row.
-    """
-    for place, row in enumerate(manifest):
-        try:
-            label(row)
-        except ValueError as error:
-            raise ValueError(
-                f"{manifest.place(place)}: {error}; correct data.valid, or set data.on_bad_clip=skip to leave such "
-                "clips out"
-            ) from None
-
-
-def _label(key: str, encode: Callable[[Any], Any], row: dict[str, Any]) -> Any:
-    if key not in row:
-        raise ValueError(f"the row has no {key!r}, which this objective learns from; it has {', '.join(sorted(row))}")
-    return encode(row[key])
-
-
 def _flat(labels: Iterable[Any], objective: Config) -> Iterator[Any]:
     """Labels one by one, where a row may have a list of them."""
     several = objective.get("multi_label")
@@ -738,16 +392,8 @@ def _flat(labels: Iterable[Any], objective: Config) -> Iterator[Any]:
 
 def _spelled(vocabulary: CharVocabulary, row: dict[str, Any]) -> list[int]:
     """A held-out clip's characters; none where the vocabulary lacks one: that is the model's fault, not the clip's."""
-    known = not isinstance(row.get("text"), str) or _spells(vocabulary, row["text"])
-    return list(_label("text", vocabulary.encode, row)) if known else []
-
-
-def _spells(vocabulary: CharVocabulary, text: str) -> bool:
-    try:
-        vocabulary.encode(text)
-    except ValueError:
-        return False
-    return True
+    known = not isinstance(row.get("text"), str) or spells(vocabulary, row["text"])
+    return list(label_of("text", vocabulary.encode, row)) if known else []
 
 
 def _target(config: Config) -> Any:

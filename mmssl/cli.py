@@ -343,6 +343,7 @@ def main() -> None:
 
 def _done(run: Path) -> None:
     from mmssl import distributed
+    from mmssl.objectives import LABELLED
     from mmssl.recipe import parse
 
     if distributed.is_main():
@@ -351,7 +352,7 @@ def _done(run: Path) -> None:
         train, valid = (values["data"][side] for side in ("train", "valid"))
         task = values["objective"]["name"]
         test = valid or "HELD_OUT.jsonl"
-        fitted = f"--task {task}" if task in ("ctc", "classify") else f"--task linear --train {train}"
+        fitted = f"--task {task}" if task in LABELLED else f"--task linear --train {train}"
         print(
             f"{run}: done; what it is good for:\n"
             f"  mmssl embed {run} {test} --out embeddings.npz\n"
@@ -361,7 +362,7 @@ def _done(run: Path) -> None:
 
 
 def _print_stats(recipe: str, manifest: Path) -> None:
-    from mmssl.tasks import input_statistics
+    from mmssl.normalization import input_statistics
 
     found = input_statistics(recipe, manifest, progress=sys.stderr.isatty())
     for path, reason in found.bad.items():

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmssl.assemble import build_augment, build_reader, build_span
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
 from mmssl.data.manifest import Manifest
 from mmssl.encoder import Encoder
+from mmssl.loading import build_augment, build_reader, build_span, clips_of
 from mmssl.modalities import MODALITIES
 from mmssl.types import BadClip, Frontend
 
@@ -58,7 +58,7 @@ def find_clips(
     kind = MODALITIES[modality]
     clips = Clips(modality, frontend)
     augment = build_augment(config["augment_eval"], modality, frontend)
-    read = build_reader(config, frontend)
+    read = build_reader(modality, frontend)
     span = build_span(config["augment_eval"], modality, frontend)
     read_part = read if span is None else partial(read, span=partial(span, rng=np.random.default_rng(0)))
     settings = frontend.reader_settings
@@ -70,17 +70,7 @@ def find_clips(
     for place, item in enumerate(listed):
         if isinstance(item, Manifest) or (isinstance(item, (str, Path)) and str(item).endswith(".jsonl")):
             manifest = item if isinstance(item, Manifest) else Manifest(item)
-            clips.add(
-                ManifestDataset(
-                    manifest,
-                    media={modality: kind.media},
-                    readers={modality: read},
-                    hints={modality: kind.hints},
-                    spans={} if span is None else {modality: span},
-                    augments={modality: augment},
-                    rates={modality: settings.get("rate")},
-                )
-            )
+            clips.add(clips_of(manifest, modality, frontend, config["augment_eval"]))
         elif isinstance(item, (str, Path)):
             for path in _expand(str(item), kind.suffixes, modality):
                 clips.add((path, partial(ready, read_part, path)))

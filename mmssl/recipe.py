@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+Made = TypeVar("Made")
 
 SECTIONS = (
     "modality",
@@ -67,6 +69,14 @@ class Recipe:
 
     def error(self, key: str, message: str) -> RecipeError:
         return RecipeError(f"{self.place(key)}: {message}")
+
+    def placed(self, make: Callable[[], Made]) -> Made:
+        """What `make` gives; a complaint that begins with a setting is put behind the place where that was written."""
+        try:
+            return make()
+        except ValueError as error:
+            setting = re.match(r"\w+\.\w+", str(error))
+            raise self.error(setting[0] if setting else "", str(error)) from error
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key, such as "trainer.steps" or "augment.train.0"."""

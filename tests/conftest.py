@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from mmssl.data.manifest import write_manifest
+
 # tests share the machine with each other: more threads make small tensors slower, not faster
 torch.set_num_threads(1)
 
@@ -77,3 +79,24 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((x * 200 + n).astype(np.uint8)).save(path)
     return folder
+
+
+@pytest.fixture(scope="session")
+def seen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return listed(pictures, "image", tmp_path_factory.mktemp("seen"))
+
+
+@pytest.fixture(scope="session")
+def heard(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return listed(sounds, "audio", tmp_path_factory.mktemp("heard"))
+
+
+def listed(folder: Path, key: str, out: Path) -> dict[str, Path]:
+    """A manifest for each split of the folders that conftest makes; the label is also the text."""
+    manifests = {}
+    for split in ("train", "test"):
+        files = sorted(path for path in (folder / split).rglob("*") if path.is_file())
+        rows = [{key: str(path), "label": path.parent.name, "text": path.parent.name, "seconds": 0.5} for path in files]
+        manifests[split] = out / f"{split}.jsonl"
+        write_manifest(manifests[split], rows)
+    return manifests

@@ -18,6 +18,8 @@ ARROWS = {
     "data": ["types"],
     "evaluation": [*PARTS, "encoder"],
     "training": ["types", "data", "distributed"],
+    "loading": ["recipe", *PARTS, "encoder", "objectives", "modalities", "data"],
+    "validation": ["types", "distributed", "data", "evaluation", "training.pictures"],
     "assemble": [
         "recipe",
         *PARTS,
@@ -25,13 +27,15 @@ ARROWS = {
         "objectives",
         "modalities",
         "data",
-        "evaluation",
+        "loading",
+        "validation",
         "training",
         "distributed",
     ],
-    "clips": [*PARTS, "encoder", "modalities", "data", "assemble"],
+    "clips": [*PARTS, "encoder", "modalities", "data", "loading"],
     "embed": [*PARTS, "encoder", "data", "evaluation", "assemble", "clips", "training.checkpoint"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
+    "normalization": ["recipe", "types", "modalities", "data", "loading", "assemble"],
 }
 FREE = {"__init__", "__main__", "cli", "recipes"}  # the front door may use every room; recipes hold no code
 

@@ -12,23 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from mmssl.assemble import (
-    Validation,
-    build_augment,
-    build_encoder,
-    build_frontend,
-    build_plan,
-    finetune,
-    pretrain,
-    resolve,
-    train,
-)
+from mmssl.assemble import build_encoder, build_frontend, finetune, pretrain, resolve, train
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import load as load_encoder
+from mmssl.loading import build_augment, build_plan
 from mmssl.recipe import Recipe, RecipeError, load, parse
 from mmssl.tasks import evaluate
 from mmssl.training.checkpoint import read_encoder, read_tensors
 from mmssl.types import BadClip
+from mmssl.validation import Validation
 
 TOY = ["transformer.dim=16", "transformer.depth=2", "transformer.heads=2"]
 TOY += ["data.batch_size=4", "data.workers=0", "trainer.steps=2", "trainer.eval_every=2", "schedule.warmup=0"]

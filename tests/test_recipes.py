@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmssl.assemble import LABELLED, build_encoder, build_objective, export_config, finetune, pretrain, resolve
+from mmssl.assemble import build_encoder, build_objective, export_config, finetune, pretrain, resolve
 from mmssl.data.manifest import Manifest, split_rows, write_manifest
 from mmssl.data.scan import scan
 from mmssl.modalities import MODALITIES
+from mmssl.objectives import LABELLED
 from mmssl.recipe import Recipe, header, load, shipped
 
 FOLDER = Path(__file__).parents[1] / "recipes"

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 import mmssl
-from mmssl.assemble import build_plan, pretrain, resolve
+from mmssl.assemble import pretrain, resolve
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.scan import scan
+from mmssl.loading import build_plan
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.video.frontend import Tubes
 from mmssl.modalities.video.spans import random_span

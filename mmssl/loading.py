@@ -1,0 +1,295 @@
+"""What a recipe says of its data -> readers, augmentations, datasets, batch plans."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from mmssl.data.batching import BatchPlan
+from mmssl.data.dataset import ATTEMPTS, ManifestDataset
+from mmssl.data.manifest import Manifest
+from mmssl.data.text import CharVocabulary, Classes
+from mmssl.encoder import Encoder
+from mmssl.modalities import MODALITIES
+from mmssl.objectives import LABELLED
+from mmssl.recipe import Recipe
+from mmssl.types import BadClip, Frontend, Raw
+
+Config = Mapping[str, Any]
+Span = Callable[..., tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The section `data` of a recipe.
+
+    Args:
+        train, valid: manifests; without `valid` nothing is evaluated while training.
+        batch_size: most clips of a micro-batch.
+        max_seconds: most seconds of a micro-batch, padding included.
+        bucket: put clips of similar length together.
+        workers: processes that read clips; 0 reads in a thread.
+        on_bad_clip: "raise" stops at the first clip that cannot be read, "skip" counts and names it and goes on.
+        max_bad_share: of the clips, beyond which "skip" stops too.
+        cache: keep decoded clips in memory.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    train: str
+    valid: str | None = None
+    batch_size: int | None = None
+    max_seconds: float | None = None
+    bucket: bool = True
+    workers: int = 0
+    on_bad_clip: Literal["raise", "skip"] = "raise"
+    max_bad_share: float = 0.01
+    cache: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"data.{name}={value}: must be at least {least}")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"data.max_seconds={self.max_seconds}: must be above 0; leave it out for no such bound")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share={self.max_bad_share}: must be a share of the clips, from 0 to 1")
+
+
+def build_reader(modality: str, frontend: Frontend) -> Callable[..., Tensor]:
+    """(path or binary file, **{start, duration}) -> the clip as this frontend reads it, not augmented."""
+    return partial(MODALITIES[modality].read, **frontend.reader_settings)
+
+
+def build_augment(steps: Sequence[Mapping[str, Any]], modality: str, frontend: Frontend) -> Augment:
+    """One function of the steps that a recipe lists; what the frontend fixes, such as the rate, is filled in."""
+    table, given = MODALITIES[modality].augments, frontend.reader_settings
+    return Augment(tuple(_step(table, step, given) for step in steps if step["name"] in table))
+
+
+def build_span(steps: Sequence[Mapping[str, Any]], modality: str, frontend: Frontend) -> Span | None:
+    """Which part of a clip is to be read, (seconds, rng=generator) -> (start, duration); None for all."""
+    table, given = MODALITIES[modality].spans, frontend.reader_settings
+    return next((_step(table, step, given) for step in steps if step["name"] in table), None)
+
+
+def _step(
+    table: Mapping[str, Callable[..., Any]], step: Mapping[str, Any], given: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """The function that a step names, with its settings, and of what is `given` with that which it knows."""
+    settings = dict(step)
+    function = table[settings.pop("name")]
+    known = inspect.signature(function).parameters
+    return partial(function, **settings, **{name: value for name, value in given.items() if name in known})
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Augmentations one after the other."""
+
+    steps: tuple[Callable[..., Tensor], ...]
+
+    def __call__(self, x: Tensor, rng: np.random.Generator) -> Tensor:
+        for step in self.steps:
+            x = step(x, rng)
+        return x
+
+
+def clips_of(
+    manifest: Manifest, modality: str, frontend: Frontend, steps: Sequence[Mapping[str, Any]], **settings: Any
+) -> ManifestDataset:
+    """The clips of a manifest as a frontend reads them, after the steps that a recipe lists.
+
+    Args:
+        settings: further ones of `ManifestDataset`.
+    """
+    kind, span = MODALITIES[modality], build_span(steps, modality, frontend)
+    return ManifestDataset(
+        manifest,
+        media={modality: kind.media},
+        readers={modality: build_reader(modality, frontend)},
+        hints={modality: kind.hints},
+        spans={} if span is None else {modality: span},
+        augments={modality: build_augment(steps, modality, frontend)},
+        rates={modality: frontend.reader_settings.get("rate")},
+        **settings,
+    )
+
+
+def extents(
+    recipe: Recipe, side: str, table: Mapping[str, Callable[..., np.ndarray]], before: np.ndarray
+) -> np.ndarray:
+    """What clips measure after the steps of one side, at most; `table` is the modality's `durations` or `sizes`."""
+    for step in recipe.values["augment"][side]:
+        if step["name"] in table:
+            before = _step(table, step, {"rate": recipe.values["frontend"].get("rate")})(before)
+    return before
+
+
+def build_dataset(
+    recipe: Recipe, config: Config, encoder: Encoder, manifest: Manifest, *, side: Literal["train", "eval"]
+) -> ManifestDataset:
+    """The clips of a manifest as an objective wants them; `side` chooses the augmentations.
+
+    Raises:
+        RecipeError: a setting outside its range, or pictures of several sizes that are to lie in one batch.
+        ValueError: a row that names no file of the modality.
+    """
+    name, frontend = config["modality"], encoder.frontend
+    data = recipe.placed(lambda: DataSettings(**recipe.values["data"]))
+    steps = recipe.values["augment"][side]
+    if data.cache and build_span(steps, name, frontend) is not None:
+        raise recipe.error(
+            "data.cache",
+            f"data.cache=true would keep one span of each clip, and augment.{side} draws another each time",
+        )
+    # a copy without weights: what is sent to loader workers must not lie on a GPU
+    lengths = copy.deepcopy(frontend).to("meta").lengths
+    dataset = clips_of(
+        manifest,
+        name,
+        frontend,
+        steps,
+        fits={name: lengths},
+        label=labeler(config),
+        seed=recipe.values["trainer"]["seed"],
+        on_bad_clip=data.on_bad_clip,
+        max_bad_share=data.max_bad_share,
+        cache=data.cache,
+    )
+    if "h" in frontend.axes and data.batch_size != 1 and not _one_size(recipe, side):
+        _check_sizes(recipe, manifest, side)
+        dataset.fits = {name: partial(_fits, lengths, _first_size(dataset, name))}
+    return dataset
+
+
+def _one_size(recipe: Recipe, side: str) -> bool:
+    """Whether pictures of whatever size are of the same one after the steps of one side."""
+    one, other = _sizes(recipe, side, [[301, 170], [211, 411]])
+    return one == other
+
+
+def _sizes(recipe: Recipe, side: str, before: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Heights and widths after the steps of one side."""
+    return extents(recipe, side, MODALITIES[recipe.values["modality"]].sizes, np.array(before)).tolist()
+
+
+def _check_sizes(recipe: Recipe, manifest: Manifest, side: str) -> None:
+    """See that the sizes that the rows state come to one.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    first, first_id = None, ""
+    for place, row in enumerate(manifest):
+        if not all(isinstance(row.get(key), int) for key in ("height", "width")):
+            continue
+        [size] = _sizes(recipe, side, [[row["height"], row["width"]]])
+        if first is None:
+            first, first_id = size, row["id"]
+        elif size != first:
+            raise recipe.error(
+                f"augment.{side}",
+                f"augment.{side} leaves {first_id} at {first[0]} x {first[1]} pixels and {row['id']} "
+                f"({manifest.place(place)}) at {size[0]} x {size[1]}, but a batch holds pictures of one size; add for "
+                "example a resize and a center_crop, or set data.batch_size to 1",
+            )
+
+
+def _first_size(dataset: ManifestDataset, modality: str) -> tuple[int, ...] | None:
+    """Height and width of the first clip that can be read; None where none of the first few can."""
+    for place in range(min(len(dataset), ATTEMPTS)):
+        try:
+            return tuple(dataset.read(place, 0).inputs[modality].shape[-2:])
+        except BadClip:
+            continue
+    return None
+
+
+def _fits(lengths: Callable[[Raw], Tensor], size: tuple[int, ...] | None, raw: Raw) -> None:
+    """Raises ValueError where a clip is none for the frontend, or its pictures are of another size than the others."""
+    lengths(raw)
+    own = tuple(raw.data.shape[-2:])
+    if size is not None and own != size:
+        raise ValueError(
+            f"{own[0]} x {own[1]} pixels, where the first clip of the manifest has {size[0]} x {size[1]}, and a batch "
+            "holds pictures of one size; bring them to one in `augment`, for example with resize and center_crop"
+        )
+
+
+def build_plan(recipe: Recipe, manifest: Manifest, *, side: Literal["train", "eval"]) -> BatchPlan:
+    """Which clips go together: shuffled anew in each epoch for "train", every clip in order of length for "eval".
+
+    Raises:
+        RecipeError: no bound, one outside its range, or clips that are longer than it.
+        ValueError: a row that does not state its length.
+    """
+    data, training = recipe.placed(lambda: DataSettings(**recipe.values["data"])), side == "train"
+    modality = recipe.values["modality"]
+    by_length = MODALITIES[modality].media != "image" and (data.bucket or data.max_seconds is not None)
+    if data.batch_size is None and (data.max_seconds is None or not by_length):
+        raise recipe.error(
+            "data", "micro-batches have no bound: set data.batch_size, or data.max_seconds for sound and video"
+        )
+    lengths = np.ones(len(manifest), np.float32)
+    if by_length:
+        lengths = extents(recipe, side, MODALITIES[modality].durations, manifest.lengths())
+    try:
+        return BatchPlan(
+            lengths,
+            batch_size=data.batch_size,
+            max_length=data.max_seconds if by_length else None,
+            bucket=data.bucket and by_length,
+            seed=recipe.values["trainer"]["seed"],
+            shuffle=training,
+            longer="refuse" if training else "alone",
+        )
+    except ValueError as error:  # the rest was seen to above
+        raise recipe.error("data.max_seconds", f"data.max_seconds={data.max_seconds}: {error}") from None
+
+
+def labeler(config: Config) -> Callable[[dict[str, Any]], Any] | None:
+    """Row -> its label as the objective wants it; None where it wants none."""
+    key = LABELLED.get(config["objective"]["name"])
+    if key is None:
+        return None
+    if key != "label":
+        return partial(label_of, key, CharVocabulary(config["vocabulary"]).encode)
+    classes = Classes(config["classes"])
+    return partial(label_of, key, classes.encode_all if config["objective"].get("multi_label") else classes.encode)
+
+
+def check_labels(label: Callable[[dict[str, Any]], Any], manifest: Manifest) -> None:
+    """See that training knows the labels of held-out clips: these are read at the first evaluation only.
+
+    Raises:
+        ValueError: it does not, by the place of the row.
+    """
+    for place, row in enumerate(manifest):
+        try:
+            label(row)
+        except ValueError as error:
+            raise ValueError(
+                f"{manifest.place(place)}: {error}; correct data.valid, or set data.on_bad_clip=skip to leave such "
+                "clips out"
+            ) from None
+
+
+def label_of(key: str, encode: Callable[[Any], Any], row: dict[str, Any]) -> Any:
+    """What stands at a key of a row, encoded.
+
+    Raises:
+        ValueError: the row has no such key, or `encode` does not know its value.
+    """
+    if key not in row:
+        raise ValueError(f"the row has no {key!r}, which this objective learns from; it has {', '.join(sorted(row))}")
+    return encode(row[key])

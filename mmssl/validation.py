@@ -1,0 +1,108 @@
+"""Evaluation while training: the mean loss over held-out clips, and error rates of an objective that writes text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unicodedata import normalize
+
+import torch
+from torch import Tensor
+
+from mmssl import distributed
+from mmssl.data.text import CharVocabulary
+from mmssl.evaluation.speech import error_rates
+from mmssl.training.pictures import write_sheet
+from mmssl.types import Batch, Loss
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The mean loss and metrics of an objective over held-out clips, and error rates where it writes text.
+
+    Where the objective can draw what it makes of pictures, some of the first clips go to the folder `pictures`.
+
+    texts: id -> transcript, for an objective that writes text. Error rates are over all of them, as `mmssl evaluate`
+        has it; one that the vocabulary cannot spell has no loss, and "unspelled" is the share of these.
+    """
+
+    objective: Any
+    batches: Callable[[], Iterator[Batch]]
+    config: Mapping[str, Any]
+    device: torch.device
+    precision: str
+    pictures: Path
+    texts: Mapping[str, str] | None = None
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> dict[str, float]:
+        sums: dict[str, tuple[float, float]] = {}
+        said: list[tuple[str, str]] = []
+        drawn = False
+        for batch in self.batches():
+            batch = batch.to(self.device)
+            if not drawn and distributed.is_main() and getattr(self.objective, "pictures", None) is not None:
+                shown = self.objective.reconstruct(batch)
+                note = shown.pop("note")
+                write_sheet(self.pictures / f"update_{step}.png", shown, note=note)
+                drawn = True
+            metrics: dict[str, tuple[float | Tensor, float]] = {}
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                learnt: Batch | None = batch
+                if self.texts is not None:
+                    said += self._transcribe(batch, self.texts)
+                    learnt = self._spelled(batch, self.texts)
+                    metrics["unspelled"] = len(batch) - (0 if learnt is None else len(learnt)), len(batch)
+                if learnt is not None:
+                    loss: Loss = self.objective(learnt)
+                    metrics |= {**loss.metrics, "loss": (loss.total, loss.count)}
+            for name, (value, count) in metrics.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + float(value), before[1] + float(count))
+        # every process saw other clips, and a metric may be one process's alone
+        shares = [json.loads(text) for text in distributed.gather_text(json.dumps([sums, said]))]
+        scores = {}
+        for name in dict.fromkeys(name for share, _ in shares for name in share):
+            total, count = (sum(share[name][i] for share, _ in shares if name in share) for i in (0, 1))
+            if count:
+                scores[name] = total / count
+        pairs = [pair for _, part in shares for pair in part]
+        if any(reference for reference, _ in pairs):
+            references, hypotheses = zip(*pairs, strict=True)
+            rates = error_rates(references, hypotheses, decoding="best path")
+            scores |= {name: rate.value for name, rate in rates.items()}
+        return scores
+
+    def _transcribe(self, batch: Batch, texts: Mapping[str, str]) -> list[tuple[str, str]]:
+        """(reference, hypothesis) of each clip."""
+        vocabulary = CharVocabulary(self.config["vocabulary"])
+        hypotheses = [vocabulary.decode(ids) for ids in self.objective.predict(batch)]
+        references = [" ".join(normalize("NFC", texts[name]).split()) for name in batch.ids]
+        return list(zip(references, hypotheses, strict=True))
+
+    def _spelled(self, batch: Batch, texts: Mapping[str, str]) -> Batch | None:
+        """The clips whose transcripts the vocabulary can spell; None where there are none."""
+        vocabulary = CharVocabulary(self.config["vocabulary"])
+        rows = [row for row, name in enumerate(batch.ids) if spells(vocabulary, texts[name])]
+        if len(rows) == len(batch):
+            return batch
+        assert batch.labels is not None
+        assert batch.label_lengths is not None
+        inputs = {
+            name: replace(raw, data=raw.data[rows], lengths=raw.lengths[rows], ids=[raw.ids[row] for row in rows])
+            for name, raw in batch.inputs.items()
+        }
+        spelled = Batch(inputs, batch.seeds[rows], batch.labels[rows], batch.label_lengths[rows])
+        return spelled if rows else None
+
+
+def spells(vocabulary: CharVocabulary, text: str) -> bool:
+    """Whether the vocabulary has all characters of a transcript."""
+    try:
+        vocabulary.encode(text)
+    except ValueError:
+        return False
+    return True
