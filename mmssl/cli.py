@@ -289,8 +289,9 @@ def manifest(
             workers=workers,
         )
     except NoClips as error:
-        meant = next((name for name, other in MODALITIES.items() if other.suffixes & error.ignored.keys()), None)
-        raise ValueError(f"{error}" + (f"; --modality {meant} looks for those" if meant else "")) from None
+        meant = [f"--modality {name}" for name, other in MODALITIES.items() if other.suffixes & error.ignored.keys()]
+        looks = "looks" if len(meant) == 1 else "look"
+        raise ValueError(f"{error}" + (f"; {' and '.join(meant)} {looks} for those" if meant else "")) from None
     if not found.rows:
         path, reason = found.bad[0]
         raise ValueError(f"{folder}: none of the {len(found.bad)} files gives a row; the first is {path}: {reason}")

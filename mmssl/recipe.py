@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -164,7 +165,7 @@ class Recipe:
             # strict, so that text is no number and 1 no boolean; as JSON, so that a list may become a tuple
             adapter.validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
-            raise self.error(key, _sentence(key, value, error)) from None
+            raise self.error(key, _sentence(key, value, annotation, error)) from None
         return value
 
     def dump(self) -> str:
@@ -306,20 +307,35 @@ def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f" Did you mean '{prefix}{close[0]}'?" if close else ""
 
 
-def _sentence(key: str, value: Any, error: ValidationError) -> str:
+def _sentence(key: str, value: Any, annotation: Any, error: ValidationError) -> str:
     """The first of pydantic's complaints, in the words of the recipe."""
-    first, *_ = error.errors(include_url=False)
-    # of a union, pydantic complains once a member, and names the member in `loc`: only indices are the user's words
-    messages = list(dict.fromkeys(item["msg"] for item in error.errors(include_url=False)))
+    first, *more = error.errors(include_url=False)
+    if more and get_origin(annotation) in (Union, UnionType):  # pydantic complains once a member, of parts of it too
+        return f"{key}: should be {_expected(annotation)} (got {value!r})"
     where = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
     got = value
     for part in first["loc"]:
         if isinstance(part, int) and isinstance(got, list) and part < len(got):
             got = got[part]
-    rule = " or ".join(message[0].lower() + message[1:] for message in messages[:3])
+    rule = first["msg"][0].lower() + first["msg"][1:]
     if isinstance(got, str) and got.lower() in ("on", "off", "yes", "no") and "valid boolean" in rule:
         rule += ": write true or false"
     return f"{key}{where}: {rule} (got {got!r})"
+
+
+def _expected(annotation: Any) -> str:
+    """What an annotation allows, as a recipe writes it."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(_expected(member) for member in inner)
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in inner)
+    if origin is tuple and ... not in inner:
+        return f"[{', '.join(_expected(member) for member in inner)}]"
+    if origin is not None:
+        return f"a list of {_expected(inner[0])}"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(annotation, str(annotation))
 
 
 class _Loader(yaml.SafeLoader):

@@ -185,10 +185,16 @@ def test_bad_files_are_named_and_left_out_of_a_manifest(pictures: Path, tmp_path
     assert result.stderr.startswith(f"left out: {folder / 'bad.png'}: ")
 
 
-def test_a_folder_that_gives_no_row_is_refused_with_the_way_out(pictures: Path, tmp_path: Path) -> None:
+def test_a_folder_that_gives_no_row_is_refused_with_the_way_out(
+    pictures: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     sentence = said("manifest", pictures, "--out", tmp_path)
     assert sentence.startswith(f"{pictures}: no audio file here (")
     assert sentence.endswith("; found 16 .png; --modality image looks for those")
+    sounds = tmp_path_factory.mktemp("sounds")
+    (sounds / "a.wav").write_bytes(b"")
+    sentence = said("manifest", sounds, "--modality", "image")
+    assert sentence.endswith("; found 1 .wav; --modality speech and --modality audio look for those")
     sentence = said("manifest", pictures, "--modality", "image", "--label-from", 3, "--out", tmp_path)
     assert sentence == (
         f"{pictures}: none of the 16 files gives a row; the first is {pictures / 'test/checks/15.png'}: "

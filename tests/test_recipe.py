@@ -212,3 +212,13 @@ def test_parsing_needs_no_torch() -> None:
     code = "import sys, mmssl.recipe; mmssl.recipe.load('speech/wav2vec2_base'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("value", ["[0.5, 0.9]", "{from: 0.5}", "half"])
+def test_a_setting_of_several_forms_is_refused_with_all_of_them(value: str) -> None:
+    def build(*, ratio: float | tuple[float, float, int] | Literal["auto"] | None = 0.75) -> None: ...
+
+    with pytest.raises(RecipeError) as caught:
+        parse(f"model: {{ratio: {value}}}", source="a.yaml").settings("model", build)
+    rule = "model.ratio: should be a number or [a number, a number, a whole number] or 'auto' or null (got "
+    assert str(caught.value).startswith(f"a.yaml:1: {rule}")
