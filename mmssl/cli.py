@@ -115,7 +115,9 @@ def embed(
     several layers an axis of layers in front, which `layers` names.
     """
     from mmssl.embed import load, write_npz
+    from mmssl.memory import keep_freed_memory
 
+    keep_freed_memory()
     embedder = load(model, device=device, precision=precision)
     layers = (
         list(range(embedder.depth + 1))
@@ -187,8 +189,10 @@ def evaluate(
 
     Every score comes with its interval and with one line that says how it was measured.
     """
+    from mmssl.memory import keep_freed_memory
     from mmssl.tasks import evaluate
 
+    keep_freed_memory()
     neighbors = [_number("--k", part, int) for part in k.split(",")]
     scores = evaluate(
         model,

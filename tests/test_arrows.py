@@ -10,6 +10,7 @@ PARTS = ["types", "nn"]
 ARROWS = {
     "types": [],
     "distributed": [],
+    "memory": [],
     "recipe": [],
     "nn": ["types"],
     "encoder": PARTS,
@@ -17,7 +18,7 @@ ARROWS = {
     "objectives": [*PARTS, "encoder", "distributed"],
     "data": ["types"],
     "evaluation": [*PARTS, "encoder"],
-    "training": ["types", "data", "distributed"],
+    "training": ["types", "data", "distributed", "memory"],
     "loading": ["recipe", *PARTS, "encoder", "objectives", "modalities", "data"],
     "validation": ["types", "distributed", "data", "evaluation", "training.pictures"],
     "assemble": [

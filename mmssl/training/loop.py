@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmssl import distributed
+from mmssl.memory import keep_freed_memory
 from mmssl.training import checkpoint, health
 from mmssl.training.gradients import backward, scale_gradients, share_statistics
 from mmssl.training.log import RunLog, Window, finite
@@ -100,6 +101,7 @@ def train(
     device = distributed.setup(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    keep_freed_memory()
     objective.to(device).train()
     torch.manual_seed(settings.seed + distributed.rank())
     place, remarks = begin(objective, optimizer, run, device, settings, recipe, resume)
