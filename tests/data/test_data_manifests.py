@@ -25,8 +25,8 @@ from mmssl.modalities.video.reader import read as read_video
 FOLDER = Path(__file__).parents[2] / "data_manifests"
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"write_{name}", FOLDER / name / "write_manifest.py")
+def script(name: str, file: str = "write_manifest") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{file}_{name}", FOLDER / name / f"{file}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -206,6 +206,15 @@ def test_motion_is_told_by_no_frame_and_by_every_two(tmp_path: Path) -> None:
         down, across = ((place + 16) % 32 - 16 for place in np.unravel_index(peak.argmax(), peak.shape))
         angle = 2 * np.pi * number / 8
         assert np.cos(np.arctan2(-down, across) - angle) > 0.9
+
+
+def test_the_floor_of_motion_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script("motion").main(tmp_path, {"train": 16, "valid": 8, "test": 8})
+    capsys.readouterr()
+    script("motion", "floor").main(tmp_path)
+    scores = dict(line.split(": accuracy ") for line in capsys.readouterr().out.splitlines() if ": accuracy " in line)
+    assert list(scores) == ["pixels of one frame", "amplitudes of one frame", "turns of phases between frames"]
+    assert all("n = 8)" in score for score in scores.values())
 
 
 def test_sample_videos_become_windows(tmp_path: Path, videos: Path) -> None:
