@@ -125,7 +125,9 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors by those of the main process."""
     if _together():
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
+            sent = _sendable(tensor)
+            dist.broadcast(sent, src=0)
+            tensor.detach().copy_(sent)
 
 
 def gather_text(text: str) -> list[str]:

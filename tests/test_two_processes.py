@@ -60,9 +60,9 @@ def commands(folder: Path) -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def run_all(folder: Path, out: str, accumulate: int) -> None:
+def run_all(folder: Path, out: str, *trainer: str) -> None:
     for name, (recipe, settings) in commands(folder).items():
-        train(recipe, folder / out / name, [*settings, f"trainer.accumulate={accumulate}"])
+        train(recipe, folder / out / name, [*settings, *(f"trainer.{setting}" for setting in trainer)])
 
 
 @pytest.mark.processes
@@ -96,21 +96,25 @@ def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp
         )
         for rank in (0, 1)
     ]
-    run_all(tmp_path, "one", accumulate=2)
+    run_all(tmp_path, "one", "accumulate=2")
     for process in processes:
         said, _ = process.communicate(timeout=480)
         assert process.returncode == 0, said
 
     moved = {}
     for name in commands(tmp_path):
-        one, two = (
-            read_tensors(tmp_path / number / name / "checkpoints" / "step_2" / "model.safetensors")
-            for number in ("one", "two")
-        )
-        assert one.keys() == two.keys()
-        flat = [torch.cat([tensors[key].double().flatten() for key in sorted(tensors)]) for tensors in (one, two)]
+        one, two, sharded = (tmp_path / number / name for number in ("one", "two", "sharded"))
+        saved = [
+            read_tensors(run / "checkpoints" / "step_2" / f"{part}.safetensors")
+            for part in ("model", "optimizer")
+            for run in (one, two, sharded)
+        ]
+        flat = [torch.cat([tensors[key].double().flatten() for key in sorted(tensors)]) for tensors in saved]
+        for alone, together in ((0, 1), (0, 2), (3, 4), (3, 5)):
+            assert saved[alone].keys() == saved[together].keys()
+            assert (flat[alone] - flat[together]).norm() < 1e-4 * flat[alone].norm(), name
         moved[name] = flat[0]
-        assert (flat[0] - flat[1]).norm() < 1e-4 * flat[0].norm(), name
+        ...
     for name in RUNS:
         assert not torch.equal(moved[f"{name}_whole"], moved[f"{name}_bad"])
 
@@ -118,5 +122,6 @@ def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.modules["tensorboard"] = None  # type: ignore[assignment]
-    run_all(Path(sys.argv[1]), "two", accumulate=1)
+    run_all(Path(sys.argv[1]), "two", "accumulate=1")
+    run_all(Path(sys.argv[1]), "sharded", "accumulate=1", "sharding=full")
     distributed.shutdown()

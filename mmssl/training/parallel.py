@@ -127,7 +127,7 @@ class _Root(nn.Module):
 
 @contextlib.contextmanager
 def exchanging(model: nn.Module, last: bool) -> Iterator[None]:
-    """For the forward and backward pass of one micro-batch: gradients add up, and the last one's pass exchanges them."""
+    """For both passes of a micro-batch: gradients add up, and are exchanged in the backward pass of the last one."""
     if isinstance(model, Sharded):
         model.root.last = last
         model.root.set_requires_gradient_sync(last)
