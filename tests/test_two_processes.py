@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,19 @@ def commands(folder: Path) -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def run_all(folder: Path, out: str, *trainer: str) -> None:
+def run_all(folder: Path, out: str, *trainer: str, rows: Sequence[str] = ("whole", "bad")) -> None:
     for name, (recipe, settings) in commands(folder).items():
-        train(recipe, folder / out / name, [*settings, *(f"trainer.{setting}" for setting in trainer)])
+        if name.rpartition("_")[2] in rows:
+            train(recipe, folder / out / name, [*settings, *(f"trainer.{setting}" for setting in trainer)])
+
+
+def saved(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run and the memory of its optimizer, each as one vector."""
+    found = {}
+    for part in ("model", "optimizer"):
+        tensors = read_tensors(run / "checkpoints" / "step_2" / f"{part}.safetensors")
+        found[part] = torch.cat([tensors[key].double().flatten() for key in sorted(tensors)])
+    return found
 
 
 @pytest.mark.processes
@@ -103,18 +114,14 @@ def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp
 
     moved = {}
     for name in commands(tmp_path):
-        one, two, sharded = (tmp_path / number / name for number in ("one", "two", "sharded"))
-        saved = [
-            read_tensors(run / "checkpoints" / "step_2" / f"{part}.safetensors")
-            for part in ("model", "optimizer")
-            for run in (one, two, sharded)
-        ]
-        flat = [torch.cat([tensors[key].double().flatten() for key in sorted(tensors)]) for tensors in saved]
-        for alone, together in ((0, 1), (0, 2), (3, 4), (3, 5)):
-            assert saved[alone].keys() == saved[together].keys()
-            assert (flat[alone] - flat[together]).norm() < 1e-4 * flat[alone].norm(), name
-        moved[name] = flat[0]
-        ...
+        one, *others = (
+            saved(run) for number in ("one", "two", "sharded") if (run := tmp_path / number / name).is_dir()
+        )
+        assert len(others) == (2 if name.endswith("whole") else 1)
+        moved[name] = one["model"]
+        for other in others:
+            for part, expected in one.items():
+                assert (other[part] - expected).norm() < 1e-4 * expected.norm(), f"{part} of {name}"
     for name in RUNS:
         assert not torch.equal(moved[f"{name}_whole"], moved[f"{name}_bad"])
 
@@ -123,5 +130,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.modules["tensorboard"] = None  # type: ignore[assignment]
     run_all(Path(sys.argv[1]), "two", "accumulate=1")
-    run_all(Path(sys.argv[1]), "sharded", "accumulate=1", "sharding=full")
+    run_all(Path(sys.argv[1]), "sharded", "accumulate=1", "sharding=full", rows=["whole"])
     distributed.shutdown()

@@ -47,12 +47,12 @@ def test_two_processes_give_the_gradient_of_one_and_go_on_to_the_bit(tmp_path: P
 
     assert ranks[0]["final"] == ranks[1]["final"], "both report the means over both"
     for name, value in ranks[0]["final"]["none"].items():
-        assert ranks[0]["final"]["full"][name] == pytest.approx(value, rel=1e-9)
+        assert ranks[0]["final"]["full"][name] == pytest.approx(value, rel=1e-6)
     assert [own["resumed"] for own in ranks] == [[True, True]] * 2, "resumed with dropout, both equal the unbroken run"
 
-    # of three micro-batches, gradients are exchanged once for each unit, three blocks and the root; the root's
-    # parameters are put together once, the last block's once a micro-batch, those of the other two for each pass, the
-    # teacher's for its only one, and one of these once more, as torch fetches ahead what came before in the forward pass
+    # of three micro-batches: each of four units (three blocks and the root) exchanges its gradients once; parameters
+    # are put together once for the root, once a micro-batch for the last block, once a pass for the other two and for
+    # the teacher's three, which have one pass; and once more for one of these, which torch fetches ahead in vain
     assert ranks[0]["exchanges"] == {
         "_reduce_scatter_base_": 3 + 1,
         "_allgather_base_": 1 + 3 * (1 + 2 * 2 + 3 + 1),
@@ -71,11 +71,12 @@ def test_two_processes_give_the_gradient_of_one_and_go_on_to_the_bit(tmp_path: P
         trained_on(run, 6, accumulate=2)
     expected = read_tensors(begun / "checkpoints" / "step_6" / "model.safetensors")
     for run in ("given", "together", "back"):
-        same(read_tensors(tmp_path / run / "checkpoints" / "step_6" / "model.safetensors"), expected)
+        same(read_tensors(tmp_path / run / "checkpoints" / "step_6" / "model.safetensors"), expected, rtol=1e-6)
 
 
-def same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def same(found: Mapping[str, Any], expected: Mapping[str, Any], *, rtol: float = 1e-10) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         own, other = (torch.as_tensor(x, dtype=torch.float64) for x in (found[name], value))
-        assert torch.allclose(own, other, rtol=1e-10, atol=1e-14), name
+        single = name.startswith("slow.")  # the precision of a teacher
+        assert torch.allclose(own, other, rtol=1e-5 if single else rtol, atol=1e-7 if single else 1e-14), name

@@ -133,14 +133,14 @@ class Deep(Toy):
     def __init__(self, *, layer_drop: float = 0.0, **settings: Any) -> None:
         super().__init__(**settings)
         self.encoder = Transformer(dim=4, depth=3, heads=2, layer_drop=layer_drop)
-        self.slow = Teacher(self.encoder)
         self.double()
+        self.slow = Teacher(self.encoder)  # in single precision, as ever
 
     def forward(self, batch: Batch) -> Loss:
         raw = batch.raw
         real = torch.arange(raw.data.shape[1]) < raw.lengths[:, None]
         h = F.dropout(self.encoder(raw.data, raw.lengths)[0][real], self.dropout, self.training)
-        target = self.slow(raw.data, raw.lengths)[0][real]
+        target = self.slow(raw.data.float(), raw.lengths)[0][real]
         return Loss((self.up(self.down(h).tanh()) - target - raw.data[real]).square().sum(), len(h))
 
     def after_step(self, step: int) -> None:
@@ -209,10 +209,10 @@ def at_its_own_pace(objective: Deep) -> Callable[[int], dict[str, float]]:
     def evaluate(step: int) -> dict[str, float]:
         with torch.no_grad():
             if distributed.is_main():
-                objective.slow(clip(0)[None])
+                objective.slow(clip(0)[None].float())
             for number in range(distributed.rank() + 1):
                 loss = objective(batch(range(number, number + 2)))
-        return {"of_the_last": float(loss.total)}
+        return {"last": float(distributed.all_reduce_sum(loss.total))}
 
     return evaluate
 
