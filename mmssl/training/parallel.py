@@ -39,23 +39,27 @@ def parallelize(
 
 
 class Sharded(nn.Module):
-    """An objective of which each process holds a part of every parameter, of its gradient and of its average in Adam.
+    """An objective of which each process holds a part of every parameter, of its gradient and of its optimizer state.
 
-    Source: Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054), section 5, "Pos+g+p"; torch's `fully_shard`.
+    Source: Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054), section 5, all three stages; torch's `fully_shard`.
     Each block of a Transformer is a unit, and what is in none is one more, the root. The parameters of a unit are whole
     only while it is at work: a block's in its forward and again in its backward pass, the root's in between as well.
     The objective stays the same object with the same names; its parameters, and with them those of the optimizer, are
-    new ones. Each process must call the same units in the same order, which `gathered` spares an evaluation.
+    new ones. It must fit the device of each process before it is sharded. In bfloat16 autograd keeps each weight of
+    the forward pass in that precision until its backward pass, sharded or not.
+
+    All processes must call the same units in the same order: a block that one of them leaves out, all leave out.
+    `gathered` frees an evaluation from that.
 
     Args:
-        skips: whether some parameters of the root may get no gradient, on some of the processes.
+        skips: whether some parameters of the root get no gradient in some updates, on all processes or on a few.
     """
 
     def __init__(
         self, objective: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, *, skips: bool
     ) -> None:
         super().__init__()
-        # inside, as importing it takes longer than all the rest of torch
+        # inside: importing these takes about as long as the rest of torch, and few runs are sharded
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -66,8 +70,8 @@ class Sharded(nn.Module):
         blocks = [module for name, module in objective.named_modules() if _BLOCK.search(name)]
         trained = [block for block in blocks if any(parameter.requires_grad for parameter in block.parameters())]
         # the last one's backward pass follows its forward pass at once
-        self.released = [block for block in blocks if block not in trained[-1:]]
-        self.kept = [block for block in blocks if block in trained[-1:]]
+        self.released: list[Any] = [block for block in blocks if block not in trained[-1:]]
+        self.kept: list[Any] = [block for block in blocks if block in trained[-1:]]
         self.root: Any = _Root(objective, skips)
         for block in self.released:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)

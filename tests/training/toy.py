@@ -85,7 +85,7 @@ class Toy(nn.Module):
 
 
 class Skipping(Toy):
-    """Leaves `extra` out where a batch's first clip has an even length: another choice on each process."""
+    """Leaves `extra` out of every second micro-batch of four clips: one of two processes never has it."""
 
     skips_parameters = True
 
@@ -93,7 +93,7 @@ class Skipping(Toy):
         raw = batch.raw
         x = raw.data[torch.arange(raw.data.shape[1]) < raw.lengths[:, None]]
         y = self.up(self.down(x).tanh())
-        if int(raw.lengths[0]) % 2:
+        if int(batch.seeds[0]) % 8 == 0:
             y = y + self.extra(x)
         return Loss((y - x).square().sum(), len(x))
 
