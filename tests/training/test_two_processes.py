@@ -71,12 +71,13 @@ def test_two_processes_give_the_gradient_of_one_and_go_on_to_the_bit(tmp_path: P
         trained_on(run, 6, accumulate=2)
     expected = read_tensors(begun / "checkpoints" / "step_6" / "model.safetensors")
     for run in ("given", "together", "back"):
-        same(read_tensors(tmp_path / run / "checkpoints" / "step_6" / "model.safetensors"), expected, rtol=1e-6)
+        # the bias of a key has no gradient but rounding errors, of which Adam makes steps
+        same(read_tensors(tmp_path / run / "checkpoints" / "step_6" / "model.safetensors"), expected, atol=1e-9)
 
 
-def same(found: Mapping[str, Any], expected: Mapping[str, Any], *, rtol: float = 1e-10) -> None:
+def same(found: Mapping[str, Any], expected: Mapping[str, Any], *, atol: float = 1e-14) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         own, other = (torch.as_tensor(x, dtype=torch.float64) for x in (found[name], value))
         single = name.startswith("slow.")  # the precision of a teacher
-        assert torch.allclose(own, other, rtol=1e-5 if single else rtol, atol=1e-7 if single else 1e-14), name
+        assert torch.allclose(own, other, rtol=1e-5 if single else 1e-10, atol=1e-7 if single else atol), name
