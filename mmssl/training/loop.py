@@ -106,9 +106,7 @@ def train(
     model = parallelize(objective, optimizer, device, sharded=settings.sharding == "full")
     place, remarks = begin(objective, optimizer, run, device, settings, recipe, resume)
     if settings.sharding == "full" and distributed.world_size() == 1:
-        remarks.append(
-            "trainer.sharding=full: nothing is sharded, as this is the only process; torchrun starts several"
-        )
+        remarks.append("trainer.sharding=full: nothing is sharded on one process; torchrun starts several")
     loader.consumed, loader.epoch_start = place.consumed, place.epoch_start
     with (
         RunLog(run, steps=settings.steps, after=place.step, main=distributed.is_main()) as log,

@@ -115,7 +115,7 @@ class _Root(nn.Module):
         Gradients are added up over processes in one piece, so all must send those of the same parameters. One that no
         loss depends on gets none, as on one process: a gradient of zero would let weight decay and Adam move it.
         """
-        # here the root's are whole, and those of blocks in parts
+        # the root's are whole here, and those of blocks, but for the last, in parts
         own = [p for p in self.parameters() if p.requires_grad and not hasattr(p, "full_tensor")]
         self.reached |= _reached(total)
         if not self.last:
@@ -123,9 +123,7 @@ class _Root(nn.Module):
         mine = [id(parameter) in self.reached for parameter in own]
         self.reached.clear()
         anyone = distributed.all_reduce_sum(torch.tensor(mine, dtype=torch.int64)).tolist()
-        rest = [
-            parameter.flatten()[:0] for parameter, me, any_ in zip(own, mine, anyone, strict=True) if any_ and not me
-        ]
+        rest = [p.flatten()[:0] for p, here, there in zip(own, mine, anyone, strict=True) if there and not here]
         return total + torch.cat(rest).sum() if rest else total
 
 
