@@ -51,6 +51,7 @@ PRACTICAL = {
     "data.cache",
     # with another number of processes it is set anew, so that the batch of an update stays the same
     "trainer.accumulate",
+    "trainer.sharding",
     "trainer.log_every",
     "trainer.eval_every",
     "trainer.save_every",

@@ -7,6 +7,7 @@ by `torchrun`, and `setup` reads the environment variables that it sets.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -98,6 +99,35 @@ def gather(tensor: Tensor) -> Tensor:
         (sum of B, ...).
     """
     return _Gather.apply(tensor) if _together() else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that lies in parts on all ranks, put together on each of them; any other as it is.
+
+    All ranks call it together.
+    """
+    # of the tensors that torch knows only the one in parts has this, and importing its class takes long
+    gathered = getattr(tensor, "full_tensor", None)
+    return tensor if gathered is None else gathered()
+
+
+def part(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that all ranks have whole, where `like` has its shape and lies in parts."""
+    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors by those of the main process."""
+    if _together():
+        for tensor in tensors:
+            sent = _sendable(tensor)
+            dist.broadcast(sent, src=0)
+            tensor.detach().copy_(sent)
 
 
 def gather_text(text: str) -> list[str]:

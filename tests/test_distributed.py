@@ -94,6 +94,9 @@ def test_on_one_process_nothing_happens() -> None:
     assert distributed.gather(x) is x
     assert distributed.all_reduce_sum(x) is x
     assert distributed.all_gather(x) == [x]
+    assert distributed.whole(x) is x
+    assert distributed.part(x, x) is x
+    distributed.copy_from_main([x])
     assert distributed.gather_text("a") == ["a"]
     assert distributed.broadcast_text("a") == "a"
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,19 @@ def commands(folder: Path) -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def run_all(folder: Path, out: str, accumulate: int) -> None:
+def run_all(folder: Path, out: str, *trainer: str, rows: Sequence[str] = ("whole", "bad")) -> None:
     for name, (recipe, settings) in commands(folder).items():
-        train(recipe, folder / out / name, [*settings, f"trainer.accumulate={accumulate}"])
+        if name.rpartition("_")[2] in rows:
+            train(recipe, folder / out / name, [*settings, *(f"trainer.{setting}" for setting in trainer)])
+
+
+def saved(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run and the memory of its optimizer, each as one vector."""
+    found = {}
+    for part in ("model", "optimizer"):
+        tensors = read_tensors(run / "checkpoints" / "step_2" / f"{part}.safetensors")
+        found[part] = torch.cat([tensors[key].double().flatten() for key in sorted(tensors)])
+    return found
 
 
 @pytest.mark.processes
@@ -96,21 +107,21 @@ def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp
         )
         for rank in (0, 1)
     ]
-    run_all(tmp_path, "one", accumulate=2)
+    run_all(tmp_path, "one", "accumulate=2")
     for process in processes:
         said, _ = process.communicate(timeout=480)
         assert process.returncode == 0, said
 
     moved = {}
     for name in commands(tmp_path):
-        one, two = (
-            read_tensors(tmp_path / number / name / "checkpoints" / "step_2" / "model.safetensors")
-            for number in ("one", "two")
+        one, *others = (
+            saved(run) for number in ("one", "two", "sharded") if (run := tmp_path / number / name).is_dir()
         )
-        assert one.keys() == two.keys()
-        flat = [torch.cat([tensors[key].double().flatten() for key in sorted(tensors)]) for tensors in (one, two)]
-        moved[name] = flat[0]
-        assert (flat[0] - flat[1]).norm() < 1e-4 * flat[0].norm(), name
+        assert len(others) == (2 if name.endswith("whole") else 1)
+        moved[name] = one["model"]
+        for other in others:
+            for part, expected in one.items():
+                assert (other[part] - expected).norm() < 1e-4 * expected.norm(), f"{part} of {name}"
     for name in RUNS:
         assert not torch.equal(moved[f"{name}_whole"], moved[f"{name}_bad"])
 
@@ -118,5 +129,6 @@ def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.modules["tensorboard"] = None  # type: ignore[assignment]
-    run_all(Path(sys.argv[1]), "two", accumulate=1)
+    run_all(Path(sys.argv[1]), "two", "accumulate=1")
+    run_all(Path(sys.argv[1]), "sharded", "accumulate=1", "sharding=full", rows=["whole"])
     distributed.shutdown()

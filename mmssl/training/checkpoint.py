@@ -25,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmssl import distributed
+
 FORMAT = 1
 
 
@@ -39,6 +41,9 @@ def save(
 ) -> Path:
     """Write a checkpoint, make it the latest, and remove all but the `keep` newest.
 
+    All processes call it together, and the main one writes: the file is the same however many there are, and whether
+    parameters are sharded.
+
     The files are written into `step_N.tmp`, and only a rename makes a checkpoint of them: whenever the process or the
     machine dies, the checkpoints before are as they were.
 
@@ -52,14 +57,16 @@ def save(
     """
     name = f"step_{state['step']}"
     path, unfinished = folder / name, folder / f"{name}.tmp"
+    files = {
+        "model.safetensors": _whole(objective.state_dict(keep_vars=True)),
+        "optimizer.safetensors": _whole(_optimizer_tensors(objective, optimizer)),
+        "rng.safetensors": rng,
+    }
+    if not distributed.is_main():
+        return path
     try:
         _remove(unfinished)
         unfinished.mkdir(parents=True)
-        files = {
-            "model.safetensors": objective.state_dict(),
-            "optimizer.safetensors": _optimizer_tensors(objective, optimizer),
-            "rng.safetensors": rng,
-        }
         for file, tensors in files.items():
             write_tensors(unfinished / file, tensors)
         sizes = {file: (unfinished / file).stat().st_size for file in files}
@@ -126,14 +133,14 @@ def load(
                 f"{path}: '{name}' is {tuple(tensor.shape)} in the checkpoint and {tuple(own[name].shape)} in the "
                 "model; it was saved with another recipe, start a new run"
             )
-    objective.load_state_dict(tensors)
+    objective.load_state_dict({name: distributed.part(tensor, own[name]) for name, tensor in tensors.items()})
     memory: dict[int, dict[str, Tensor]] = {}
     indices = {name: index for index, name in enumerate(_parameter_names(objective, optimizer))}
     for entry, tensor in read_tensors(path / "optimizer.safetensors").items():
         name, _, key = entry.rpartition("/")
         if name not in indices:
             raise ValueError(f"{path}: '{name}' was trained and is not any more; go on with the recipe of that run")
-        memory.setdefault(indices[name], {})[key] = tensor
+        memory.setdefault(indices[name], {})[key] = distributed.part(tensor, own[name])
     optimizer.load_state_dict({"state": memory, "param_groups": optimizer.state_dict()["param_groups"]})
     del state["files"]
     return state, read_tensors(path / "rng.safetensors")
@@ -144,14 +151,19 @@ def export_encoder(
 ) -> None:
     """Write what is needed to use an encoder: `encoder.safetensors` and `config.json`.
 
+    All processes call it together, and the main one writes.
+
     Args:
         objective: of a fine-tuned encoder; what it owns beside the encoder goes into `objective.safetensors`.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    files = {"encoder.safetensors": encoder.state_dict()}
+    files = {"encoder.safetensors": _whole(encoder.state_dict(keep_vars=True))}
     if objective is not None:
-        state = objective.state_dict()
-        files["objective.safetensors"] = {n: tensor for n, tensor in state.items() if not n.startswith("encoder.")}
+        state = objective.state_dict(keep_vars=True)
+        own = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.")}
+        files["objective.safetensors"] = _whole(own)
+    if not distributed.is_main():
+        return
+    run.mkdir(parents=True, exist_ok=True)
     for file, tensors in files.items():
         write_tensors(run / f"{file}.tmp", tensors)
         os.replace(run / f"{file}.tmp", run / file)
@@ -241,6 +253,22 @@ def _optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -
         for key, value in entry.items()
         if value is not None  # SGD without momentum remembers that it has none
     }
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which each process may hold a part, put together one by one in the main process's memory.
+
+    A tensor that has two names has one memory afterwards as well.
+    """
+    found: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in found:
+            whole = distributed.whole(tensor)
+            if whole is tensor:
+                found[id(tensor)] = tensor
+            else:
+                found[id(tensor)] = whole.detach().cpu() if distributed.is_main() else whole.new_empty(0)
+    return {name: found[id(tensor)] for name, tensor in tensors.items()}
 
 
 def _folders(folder: Path) -> list[Path]:

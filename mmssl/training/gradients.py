@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from mmssl import distributed
+from mmssl.training.parallel import Sharded, exchanging
 from mmssl.training.rng import undisturbed
 from mmssl.types import Batch, Loss
 
@@ -24,9 +23,7 @@ def backward(model: nn.Module, parts: Sequence[Batch], device: torch.device, pre
     """
     losses = []
     for number, part in enumerate(parts, 1):
-        with contextlib.ExitStack() as stack:
-            if isinstance(model, DistributedDataParallel) and number < len(parts):
-                stack.enter_context(model.no_sync())
+        with exchanging(model, last=number == len(parts)):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 loss: Loss = model(part.to(device))
             if not loss.total.requires_grad:
@@ -40,27 +37,30 @@ def backward(model: nn.Module, parts: Sequence[Batch], device: torch.device, pre
     return losses
 
 
-def share_statistics(objective: nn.Module, parts: Sequence[Batch], device: torch.device, precision: str) -> None:
+def share_statistics(
+    model: nn.Module, objective: nn.Module, parts: Sequence[Batch], device: torch.device, precision: str
+) -> None:
     """Tell an objective the sums over the whole batch that its loss needs beside a sum over clips.
 
     A term such as the diversity of codes is a function of a mean over the whole batch. `objective.statistics(batch)`
     gives the sums of a part; their total over all parts becomes `objective.global_statistics`, a constant to which
     the objective adds its own part's gradient. The gradients of the parts then add up exactly.
     """
+    source = model if isinstance(model, Sharded) else objective
     with (
         undisturbed(device),
         torch.no_grad(),
         # a context of its own: within one, weights cast without gradient would be used again with gradient
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        sums = [objective.statistics(part.to(device)) for part in parts]  # type: ignore[operator]
+        sums = [source.statistics(part.to(device)) for part in parts]  # type: ignore[operator]
     objective.global_statistics = distributed.all_reduce_sum(torch.stack(sums).sum(0))
 
 
 def scale_gradients(optimizer: torch.optim.Optimizer, factor: float, clip: float | None) -> float:
     """Multiply all gradients by a factor, and shorten them together to norm `clip`; gives the norm before clipping."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = float(get_total_norm(gradients)) * factor
+    norm = float(distributed.whole(get_total_norm(gradients))) * factor
     if clip is not None and norm > clip:
         factor *= clip / norm
     if gradients and math.isfinite(norm):

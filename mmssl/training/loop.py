@@ -18,13 +18,13 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mmssl import distributed
 from mmssl.memory import keep_freed_memory
 from mmssl.training import checkpoint, health
 from mmssl.training.gradients import backward, scale_gradients, share_statistics
 from mmssl.training.log import RunLog, Window, finite
+from mmssl.training.parallel import gathered, parallelize
 from mmssl.training.resume import Place, begin, made_with
 from mmssl.training.rng import random_state, undisturbed
 from mmssl.training.settings import TrainSettings
@@ -87,7 +87,8 @@ def train(
         schedule: the number of an update, 1 to `steps`, -> what to multiply the optimizer's rate by.
         evaluate: the number of the last update -> numbers for the log. Called on every process at the same time, with
             the objective in evaluation mode; the random numbers that it draws change nothing in training.
-        export: writes what it takes to use the model; called by the main process after each checkpoint.
+        export: writes what it takes to use the model, with `checkpoint.export_encoder`; called by all processes after
+            each checkpoint, as it takes all of them to put sharded weights together.
         recipe: text that is kept in the run folder and in its checkpoints.
 
     Returns:
@@ -104,7 +105,10 @@ def train(
     keep_freed_memory()
     objective.to(device).train()
     torch.manual_seed(settings.seed + distributed.rank())
+    model = parallelize(objective, optimizer, device, sharded=settings.sharding == "full")
     place, remarks = begin(objective, optimizer, run, device, settings, recipe, resume)
+    if settings.sharding == "full" and distributed.world_size() == 1:
+        remarks.append("trainer.sharding=full: nothing is sharded on one process; torchrun starts several")
     loader.consumed, loader.epoch_start = place.consumed, place.epoch_start
     with (
         RunLog(run, steps=settings.steps, after=place.step, main=distributed.is_main()) as log,
@@ -113,7 +117,7 @@ def train(
         for remark in remarks:
             log.note(place.step, remark)
         return _Run(
-            objective, optimizer, schedule, settings, evaluate, export, run, recipe, device, place, log, stop
+            model, objective, optimizer, schedule, settings, evaluate, export, run, recipe, device, place, log, stop
         ).go(loader)
 
 
@@ -122,6 +126,7 @@ class _Run:
 
     def __init__(
         self,
+        model: nn.Module,
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[int], float],
@@ -135,17 +140,10 @@ class _Run:
         log: RunLog,
         stop: StopSignal,
     ) -> None:
-        self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
+        self.model, self.objective, self.optimizer, self.schedule = model, objective, optimizer, schedule
         self.settings, self.evaluate, self.export, self.run, self.recipe = settings, evaluate, export, run, recipe
         self.device, self.place, self.log, self.stop = device, place, log, stop
         self.world = distributed.world_size()
-        self.model: nn.Module = objective
-        if self.world > 1:
-            skips = getattr(objective, "skips_parameters", False)
-            self.model = DistributedDataParallel(objective, find_unused_parameters=skips)
-            # buffers stay equal on all processes without being sent: they count updates, or make up a teacher; set
-            # here because the name of the argument depends on the version of torch
-            self.model.broadcast_buffers = False
         self.window = Window(place)
         self.started = time.monotonic() - place.seconds
         self.saved = -1
@@ -218,7 +216,7 @@ class _Run:
             group["lr"] = self.lr * group.get("lr_scale", 1.0) * self.schedule(number)
         shares = hasattr(self.objective, "statistics") and len(parts) * self.world > 1
         if shares:
-            share_statistics(self.objective, parts, self.device, settings.precision)
+            share_statistics(self.model, self.objective, parts, self.device, settings.precision)
         losses = backward(self.model, parts, self.device, settings.precision)
         if shares:
             self.objective.global_statistics = None  # type: ignore[assignment]
@@ -235,7 +233,7 @@ class _Run:
         place.clips += int(clips)
         # agreed on in each update, so that all processes stop after the same one
         self.told = signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
-        # DDP gives the mean of the processes' sums
+        # DDP and FSDP give the mean of the processes' sums
         norm = scale_gradients(self.optimizer, self.world / count, settings.clip) if count else 0.0
         good = count > 0 and math.isfinite(norm)
         if good:
@@ -295,7 +293,7 @@ class _Run:
         if self.evaluate is None:
             return
         self.objective.eval()
-        with undisturbed(self.device):
+        with undisturbed(self.device), gathered(self.model):
             scores = self.evaluate(self.place.step)
         self.objective.train()
         row = finite({"step": self.place.step, "evaluation": scores})
@@ -312,29 +310,24 @@ class _Run:
             for name, own in random_state(self.device).items()
             for rank, state in enumerate(distributed.all_gather(own))
         }
-        saved = False
+        state = asdict(place) | {"recipe": self.recipe, "made_with": made_with(self.device, self.settings)}
         unsaved = unexported = ""
-        if distributed.is_main():
-            state = asdict(place) | {"recipe": self.recipe, "made_with": made_with(self.device, self.settings)}
+        try:
+            checkpoint.save(path.parent, self.objective, self.optimizer, rng=rng, state=state, keep=self.settings.keep)
+        except OSError as error:
+            unsaved = f"{path}: could not be saved ({error.strerror or error})"
+            self.log.note(place.step, f"{unsaved}; the checkpoint before it stays")
+        # the main process alone writes, and so alone knows
+        self.unsaved = distributed.broadcast_text(unsaved)
+        if not self.unsaved:
+            self.saved = place.step
             try:
-                checkpoint.save(
-                    path.parent, self.objective, self.optimizer, rng=rng, state=state, keep=self.settings.keep
-                )
-                saved = True
-            except OSError as error:
-                unsaved = f"{path}: could not be saved ({error.strerror or error})"
-                self.log.note(place.step, f"{unsaved}; the checkpoint before it stays")
-            try:
-                if saved and self.export is not None:
+                if self.export is not None:
                     self.export()
             except OSError as error:
                 unexported = f"{error.filename or self.run}: could not be exported ({error.strerror or error})"
                 self.log.note(place.step, f"{unexported}; the checkpoint {path} is saved")
-        saved, self.unsaved, self.unexported = json.loads(
-            distributed.broadcast_text(json.dumps([saved, unsaved, unexported]))
-        )
-        if saved:
-            self.saved = place.step
+        self.unexported = distributed.broadcast_text(unexported)
         return path
 
     def check_saved(self) -> None:

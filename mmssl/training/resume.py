@@ -75,12 +75,9 @@ def begin(
     if recipe is not None and state["recipe"] is not None and recipe != state["recipe"]:
         changes = [line for line in difflib.ndiff(state["recipe"].splitlines(), recipe.splitlines()) if line[0] in "+-"]
         remarks.append(f"{run}: the recipe is not that of the checkpoint: {'; '.join(changes[:8])}")
-    now = made_with(device, settings)
-    changes = [
-        f"{name} {state['made_with'].get(name)} -> {now[name]}"
-        for name in now
-        if now[name] != state["made_with"].get(name)
-    ]
+    # nothing was sharded before there was a choice
+    before, now = {"sharding": "none"} | state["made_with"], made_with(device, settings)
+    changes = [f"{name} {before.get(name)} -> {now[name]}" for name in now if now[name] != before.get(name)]
     if changes:
         remarks.append(f"{run}: goes on as the same run, but not to the bit, because of {', '.join(changes)}")
     return place, remarks
@@ -93,6 +90,7 @@ def made_with(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
         "device": device.type,
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
+        "sharding": settings.sharding if distributed.world_size() > 1 else "none",
         "accumulate": settings.accumulate,
         "precision": settings.precision,
     }

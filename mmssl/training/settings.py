@@ -17,6 +17,8 @@ class TrainSettings:
         steps: optimizer updates in the whole run.
         accumulate: micro-batches of each process for one update.
         precision: of the forward pass; weights, gradients and losses are float32 in both.
+        sharding: with several processes, "none" has all weights in each of them, "full" spreads weights, gradients and
+            the optimizer's memory over them, for models that are too large for one device; the updates are the same.
         clip: largest norm of the gradient; longer ones are shortened to it.
         seed: of dropout, together with the rank; the caller builds the objective and the loader from it as well.
         log_every, save_every, eval_every: updates between two lines of the log, two checkpoints, two evaluations; 0 is
@@ -33,6 +35,7 @@ class TrainSettings:
     steps: int
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
+    sharding: Literal["none", "full"] = "none"
     clip: float | None = None
     seed: int = 0
     log_every: int = 50
@@ -52,6 +55,8 @@ class TrainSettings:
                 raise ValueError(f"trainer.{name}={getattr(self, name)}: must be at least 0")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"trainer.precision={self.precision}: must be float32 or bfloat16")
+        if self.sharding not in ("none", "full"):
+            raise ValueError(f"trainer.sharding={self.sharding}: must be none or full")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"trainer.clip={self.clip}: must be above 0; leave it out for no clipping")
         if self.threads is not None and self.threads < 1:

@@ -438,6 +438,7 @@ def test_statistics_are_gone_when_the_update_is_over(tmp_path: Path) -> None:
         ({"steps": 1, "clip": 0.0}, r"trainer.clip=0.0: must be above 0"),
         ({"steps": 1, "eval_every": -1}, r"trainer.eval_every=-1: must be at least 0"),
         ({"steps": 1, "precision": "float16"}, r"trainer.precision=float16: must be float32 or bfloat16"),
+        ({"steps": 1, "sharding": "half"}, r"trainer.sharding=half: must be none or full"),
         ({"steps": 1, "threads": 0}, r"trainer.threads=0"),
         ({"steps": 1, "stop_on": ["boredom"]}, r"no verdict is called 'boredom'; one of: dead_codebook"),
     ],
@@ -445,6 +446,16 @@ def test_statistics_are_gone_when_the_update_is_over(tmp_path: Path) -> None:
 def test_settings_outside_their_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainSettings(**settings)
+
+
+def test_one_process_has_all_weights_and_says_so(tmp_path: Path) -> None:
+    alone, asked = built(), built()
+    run(tmp_path / "alone", alone, steps=2)
+    run(tmp_path / "asked", asked, steps=2, sharding="full")
+    assert "trainer.sharding=full: nothing is sharded on one process; torchrun starts several" in notes(
+        tmp_path / "asked"
+    )
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), asked.parameters(), strict=True))
 
 
 class Breaking(Loader):

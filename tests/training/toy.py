@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl import distributed
+from mmssl.nn.teacher import Teacher
+from mmssl.nn.transformer import Transformer
 from mmssl.training import TrainSettings, build_optimizer, train
+from mmssl.training.checkpoint import export_encoder
+from mmssl.training.gradients import backward
+from mmssl.training.parallel import parallelize
 from mmssl.types import Batch, Loss, Raw
 
 
@@ -80,7 +85,7 @@ class Toy(nn.Module):
 
 
 class Skipping(Toy):
-    """Leaves `extra` out where a batch's first clip has an even length: another choice on each process."""
+    """Leaves `extra` out of every second micro-batch of four clips: one of two processes never has it."""
 
     skips_parameters = True
 
@@ -88,7 +93,7 @@ class Skipping(Toy):
         raw = batch.raw
         x = raw.data[torch.arange(raw.data.shape[1]) < raw.lengths[:, None]]
         y = self.up(self.down(x).tanh())
-        if int(raw.lengths[0]) % 2:
+        if int(batch.seeds[0]) % 8 == 0:
             y = y + self.extra(x)
         return Loss((y - x).square().sum(), len(x))
 
@@ -118,6 +123,36 @@ class Diverse(Toy):
         entropy = -(mean * mean.log()).sum()
         error = self.up(choices).square().sum()
         return Loss(error + sums[-1] * (entropy - entropy.detach()), len(choices))
+
+
+class Deep(Toy):
+    """The frames of a teacher, from a Transformer."""
+
+    skips_parameters = True  # `extra`, and blocks that are left out
+
+    def __init__(self, *, layer_drop: float = 0.0, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.encoder = Transformer(dim=4, depth=3, heads=2, layer_drop=layer_drop)
+        self.double()
+        self.slow = Teacher(self.encoder)  # in single precision, as ever
+
+    def forward(self, batch: Batch) -> Loss:
+        raw = batch.raw
+        real = torch.arange(raw.data.shape[1]) < raw.lengths[:, None]
+        h = F.dropout(self.encoder(raw.data, raw.lengths)[0][real], self.dropout, self.training)
+        target = self.slow(raw.data.float(), raw.lengths)[0][real]
+        return Loss((self.up(self.down(h).tanh()) - target - raw.data[real]).square().sum(), len(h))
+
+    def after_step(self, step: int) -> None:
+        super().after_step(step)
+        self.slow.update(self.encoder, 0.9)
+
+
+class Dropping(Deep):
+    """Leaves out blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_drop=0.5)
 
 
 def run(
@@ -154,7 +189,43 @@ def gradient(folder: Path, kind: type[Toy] = Toy, **options: Any) -> dict[str, T
     objective = built(kind)
     before = {name: value.detach().clone() for name, value in objective.named_parameters()}
     run(folder, objective, sgd=True, steps=1, save_every=0, **options)
-    return {n: before[n] - value.detach() for n, value in objective.named_parameters() if not n.startswith("teacher")}
+    after = {name: distributed.whole(value.detach()) for name, value in objective.named_parameters()}
+    return {name: before[name] - value for name, value in after.items() if not name.startswith("teacher")}
+
+
+def trained_on(folder: Path, steps: int, **options: Any) -> None:
+    """A run of `Deep` with clipping and export, begun or resumed in `folder`."""
+    objective = built(Deep)
+
+    def export() -> None:
+        export_encoder(folder / f"update_{steps}", objective.encoder, {}, objective=objective)
+
+    run(folder, objective, steps=steps, clip=0.5, save_every=3, resume=True, export=export, **options)
+
+
+def at_its_own_pace(objective: Deep) -> Callable[[int], dict[str, float]]:
+    """An evaluation of which the second process does more than the first, and the first something else."""
+
+    def evaluate(step: int) -> dict[str, float]:
+        with torch.no_grad():
+            if distributed.is_main():
+                objective.slow(clip(0)[None].float())
+            for number in range(distributed.rank() + 1):
+                loss = objective(batch(range(number, number + 2)))
+        return {"last": float(distributed.all_reduce_sum(loss.total))}
+
+    return evaluate
+
+
+def exchanges(**options: Any) -> dict[str, int]:
+    """How often processes exchange parameters and gradients in an update of three micro-batches."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    objective = built(Deep)
+    model = parallelize(objective, build_optimizer(objective, lr=0.01), torch.device("cpu"), **options)
+    with CommDebugMode() as seen:
+        backward(model, [batch(range(4))] * 3, torch.device("cpu"), "float32")
+    return {str(kind).rpartition(".")[2]: count for kind, count in seen.get_comm_counts().items()}
 
 
 def start(task: str, folder: Path, **environment: object) -> subprocess.Popen[str]:
@@ -183,16 +254,37 @@ def main(task: str, folder: str) -> None:
         here = Path(folder)
         # 4 + 4 clips of two processes are the 8 of one: sizes differ, and so do their frames
         found = {
-            kind.__name__: {n: g.tolist() for n, g in gradient(here / kind.__name__, kind, accumulate=2).items()}
-            for kind in (Toy, Skipping, Diverse)
+            sharding: {
+                kind.__name__: {
+                    name: value.tolist()
+                    for name, value in gradient(
+                        here / f"{kind.__name__}_{sharding}", kind, accumulate=2, sharding=sharding
+                    ).items()
+                }
+                for kind in (Toy, Skipping, Diverse, Deep, Dropping)
+            }
+            for sharding in ("none", "full")
         }
-        whole = built(dropout=0.3)
-        final = run(here / "whole", whole, steps=8)
-        run(here / "half", built(dropout=0.3), steps=4)
-        resumed = built(dropout=0.3)
-        run(here / "half", resumed, steps=8, resume=True)
-        equal = all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-        own = {"gradients": found, "final": final, "resumed": equal}
+        final, equal = {}, []
+        for sharding in ("none", "full"):
+            whole = built(Deep, dropout=0.3)
+            final[sharding] = run(
+                here / f"whole_{sharding}",
+                whole,
+                steps=8,
+                sharding=sharding,
+                eval_every=3,
+                evaluate=at_its_own_pace(whole),
+            )
+            run(here / f"half_{sharding}", built(Deep, dropout=0.3), steps=4, sharding=sharding)
+            resumed = built(Deep, dropout=0.3)
+            run(here / f"half_{sharding}", resumed, steps=8, resume=True, sharding=sharding)
+            pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
+            equal.append(all(torch.equal(distributed.whole(a), distributed.whole(b)) for a, b in pairs))
+        trained_on(here / "given", 3, sharding="full")  # has made its three: it is loaded, saved and exported
+        trained_on(here / "given", 6, sharding="full")
+        trained_on(here / "together", 6, sharding="full")
+        own = {"gradients": found, "final": final, "resumed": equal, "exchanges": exchanges(sharded=True)}
         (here / f"{distributed.rank()}.json").write_text(json.dumps(own))
         distributed.shutdown()
 
