@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.nn.masking import take
+from mmssl.nn.positions import Learned, SinCos
 from mmssl.nn.transformer import Transformer
 from mmssl.types import Encoded, Frontend, Hide, MaskPlan, Raw, Tokens, valid_mask
 
@@ -49,6 +50,23 @@ class Encoder(nn.Module):
     @property
     def n_prefix(self) -> int:
         return 0 if self.prefix is None else len(self.prefix)
+
+    def refuse_lookahead(self, objective: str) -> None:
+        """For objectives that predict what is to come.
+
+        Raises:
+            ValueError: what is encoded of a token depends on later ones.
+        """
+        if not self.transformer.causal:
+            raise ValueError(
+                f"transformer.causal=false: {objective} predicts tokens to come, which an encoder that sees them only "
+                "copies; set it to true"
+            )
+        if not isinstance(self.positions, SinCos | Learned):
+            raise ValueError(
+                f"positions: {type(self.positions).__name__} reads tokens to come, which {objective} predicts; choose "
+                "sincos or learned"
+            )
 
     def tokens(self, raw: Raw) -> Tokens:
         """What the frontend makes of a batch."""

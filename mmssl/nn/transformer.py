@@ -29,19 +29,34 @@ _PLAIN_ROWS = 1024
 
 
 class Layout:
-    """How the rows of a batch lie in memory: (B, N, D) where all are full, else (M, D) end to end."""
+    """How the rows of a batch lie in memory, and which of their tokens see which.
 
-    def __init__(self, x: Tensor, lengths: Tensor | None) -> None:
+    Rows are (B, N, D) where all are full, else (M, D) end to end. `seen` is True where the token of a row sees that of
+    a column; None where each sees all.
+    """
+
+    def __init__(
+        self, x: Tensor, lengths: Tensor | None, *, causal: bool = False, window: int | None = None
+    ) -> None:
         self.batch, self.size = x.shape[:2]
         self.ragged = lengths is not None and int(lengths.min()) < self.size
+        self.seen = _reach(self.size, x.device, causal=causal, window=window)
         if not self.ragged or lengths is None:
             return
         self.sizes = lengths.tolist()
         self.longest = max(self.sizes)
         self.index = valid_mask(lengths, self.size).flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
         self.row_by_row = x.device.type == "cpu" and self.longest >= _ROW_BY_ROW
+        if self.seen is not None:
+            self.seen = self.seen[: self.longest, : self.longest]
         if not self.row_by_row:
             self.valid = valid_mask(lengths, self.longest, x.device)
+            real = self.valid[:, None, None, :]
+            if self.seen is None:
+                self.seen = real
+            else:
+                # padding sees itself at least: a token that sees nothing has no attention weights, and NaN for them
+                self.seen = torch.where(real, self.seen, torch.eye(self.longest, dtype=torch.bool, device=x.device))
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (M, D) real tokens."""
@@ -73,14 +88,19 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, layout: Layout) -> Tensor:
         qkv = self.qkv(h)
+        seen = layout.seen
         if not layout.ragged:
-            mixed = self._attend(qkv)
+            mixed = self._attend(qkv, seen)
         elif layout.row_by_row:
-            mixed = torch.cat([self._attend(row[None])[0] for row in qkv.split(layout.sizes)])
+            rows = [
+                self._attend(row[None], seen if seen is None else seen[: len(row), : len(row)])[0]
+                for row in qkv.split(layout.sizes)
+            ]
+            mixed = torch.cat(rows)
         else:
-            rows = qkv.new_zeros(layout.batch, layout.longest, qkv.shape[-1])
-            rows[layout.valid] = qkv
-            mixed = self._attend(rows, layout.valid[:, None, None, :])[layout.valid]
+            padded = qkv.new_zeros(layout.batch, layout.longest, qkv.shape[-1])
+            padded[layout.valid] = qkv
+            mixed = self._attend(padded, seen)[layout.valid]
         return self.out(mixed)
 
     def _attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -91,6 +111,16 @@ class Attention(nn.Module):
         attend = _attend_plainly if _is_halved(q) else F.scaled_dot_product_attention
         mixed = attend(q, k, v, attn_mask=mask, dropout_p=rate)
         return mixed.transpose(1, 2).reshape(batch, size, width // 3)
+
+
+def _reach(size: int, device: torch.device, *, causal: bool, window: int | None) -> Tensor | None:
+    """(N, N) bool, True where the token of a row sees that of a column; None where each sees all."""
+    if not causal and window is None:
+        return None
+    place = torch.arange(size, device=device)
+    ahead = place - place[:, None]
+    seen = ahead <= (0 if causal or window is None else window)
+    return seen if window is None else seen & (ahead >= -window)
 
 
 def _is_halved(q: Tensor) -> bool:
@@ -177,6 +207,9 @@ class Transformer(nn.Module):
         mlp_dim: hidden width of each MLP; 4 * dim by default.
         norm: "pre" puts a norm before each branch and one at the end; "post" puts one after each sum and one at the
             start, as wav2vec 2.0 base has it.
+        causal: whether a token sees those before it and itself only. A class token at the front then sees nothing.
+        window: how many tokens to each side a token sees, besides itself; all by default. Counted in the row as it
+            comes: for objectives that drop no tokens.
         dropout: after the input and after each branch.
         attention_dropout, activation_dropout: on attention weights, and after the GELU.
         drop_path: chance to leave out a clip's branch, growing linearly from 0 at the first block.
@@ -194,6 +227,8 @@ class Transformer(nn.Module):
         heads: int,
         mlp_dim: int | None = None,
         norm: Literal["pre", "post"] = "pre",
+        causal: bool = False,
+        window: int | None = None,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         activation_dropout: float = 0.0,
@@ -205,7 +240,10 @@ class Transformer(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"transformer.heads={heads}: must divide dim={dim}")
+        if window is not None and window < 0:
+            raise ValueError(f"transformer.window={window}: tokens to each side are at least 0; leave it out to see all")
         self.dim, self.depth = dim, depth
+        self.causal, self.window = causal, window
         self.pre = norm == "pre"
         self.dropout = dropout
         self.layer_drop = layer_drop
@@ -251,7 +289,7 @@ class Transformer(nn.Module):
         wrong = [i for i in layers if not 0 <= i <= self.depth]
         if wrong:
             raise ValueError(f"layer={wrong[0]}: this Transformer has layers 0 (its input) to {self.depth}")
-        layout = Layout(x, lengths)
+        layout = Layout(x, lengths, causal=self.causal, window=self.window)
         h = layout.pack(x)
         if not self.pre:
             h = self.norm(h)
