@@ -88,7 +88,11 @@ SETTINGS = {
         "channel_mask_span": 4,
     },
     "classify": {"n_classes": 3},
+    "tera": {"time_prob": 0.3, "time_span": 3, "noise_prob": 0.5},
+    "apc": {"ahead": 1},
 }
+# what an objective asks of the Transformer; positions are then functions of coordinates alone
+BODIES = {"apc": {"causal": True}}
 TARGET = {
     "speech": "log_mel",
     "audio": "normalized_spectrogram",
@@ -99,21 +103,26 @@ REFUSED = {
     ("ctc", "audio/spectrogram"): "CTC spells along time",
     ("ctc", "image/patches"): "CTC spells along time",
     ("ctc", "video/tubes"): "CTC spells along time",
+    ("tera", "speech/waveform"): "choose frontend logmel",
+    ("tera", "audio/spectrogram"): "choose frontend logmel",
+    ("tera", "image/patches"): "choose frontend logmel",
+    ("tera", "video/tubes"): "choose frontend logmel",
 }
 
 
-def encoder(source, **settings):
+def encoder(source, transformer=None, **settings):
     torch.manual_seed(0)
     _, frontend, positions = CLIPS[source]
     modality, name = source.split("/")
     kind = MODALITIES[modality].frontends[name]
-    transformer = Transformer(dim=DIM, depth=2, heads=2)
-    return Encoder(kind(dim=DIM, **frontend), transformer, positions(), mask_token=True, **settings)
+    body = Transformer(dim=DIM, depth=2, heads=2, **(transformer or {}))
+    added = SinCos(DIM) if transformer else positions()
+    return Encoder(kind(dim=DIM, **frontend), body, added, mask_token=True, **settings)
 
 
 def objective(name, source):
-    body, settings = encoder(source, prefix=2), dict(SETTINGS[name])
-    if name == "mae":
+    body, settings = encoder(source, BODIES.get(name), prefix=2), dict(SETTINGS[name])
+    if "target" in inspect.signature(OBJECTIVES[name]).parameters:
         modality = source.split("/")[0]
         target = MODALITIES[modality].targets[TARGET[modality]]
         settings |= {"target": target.values, "target_dim": target.dim(body.frontend)}

@@ -35,9 +35,7 @@ class Layout:
     a column; None where each sees all.
     """
 
-    def __init__(
-        self, x: Tensor, lengths: Tensor | None, *, causal: bool = False, window: int | None = None
-    ) -> None:
+    def __init__(self, x: Tensor, lengths: Tensor | None, *, causal: bool = False, window: int | None = None) -> None:
         self.batch, self.size = x.shape[:2]
         self.ragged = lengths is not None and int(lengths.min()) < self.size
         self.seen = _reach(self.size, x.device, causal=causal, window=window)
@@ -241,7 +239,9 @@ class Transformer(nn.Module):
         if dim % heads:
             raise ValueError(f"transformer.heads={heads}: must divide dim={dim}")
         if window is not None and window < 0:
-            raise ValueError(f"transformer.window={window}: tokens to each side are at least 0; leave it out to see all")
+            raise ValueError(
+                f"transformer.window={window}: tokens to each side are at least 0; leave it out to see all"
+            )
         self.dim, self.depth = dim, depth
         self.causal, self.window = causal, window
         self.pre = norm == "pre"
