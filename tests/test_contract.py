@@ -90,9 +90,11 @@ SETTINGS = {
     "classify": {"n_classes": 3},
     "tera": {"time_prob": 0.3, "time_span": 3, "noise_prob": 0.5},
     "apc": {"ahead": 1},
+    "cpc": {"steps": 1, "negatives": 5},
+    "wav2vec": {"steps": 1, "negatives": 5},
 }
 # what an objective asks of the Transformer; positions are then functions of coordinates alone
-BODIES = {"apc": {"causal": True}}
+BODIES = {name: {"causal": True} for name in ("apc", "cpc", "wav2vec")}
 TARGET = {
     "speech": "log_mel",
     "audio": "normalized_spectrogram",

@@ -4,9 +4,11 @@ from torch import nn
 
 from mmssl.objectives.apc import APC
 from mmssl.objectives.classify import Classify
+from mmssl.objectives.cpc import CPC
 from mmssl.objectives.ctc import CTC
 from mmssl.objectives.mae import MAE
 from mmssl.objectives.tera import TERA
+from mmssl.objectives.wav2vec import Wav2Vec
 from mmssl.objectives.wav2vec2 import Wav2Vec2
 
 OBJECTIVES: dict[str, type[nn.Module]] = {
@@ -16,6 +18,8 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "classify": Classify,
     "tera": TERA,
     "apc": APC,
+    "cpc": CPC,
+    "wav2vec": Wav2Vec,
 }
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {
