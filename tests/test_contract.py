@@ -92,9 +92,10 @@ SETTINGS = {
     "apc": {"ahead": 1},
     "cpc": {"steps": 1, "negatives": 5},
     "wav2vec": {"steps": 1, "negatives": 5},
+    "npc": {"kernel": 9, "context_dim": 8},
 }
 # what an objective asks of the Transformer; positions are then functions of coordinates alone
-BODIES = {name: {"causal": True} for name in ("apc", "cpc", "wav2vec")}
+BODIES = {name: {"causal": True} for name in ("apc", "cpc", "wav2vec")} | {"npc": {"window": 1}}
 TARGET = {
     "speech": "log_mel",
     "audio": "normalized_spectrogram",
@@ -109,6 +110,9 @@ REFUSED = {
     ("tera", "audio/spectrogram"): "choose frontend logmel",
     ("tera", "image/patches"): "choose frontend logmel",
     ("tera", "video/tubes"): "choose frontend logmel",
+    ("npc", "audio/spectrogram"): "NPC predicts a frame from those around it in time",
+    ("npc", "image/patches"): "NPC predicts a frame from those around it in time",
+    ("npc", "video/tubes"): "NPC predicts a frame from those around it in time",
 }
 
 

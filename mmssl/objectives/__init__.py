@@ -7,6 +7,7 @@ from mmssl.objectives.classify import Classify
 from mmssl.objectives.cpc import CPC
 from mmssl.objectives.ctc import CTC
 from mmssl.objectives.mae import MAE
+from mmssl.objectives.npc import NPC
 from mmssl.objectives.tera import TERA
 from mmssl.objectives.wav2vec import Wav2Vec
 from mmssl.objectives.wav2vec2 import Wav2Vec2
@@ -20,6 +21,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "apc": APC,
     "cpc": CPC,
     "wav2vec": Wav2Vec,
+    "npc": NPC,
 }
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {
