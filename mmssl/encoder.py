@@ -81,7 +81,7 @@ class Encoder(nn.Module):
             tokens: of B clips.
             plan: R masked copies of them; needed unless `hide` is "none".
             hide: "replace" puts the mask token in the place of hidden tokens; "drop" leaves them out, so that the
-                Transformer works on visible tokens only.
+                Transformer works on visible tokens only; "unseen" keeps them, and no token attends to them.
             layers: see `Encoded.layers`.
 
         Raises:
@@ -109,7 +109,10 @@ class Encoder(nn.Module):
             lengths = lengths + self.n_prefix
         if int(lengths.min()) < x.shape[1]:
             x = x * valid_mask(lengths, x.shape[1], x.device)[..., None]
-        x, kept = self.transformer(x, lengths, layers=layers)
+        attended = None
+        if plan is not None and hide == "unseen":
+            attended = torch.nn.functional.pad(~plan.masked, (self.n_prefix, 0), value=True)
+        x, kept = self.transformer(x, lengths, layers=layers, attended=attended)
         return Encoded(x=x, lengths=lengths, layers=kept, n_prefix=self.n_prefix)
 
 

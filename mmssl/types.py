@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-Hide = Literal["none", "drop", "replace"]
+Hide = Literal["none", "drop", "replace", "unseen"]
 
 
 def valid_mask(lengths: Tensor, size: int, device: torch.device | str = "cpu") -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from mmssl.encoder import Encoder
 from mmssl.modalities import MODALITIES
 from mmssl.nn.masking import random_mask, span_mask
-from mmssl.nn.positions import Convolutional, SinCos
+from mmssl.nn.positions import Convolutional, NoPositions, SinCos
 from mmssl.nn.transformer import Transformer
 from mmssl.objectives import OBJECTIVES
 from mmssl.types import Batch, Raw
@@ -93,9 +93,12 @@ SETTINGS = {
     "cpc": {"steps": 1, "negatives": 5},
     "wav2vec": {"steps": 1, "negatives": 5},
     "npc": {"kernel": 9, "context_dim": 8},
+    "mp3": {"positions": 64},
+    "vq_wav2vec": {"steps": 1, "negatives": 5, "codes": 8},
 }
-# what an objective asks of the Transformer; positions are then functions of coordinates alone
-BODIES = {name: {"causal": True} for name in ("apc", "cpc", "wav2vec")} | {"npc": {"window": 1}}
+# what an objective asks of the Transformer; positions are then functions of coordinates alone, or none
+BODIES = {name: {"causal": True} for name in ("apc", "cpc", "wav2vec", "vq_wav2vec")}
+BODIES |= {"npc": {"window": 1}, "mp3": {}}
 TARGET = {
     "speech": "log_mel",
     "audio": "normalized_spectrogram",
@@ -122,7 +125,7 @@ def encoder(source, transformer=None, **settings):
     modality, name = source.split("/")
     kind = MODALITIES[modality].frontends[name]
     body = Transformer(dim=DIM, depth=2, heads=2, **(transformer or {}))
-    added = SinCos(DIM) if transformer else positions()
+    added = positions() if transformer is None else SinCos(DIM) if transformer else NoPositions(DIM)
     return Encoder(kind(dim=DIM, **frontend), body, added, mask_token=True, **settings)
 
 

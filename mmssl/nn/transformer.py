@@ -31,14 +31,25 @@ _PLAIN_ROWS = 1024
 class Layout:
     """How the rows of a batch lie in memory, and which of their tokens see which.
 
-    Rows are (B, N, D) where all are full, else (M, D) end to end. `seen` is True where the token of a row sees that of
-    a column; None where each sees all.
+    Rows are (B, N, D) where all are full, else (M, D) end to end. `seen`, (N, N) or (B, 1, N or 1, N), is True where
+    the token of a row sees that of a column; None where each sees all.
     """
 
-    def __init__(self, x: Tensor, lengths: Tensor | None, *, causal: bool = False, window: int | None = None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        *,
+        causal: bool = False,
+        window: int | None = None,
+        attended: Tensor | None = None,
+    ) -> None:
         self.batch, self.size = x.shape[:2]
         self.ragged = lengths is not None and int(lengths.min()) < self.size
         self.seen = _reach(self.size, x.device, causal=causal, window=window)
+        if attended is not None:
+            among = attended[:, None, None, :]
+            self.seen = among if self.seen is None else _or_itself(among & self.seen)
         if not self.ragged or lengths is None:
             return
         self.sizes = lengths.tolist()
@@ -46,15 +57,18 @@ class Layout:
         self.index = valid_mask(lengths, self.size).flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
         self.row_by_row = x.device.type == "cpu" and self.longest >= _ROW_BY_ROW
         if self.seen is not None:
-            self.seen = self.seen[: self.longest, : self.longest]
+            self.seen = self.seen[..., : self.longest, : self.longest]
         if not self.row_by_row:
             self.valid = valid_mask(lengths, self.longest, x.device)
             real = self.valid[:, None, None, :]
-            if self.seen is None:
-                self.seen = real
-            else:
-                # padding sees itself at least: a token that sees nothing has no attention weights, and NaN for them
-                self.seen = torch.where(real, self.seen, torch.eye(self.longest, dtype=torch.bool, device=x.device))
+            self.seen = real if self.seen is None else _or_itself(real & self.seen)
+
+    def seen_in(self, row: int) -> Tensor | None:
+        """`seen` among the real tokens of one row."""
+        if self.seen is None:
+            return None
+        own = self.seen if self.seen.ndim == 2 else self.seen[row : row + 1]
+        return own[..., : self.sizes[row], : self.sizes[row]]
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (M, D) real tokens."""
@@ -86,19 +100,15 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, layout: Layout) -> Tensor:
         qkv = self.qkv(h)
-        seen = layout.seen
         if not layout.ragged:
-            mixed = self._attend(qkv, seen)
+            mixed = self._attend(qkv, layout.seen)
         elif layout.row_by_row:
-            rows = [
-                self._attend(row[None], seen if seen is None else seen[: len(row), : len(row)])[0]
-                for row in qkv.split(layout.sizes)
-            ]
-            mixed = torch.cat(rows)
+            rows = enumerate(qkv.split(layout.sizes))
+            mixed = torch.cat([self._attend(row[None], layout.seen_in(i))[0] for i, row in rows])
         else:
             padded = qkv.new_zeros(layout.batch, layout.longest, qkv.shape[-1])
             padded[layout.valid] = qkv
-            mixed = self._attend(padded, seen)[layout.valid]
+            mixed = self._attend(padded, layout.seen)[layout.valid]
         return self.out(mixed)
 
     def _attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -119,6 +129,12 @@ def _reach(size: int, device: torch.device, *, causal: bool, window: int | None)
     ahead = place - place[:, None]
     seen = ahead <= (0 if causal or window is None else window)
     return seen if window is None else seen & (ahead >= -window)
+
+
+def _or_itself(seen: Tensor) -> Tensor:
+    """(..., N or 1, N), in which a token that would see none, and have NaN for attention weights, sees itself."""
+    alone = ~seen.any(-1, keepdim=True)
+    return seen | (alone & torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device))
 
 
 def _is_halved(q: Tensor) -> bool:
@@ -273,7 +289,12 @@ class Transformer(nn.Module):
                 nn.init.zeros_(part.bias)
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None = None, *, layers: Sequence[int] = ()
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        layers: Sequence[int] = (),
+        attended: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Encode rows of which the first `lengths[b]` places are real.
 
@@ -282,6 +303,7 @@ class Transformer(nn.Module):
             lengths: (B,) int64 on the CPU; None where all rows are full.
             layers: which to return as well: 0 is the input to the first block, i the output of block i, both
                 without the final norm.
+            attended: (B, N) bool, True = others see it; all by default. Each token has its own content in any case.
 
         Returns:
             (B, N, D) after the final norm (of "pre"), zero past each length; and the layers asked for.
@@ -289,7 +311,7 @@ class Transformer(nn.Module):
         wrong = [i for i in layers if not 0 <= i <= self.depth]
         if wrong:
             raise ValueError(f"layer={wrong[0]}: this Transformer has layers 0 (its input) to {self.depth}")
-        layout = Layout(x, lengths, causal=self.causal, window=self.window)
+        layout = Layout(x, lengths, causal=self.causal, window=self.window, attended=attended)
         h = layout.pack(x)
         if not self.pre:
             h = self.norm(h)

@@ -132,8 +132,8 @@ class TERA(nn.Module):
         valid = valid_mask(lengths, size)
         times = torch.zeros_like(valid)
         if self.time_prob:
-            settings = {"prob": self.time_prob, "span": self.time_span, "min_spans": 1}
-            times = span_mask(lengths, seeds=seeds, **settings).masked
+            plan = span_mask(lengths, prob=self.time_prob, span=self.time_span, min_spans=1, seeds=seeds)
+            times = plan.masked
         run = (width * (int(self.band_share * bands) + 1)).floor()  # bands that are hidden
         first = (start * (bands - run + 1)).floor()
         band = torch.arange(bands)

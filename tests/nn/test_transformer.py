@@ -248,3 +248,24 @@ def test_a_causal_block_is_torchs_with_its_own_mask():
 def test_a_negative_window_is_refused():
     with pytest.raises(ValueError, match="transformer.window=-1"):
         build(window=-1)
+
+
+@pytest.mark.parametrize("row_by_row", [1, 1000])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_not_attended_to_reaches_itself_alone(causal, row_by_row, monkeypatch):
+    monkeypatch.setattr(room, "_ROW_BY_ROW", row_by_row)
+    ours = build(depth=1, causal=causal)
+    attended = torch.tensor(
+        [[False, True, False, True, True, False, True], [True, False, False, True, True, True, True]]
+    )
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    for lengths in (torch.tensor([7, 4]), None):
+        out, _ = ours(x, lengths, attended=attended)
+        for row, n in enumerate([7, 7] if lengths is None else lengths.tolist()):
+            for of in range(n):
+                (grad,) = torch.autograd.grad(out[row, of].square().sum(), x, retain_graph=True)
+                reached = grad.abs().sum(-1)[row] > 0
+                assert reached.tolist() == [
+                    other == of or bool(other < n and attended[row, other] and (other < of or not causal))
+                    for other in range(7)
+                ]
