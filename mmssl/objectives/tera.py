@@ -18,8 +18,7 @@ from mmssl.types import Batch, Hide, Loss, valid_mask
 
 # of the draws that are no spans of a mask, see `uniform`
 _STREAM = 2_000_000
-# of the clips whose frames are altered in time: these have them set to zero, and as many as the rest of one half have
-# them replaced
+# shares of the clips in which the chosen frames are set to zero, and in which they are replaced
 _ZEROED, _REPLACED = 0.8, 0.1
 
 
