@@ -19,11 +19,11 @@ from mmssl.types import Batch, Hide, Loss, valid_mask
 class CPC(nn.Module):
     """Contrastive predictive coding: for each of several steps ahead, name the features among negatives (InfoNCE).
 
-    Source: van den Oord, Li and Vinyals 2018 (arXiv:1807.03748), sections 2 and 3.1.
+    Source: van den Oord, Li and Vinyals 2018 (arXiv:1807.03748), sections 2, 3.1 (audio) and 3.2 (pictures).
     Differs from the paper: the context network is the shared causal Transformer, not a GRU. Negatives are other tokens
         of the same clip, never the positive itself, where the paper takes other clips as well. The inner product is
-        divided by the root of its width. Steps go along the first axis of the tokens: time, or the rows of a picture as
-        in section 3.3, each predicted from all patches before it.
+        divided by the root of its width. Steps go along the first axis of the tokens: time, or the rows of a picture,
+        whose patches do not overlap here and are each predicted from all patches before them.
     Target: the frontend's features, learned with the rest and not detached: what is constant cannot be told from its
         negatives, so they do not collapse.
 

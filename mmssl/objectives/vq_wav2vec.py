@@ -81,17 +81,18 @@ class VQWav2Vec(nn.Module):
         step = math.prod(tokens.grid[1:])
         shifts = [ahead * step for ahead in range(1, len(self.predict) + 1)]
         extra = features.new_zeros(())
+        means: dict[str, float | Tensor]
         if isinstance(self.quantizer, GumbelQuantizer):
             temperature = self.quantizer.temperature_at(self.updates)
             quantized = self.quantizer(features, temperature, self._noise(tokens, batch.seeds))
             vectors, codes = quantized.vectors, quantized.codes
-            own = {"temperature": temperature, "soft_perplexity": perplexity(quantized.soft.detach().mean(0)).mean()}
+            means = {"temperature": temperature, "soft_perplexity": perplexity(quantized.soft.detach().mean(0)).mean()}
         else:
             vectors, codes, distance = self.quantizer(features)
             predictions = (tokens.lengths[:, None] - torch.tensor(shifts)).clamp_min(0).sum(1)
             weight = (predictions / tokens.lengths).repeat_interleave(tokens.lengths)
             extra = (distance * weight.to(distance.device)).sum()
-            own = {"distance": distance.detach().mean()}
+            means = {"distance": distance.detach().mean()}
         quantized_rows = vectors.new_zeros(tokens.valid.numel(), vectors.shape[1]).index_copy(0, real, vectors)
         target = quantized_rows.view(*tokens.x.shape[:2], -1)
         x = torch.where(tokens.valid[..., None], self.encoder.frontend.project(target), 0.0)
@@ -105,14 +106,14 @@ class VQWav2Vec(nn.Module):
         )
         contrastive = F.softplus(-scores[:, 0]).sum() + F.softplus(scores[:, 1:]).sum()
         count, k = len(scores), self.negatives
-        means = own | {
+        means |= {
             "code_perplexity": code_perplexity(codes, self.quantizer.codes).mean(),
             "codes": self.quantizer.codes,
             "chance": math.log(1 + k) + k * math.log((1 + k) / k),
             "feature_std": spread(features.detach()),
             "target_std": spread(vectors.detach()),
         }
-        sums = contrast_metrics(scores.detach())
+        sums: dict[str, float | Tensor] = {**contrast_metrics(scores.detach())}
         sums |= {"loss": (contrastive + extra).detach(), "contrastive": contrastive.detach()}
         sums |= {name: value * count for name, value in means.items()}
         return Loss(contrastive + extra, count, {name: (value, count) for name, value in sums.items()})
