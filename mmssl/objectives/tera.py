@@ -26,9 +26,9 @@ class TERA(nn.Module):
     """Alter frames along time, frequency and magnitude, and reconstruct the frames that were measured.
 
     Source: Liu, Li and Lee 2021 (arXiv:2007.06028), section III; `time_prob` alone is Mockingjay (arXiv:1910.12638).
-    Differs from the paper: each clip draws from its own seed, whether it gets noise too; a clip too short for a span gets
-        a shorter one and keeps a frame. As in the released code, the loss counts the values that were altered in time
-        or frequency, those that were left as they are among them, and noise alone is not reconstructed.
+    Differs from the paper: each clip draws from its own seed, also whether it gets noise; a clip too short for a span
+        gets a shorter one and keeps a frame. As in the released code, the loss counts the values that were altered in
+        time or frequency, those that were left as they are among them, and noise alone is not reconstructed.
     Target: the frontend's features, which must be fixed: frames of a log-mel spectrogram.
 
     Args:
