@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.nn.masking import take
+from mmssl.nn.positions import Learned, SinCos
 from mmssl.nn.transformer import Transformer
 from mmssl.types import Encoded, Frontend, Hide, MaskPlan, Raw, Tokens, valid_mask
 
@@ -50,6 +51,23 @@ class Encoder(nn.Module):
     def n_prefix(self) -> int:
         return 0 if self.prefix is None else len(self.prefix)
 
+    def refuse_lookahead(self, objective: str) -> None:
+        """For objectives that predict what is to come.
+
+        Raises:
+            ValueError: what is encoded of a token depends on later ones.
+        """
+        if not self.transformer.causal:
+            raise ValueError(
+                f"transformer.causal=false: {objective} predicts tokens to come, which an encoder that sees them only "
+                "copies; set it to true"
+            )
+        if not isinstance(self.positions, SinCos | Learned):
+            raise ValueError(
+                f"positions: {type(self.positions).__name__} reads tokens to come, which {objective} predicts; choose "
+                "sincos or learned"
+            )
+
     def tokens(self, raw: Raw) -> Tokens:
         """What the frontend makes of a batch."""
         return self.frontend(raw)
@@ -63,7 +81,7 @@ class Encoder(nn.Module):
             tokens: of B clips.
             plan: R masked copies of them; needed unless `hide` is "none".
             hide: "replace" puts the mask token in the place of hidden tokens; "drop" leaves them out, so that the
-                Transformer works on visible tokens only.
+                Transformer works on visible tokens only; "unseen" keeps them, and no token attends to them.
             layers: see `Encoded.layers`.
 
         Raises:
@@ -91,7 +109,10 @@ class Encoder(nn.Module):
             lengths = lengths + self.n_prefix
         if int(lengths.min()) < x.shape[1]:
             x = x * valid_mask(lengths, x.shape[1], x.device)[..., None]
-        x, kept = self.transformer(x, lengths, layers=layers)
+        attended = None
+        if plan is not None and hide == "unseen":
+            attended = torch.nn.functional.pad(~plan.masked, (self.n_prefix, 0), value=True)
+        x, kept = self.transformer(x, lengths, layers=layers, attended=attended)
         return Encoded(x=x, lengths=lengths, layers=kept, n_prefix=self.n_prefix)
 
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-Hide = Literal["none", "drop", "replace"]
+Hide = Literal["none", "drop", "replace", "unseen"]
 
 
 def valid_mask(lengths: Tensor, size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -236,6 +236,9 @@ class Frontend(nn.Module, ABC):
     axes: see Tokens.
     learned: whether `feat` is learned. Reconstructing learned features collapses, so MAE refuses them.
     dim, feature_dim: widths of `x` and of `feat`.
+    project: `feat` to `x`, without dropout: for objectives that alter the features before they become tokens.
+    bands: frequency bands of a frame, where the features of a token are whole frames of a spectrogram, end to end; 0
+        elsewhere.
     reader_settings: keyword arguments for the modality's reader: the rate or the channels that this frontend reads.
     grad_mult: factor on the gradient that reaches learned features, 0 to train them no more; where learned only.
     min_length: raw units along time, the least that a clip may have; 1 where there is no time.
@@ -245,6 +248,8 @@ class Frontend(nn.Module, ABC):
     learned: ClassVar[bool]
     dim: int
     feature_dim: int
+    project: nn.Module
+    bands: int = 0
     reader_settings: dict[str, Any]
     grad_mult: float
     min_length: int

@@ -14,7 +14,7 @@ import torch
 from mmssl.encoder import Encoder
 from mmssl.modalities import MODALITIES
 from mmssl.nn.masking import random_mask, span_mask
-from mmssl.nn.positions import Convolutional, SinCos
+from mmssl.nn.positions import Convolutional, NoPositions, SinCos
 from mmssl.nn.transformer import Transformer
 from mmssl.objectives import OBJECTIVES
 from mmssl.types import Batch, Raw
@@ -88,7 +88,17 @@ SETTINGS = {
         "channel_mask_span": 4,
     },
     "classify": {"n_classes": 3},
+    "tera": {"time_prob": 0.3, "time_span": 3, "noise_prob": 0.5},
+    "apc": {"ahead": 1},
+    "cpc": {"steps": 1, "negatives": 5},
+    "wav2vec": {"steps": 1, "negatives": 5},
+    "npc": {"kernel": 9, "context_dim": 8},
+    "mp3": {"positions": 64},
+    "vq_wav2vec": {"steps": 1, "negatives": 5, "codes": 8},
 }
+# what an objective asks of the Transformer; positions are then functions of coordinates alone, or none
+BODIES = {name: {"causal": True} for name in ("apc", "cpc", "wav2vec", "vq_wav2vec")}
+BODIES |= {"npc": {"window": 1}, "mp3": {}}
 TARGET = {
     "speech": "log_mel",
     "audio": "normalized_spectrogram",
@@ -99,21 +109,29 @@ REFUSED = {
     ("ctc", "audio/spectrogram"): "CTC spells along time",
     ("ctc", "image/patches"): "CTC spells along time",
     ("ctc", "video/tubes"): "CTC spells along time",
+    ("tera", "speech/waveform"): "choose frontend logmel",
+    ("tera", "audio/spectrogram"): "choose frontend logmel",
+    ("tera", "image/patches"): "choose frontend logmel",
+    ("tera", "video/tubes"): "choose frontend logmel",
+    ("npc", "audio/spectrogram"): "NPC predicts a frame from those around it in time",
+    ("npc", "image/patches"): "NPC predicts a frame from those around it in time",
+    ("npc", "video/tubes"): "NPC predicts a frame from those around it in time",
 }
 
 
-def encoder(source, **settings):
+def encoder(source, transformer=None, **settings):
     torch.manual_seed(0)
     _, frontend, positions = CLIPS[source]
     modality, name = source.split("/")
     kind = MODALITIES[modality].frontends[name]
-    transformer = Transformer(dim=DIM, depth=2, heads=2)
-    return Encoder(kind(dim=DIM, **frontend), transformer, positions(), mask_token=True, **settings)
+    body = Transformer(dim=DIM, depth=2, heads=2, **(transformer or {}))
+    added = positions() if transformer is None else SinCos(DIM) if transformer else NoPositions(DIM)
+    return Encoder(kind(dim=DIM, **frontend), body, added, mask_token=True, **settings)
 
 
 def objective(name, source):
-    body, settings = encoder(source, prefix=2), dict(SETTINGS[name])
-    if name == "mae":
+    body, settings = encoder(source, BODIES.get(name), prefix=2), dict(SETTINGS[name])
+    if "target" in inspect.signature(OBJECTIVES[name]).parameters:
         modality = source.split("/")[0]
         target = MODALITIES[modality].targets[TARGET[modality]]
         settings |= {"target": target.values, "target_dim": target.dim(body.frontend)}

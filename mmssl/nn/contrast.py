@@ -68,6 +68,47 @@ def contrast(prediction: Tensor, target: Tensor, same: Tensor, negatives: Tensor
     return picked.masked_fill(equal, -torch.inf)
 
 
+def draw_others(lengths: Tensor, k: int, seeds: Tensor) -> Tensor:
+    """k of the other tokens of the same clip for each token, see `draw_negatives`.
+
+    Args:
+        lengths: (B,) real tokens.
+        seeds: (B,) int64.
+
+    Returns:
+        (B, N, k) int64 on the CPU, places in the clip, never a token's own; 0 for tokens that have no other.
+    """
+    lengths = lengths.cpu()
+    counts = lengths.masked_fill(lengths < 2, 0)
+    drawn = torch.zeros(len(lengths), int(lengths.max()), k, dtype=torch.int64)
+    drawn[valid_mask(counts, drawn.shape[1])] = draw_negatives(counts, k, seeds)
+    return drawn
+
+
+def contrast_ahead(prediction: Tensor, target: Tensor, others: Tensor, lengths: Tensor, *, shift: int) -> Tensor:
+    """Compare the prediction at each token with the target `shift` tokens later, and with others of the clip.
+
+    The scores are inner products over the root of their width, so that they start near one however wide they are.
+
+    Args:
+        prediction, target: (B, N, C), finite past each length.
+        others: (B, N, K) on the CPU, for each *target* those it is told from: see `draw_others`.
+        lengths: (B,) real tokens.
+
+    Returns:
+        (M, 1 + K) float32 of all tokens that have a target, row by row; the positive first.
+    """
+    lengths, size = lengths.cpu(), target.shape[1]
+    rows = max(size - shift, 0)
+    own = (torch.arange(rows) + shift).expand(len(lengths), rows)[..., None]
+    candidates = torch.cat([own, others[:, shift:]], 2).to(target.device)
+    here = valid_mask(lengths - shift, rows).flatten().nonzero()[:, 0].to(target.device)
+    with torch.autocast(target.device.type, enabled=False):
+        # as in `contrast`, one product of all pairs rather than to gather K vectors for each token
+        table = prediction[:, :rows].float() @ target.float().transpose(1, 2) * target.shape[2] ** -0.5
+        return table.gather(2, candidates).flatten(0, 1).index_select(0, here)
+
+
 def contrast_metrics(logits: Tensor) -> dict[str, Tensor]:
     """Sums over frames that tell learning from chance and from collapse.
 

@@ -131,4 +131,20 @@ def _shared(coords: Tensor) -> Tensor:
     return coords[:1] if coords.stride(0) == 0 or len(coords) == 1 else coords
 
 
-POSITIONS: dict[str, type[nn.Module]] = {"sincos": SinCos, "learned": Learned, "conv": Convolutional}
+class NoPositions(nn.Module):
+    """Adds nothing: a Transformer then sees a set of tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        return x.new_zeros(1, x.shape[1], self.dim)
+
+
+POSITIONS: dict[str, type[nn.Module]] = {
+    "sincos": SinCos,
+    "learned": Learned,
+    "conv": Convolutional,
+    "none": NoPositions,
+}

@@ -100,6 +100,57 @@ class GumbelQuantizer(nn.Module):
         return self.logits(x).float().unflatten(-1, (self.groups, self.codes))
 
 
+class KMeansQuantizer(nn.Module):
+    """Replace a vector, group by group, by the nearest of `codes` codewords; codewords and vectors move together.
+
+    Source: Baevski, Schneider and Auli 2020 (arXiv:1910.05453), section 3.2, after van den Oord et al. 2017
+        (arXiv:1711.00937): the gradient goes straight through to the projected vector; a codeword is drawn to its
+        vectors and, `commitment` times as much, each vector to its codeword.
+    Differs from the paper: each group of a vector is normalized by itself, not over the clip, so that padding plays no
+        part; codewords are not shared between groups.
+
+    Args:
+        dim: width of the vectors and of the result.
+        groups: G parts of a vector, each with a codebook of its own.
+        codes: V codewords in each.
+        commitment: see above.
+
+    Raises:
+        ValueError: dim is not a multiple of groups.
+    """
+
+    def __init__(self, *, dim: int, groups: int, codes: int, commitment: float = 0.25) -> None:
+        super().__init__()
+        if dim % groups:
+            raise ValueError(f"quantizer.dim={dim}: must be a multiple of groups={groups}")
+        self.groups, self.codes, self.dim, self.commitment = groups, codes, dim, commitment
+        part = dim // groups
+        self.project = nn.Parameter(torch.randn(groups, part, part) * part**-0.5)
+        self.norm = nn.LayerNorm(part)
+        # as wide as what is normalized: near zero all vectors would choose among codewords by their lengths alone
+        self.codebook = nn.Parameter(torch.randn(groups, codes, part))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize (M, dim).
+
+        Returns:
+            (M, dim) vectors, (M, G) int64 codes, and (M,) the two distances, each a mean square over the vector.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            split = torch.einsum("mgd,gde->mge", x.float().unflatten(1, (self.groups, -1)), self.project)
+            split = self.norm(split)
+            with torch.no_grad():
+                # |x - c|^2 without |x|^2, which is the same for all codewords
+                products = torch.einsum("mgd,gvd->mgv", split, self.codebook)
+                codes = (self.codebook.square().sum(2) - 2 * products).argmin(2)
+            chosen = self.codebook[torch.arange(self.groups, device=x.device), codes]  # (M, G, D / G)
+            drawn = (chosen - split.detach()).square().mean((1, 2))
+            committed = (split - chosen.detach()).square().mean((1, 2))
+            # the difference is zero to the bit, so equal codes give equal vectors
+            vectors = chosen.detach() + (split - split.detach())
+        return vectors.flatten(1), codes, drawn + self.commitment * committed
+
+
 def perplexity(probabilities: Tensor) -> Tensor:
     """exp of the entropy: how many codewords are in use, as if all were used alike. (..., V) -> (...)."""
     # clamped inside the logarithm: at zero, x log x is zero, but its gradient would be infinite

@@ -29,3 +29,16 @@ def token_spread(encoded: Encoded) -> Tensor:
     real = valid_mask(encoded.lengths, encoded.x.shape[1])
     real[:, : encoded.n_prefix] = False
     return spread(encoded.x.flatten(0, 1).index_select(0, places(real, encoded.x.device)))
+
+
+@torch.no_grad()
+def mean_distance(values: Tensor) -> Tensor:
+    """How far items lie from their mean, averaged over values: the mean absolute error of predicting that mean.
+
+    Args:
+        values: (M, D) items; none of them lie nowhere, at distance 0.
+    """
+    if not len(values):
+        return values.new_zeros((), dtype=torch.float32)
+    values = values.float()
+    return (values - values.mean(0)).abs().mean()

@@ -29,19 +29,46 @@ _PLAIN_ROWS = 1024
 
 
 class Layout:
-    """How the rows of a batch lie in memory: (B, N, D) where all are full, else (M, D) end to end."""
+    """How the rows of a batch lie in memory, and which of their tokens see which.
 
-    def __init__(self, x: Tensor, lengths: Tensor | None) -> None:
+    Rows are (B, N, D) where all are full, else (M, D) end to end. `seen`, (N, N) or (B, 1, N or 1, N), is True where
+    the token of a row sees that of a column; None where each sees all.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        *,
+        causal: bool = False,
+        window: int | None = None,
+        attended: Tensor | None = None,
+    ) -> None:
         self.batch, self.size = x.shape[:2]
         self.ragged = lengths is not None and int(lengths.min()) < self.size
+        self.seen = _reach(self.size, x.device, causal=causal, window=window)
+        if attended is not None:
+            among = attended[:, None, None, :]
+            self.seen = among if self.seen is None else _or_itself(among & self.seen)
         if not self.ragged or lengths is None:
             return
         self.sizes = lengths.tolist()
         self.longest = max(self.sizes)
         self.index = valid_mask(lengths, self.size).flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
         self.row_by_row = x.device.type == "cpu" and self.longest >= _ROW_BY_ROW
+        if self.seen is not None:
+            self.seen = self.seen[..., : self.longest, : self.longest]
         if not self.row_by_row:
             self.valid = valid_mask(lengths, self.longest, x.device)
+            real = self.valid[:, None, None, :]
+            self.seen = real if self.seen is None else _or_itself(real & self.seen)
+
+    def seen_in(self, row: int) -> Tensor | None:
+        """`seen` among the real tokens of one row."""
+        if self.seen is None:
+            return None
+        own = self.seen if self.seen.ndim == 2 else self.seen[row : row + 1]
+        return own[..., : self.sizes[row], : self.sizes[row]]
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (M, D) real tokens."""
@@ -74,13 +101,14 @@ class Attention(nn.Module):
     def forward(self, h: Tensor, layout: Layout) -> Tensor:
         qkv = self.qkv(h)
         if not layout.ragged:
-            mixed = self._attend(qkv)
+            mixed = self._attend(qkv, layout.seen)
         elif layout.row_by_row:
-            mixed = torch.cat([self._attend(row[None])[0] for row in qkv.split(layout.sizes)])
+            rows = enumerate(qkv.split(layout.sizes))
+            mixed = torch.cat([self._attend(row[None], layout.seen_in(i))[0] for i, row in rows])
         else:
-            rows = qkv.new_zeros(layout.batch, layout.longest, qkv.shape[-1])
-            rows[layout.valid] = qkv
-            mixed = self._attend(rows, layout.valid[:, None, None, :])[layout.valid]
+            padded = qkv.new_zeros(layout.batch, layout.longest, qkv.shape[-1])
+            padded[layout.valid] = qkv
+            mixed = self._attend(padded, layout.seen)[layout.valid]
         return self.out(mixed)
 
     def _attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -91,6 +119,22 @@ class Attention(nn.Module):
         attend = _attend_plainly if _is_halved(q) else F.scaled_dot_product_attention
         mixed = attend(q, k, v, attn_mask=mask, dropout_p=rate)
         return mixed.transpose(1, 2).reshape(batch, size, width // 3)
+
+
+def _reach(size: int, device: torch.device, *, causal: bool, window: int | None) -> Tensor | None:
+    """(N, N) bool, True where the token of a row sees that of a column; None where each sees all."""
+    if not causal and window is None:
+        return None
+    place = torch.arange(size, device=device)
+    ahead = place - place[:, None]
+    seen = ahead <= (0 if causal or window is None else window)
+    return seen if window is None else seen & (ahead >= -window)
+
+
+def _or_itself(seen: Tensor) -> Tensor:
+    """(..., N or 1, N), in which a token that would see none, and have NaN for attention weights, sees itself."""
+    alone = ~seen.any(-1, keepdim=True)
+    return seen | (alone & torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device))
 
 
 def _is_halved(q: Tensor) -> bool:
@@ -177,6 +221,9 @@ class Transformer(nn.Module):
         mlp_dim: hidden width of each MLP; 4 * dim by default.
         norm: "pre" puts a norm before each branch and one at the end; "post" puts one after each sum and one at the
             start, as wav2vec 2.0 base has it.
+        causal: whether a token sees those before it and itself only. A class token at the front then sees nothing.
+        window: how many tokens to each side a token sees, besides itself; all by default. Counted in the row as it
+            comes: for objectives that drop no tokens.
         dropout: after the input and after each branch.
         attention_dropout, activation_dropout: on attention weights, and after the GELU.
         drop_path: chance to leave out a clip's branch, growing linearly from 0 at the first block.
@@ -194,6 +241,8 @@ class Transformer(nn.Module):
         heads: int,
         mlp_dim: int | None = None,
         norm: Literal["pre", "post"] = "pre",
+        causal: bool = False,
+        window: int | None = None,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         activation_dropout: float = 0.0,
@@ -205,7 +254,12 @@ class Transformer(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"transformer.heads={heads}: must divide dim={dim}")
+        if window is not None and window < 0:
+            raise ValueError(
+                f"transformer.window={window}: tokens to each side are at least 0; leave it out to see all"
+            )
         self.dim, self.depth = dim, depth
+        self.causal, self.window = causal, window
         self.pre = norm == "pre"
         self.dropout = dropout
         self.layer_drop = layer_drop
@@ -235,7 +289,12 @@ class Transformer(nn.Module):
                 nn.init.zeros_(part.bias)
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None = None, *, layers: Sequence[int] = ()
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        layers: Sequence[int] = (),
+        attended: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Encode rows of which the first `lengths[b]` places are real.
 
@@ -244,6 +303,7 @@ class Transformer(nn.Module):
             lengths: (B,) int64 on the CPU; None where all rows are full.
             layers: which to return as well: 0 is the input to the first block, i the output of block i, both
                 without the final norm.
+            attended: (B, N) bool, True = others see it; all by default. Each token has its own content in any case.
 
         Returns:
             (B, N, D) after the final norm (of "pre"), zero past each length; and the layers asked for.
@@ -251,7 +311,7 @@ class Transformer(nn.Module):
         wrong = [i for i in layers if not 0 <= i <= self.depth]
         if wrong:
             raise ValueError(f"layer={wrong[0]}: this Transformer has layers 0 (its input) to {self.depth}")
-        layout = Layout(x, lengths)
+        layout = Layout(x, lengths, causal=self.causal, window=self.window, attended=attended)
         h = layout.pack(x)
         if not self.pre:
             h = self.norm(h)

@@ -2,12 +2,31 @@
 
 from torch import nn
 
+from mmssl.objectives.apc import APC
 from mmssl.objectives.classify import Classify
+from mmssl.objectives.cpc import CPC
 from mmssl.objectives.ctc import CTC
 from mmssl.objectives.mae import MAE
+from mmssl.objectives.mp3 import MP3
+from mmssl.objectives.npc import NPC
+from mmssl.objectives.tera import TERA
+from mmssl.objectives.vq_wav2vec import VQWav2Vec
+from mmssl.objectives.wav2vec import Wav2Vec
 from mmssl.objectives.wav2vec2 import Wav2Vec2
 
-OBJECTIVES: dict[str, type[nn.Module]] = {"wav2vec2": Wav2Vec2, "mae": MAE, "ctc": CTC, "classify": Classify}
+OBJECTIVES: dict[str, type[nn.Module]] = {
+    "wav2vec2": Wav2Vec2,
+    "mae": MAE,
+    "ctc": CTC,
+    "classify": Classify,
+    "tera": TERA,
+    "apc": APC,
+    "cpc": CPC,
+    "wav2vec": Wav2Vec,
+    "npc": NPC,
+    "mp3": MP3,
+    "vq_wav2vec": VQWav2Vec,
+}
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {
     name: label for name, objective in OBJECTIVES.items() if (label := getattr(objective, "label", None)) is not None

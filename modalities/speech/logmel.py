@@ -49,7 +49,7 @@ class LogMel(Frontend):
         rate: int = 16_000,
     ) -> None:
         super().__init__()
-        self.dim, self.feature_dim = dim, bands * stack
+        self.dim, self.feature_dim, self.bands = dim, bands * stack, bands
         self.stack, self.normalize, self.dropout, self.rate = stack, normalize, dropout, rate
         self.window, self.hop = round(rate * window_ms / 1000), round(rate * hop_ms / 1000)
         self.min_length = self.window + (stack - 1) * self.hop

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.parametrizations import weight_norm
 
-from mmssl.nn.positions import Convolutional, Learned, SinCos, sincos
+from mmssl.nn.positions import Convolutional, Learned, NoPositions, SinCos, sincos
 from mmssl.types import Tokens
 
 
@@ -105,3 +105,10 @@ def test_a_clip_past_the_end_of_a_learned_table_is_refused():
     x = torch.zeros(1, 21, 8)
     with pytest.raises(ValueError, match=r"a learned table of \(20,\) cells does not reach over \(21,\) tokens"):
         Learned(8, grid=[20])(x, speech(x, torch.tensor([21])))
+
+
+def test_no_positions_add_nothing():
+    tokens = picture(2, 3)
+    added = NoPositions(8)(torch.randn(2, 6, 8), tokens)
+    assert added.shape == (1, 6, 8)
+    assert not added.any()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from mmssl.nn.spread import spread, token_spread
+from mmssl.nn.spread import mean_distance, spread, token_spread
 from mmssl.types import Encoded
 
 
@@ -30,3 +30,10 @@ def test_half_precision_tokens_are_compared_in_float32() -> None:
     x = torch.full((4096, 1), 100.0, dtype=torch.float16)
     x[::2] = 101.0
     torch.testing.assert_close(spread(x), torch.tensor(0.5))
+
+
+def test_the_mean_distance_is_the_error_of_predicting_the_mean() -> None:
+    # 1, 3, 8 lie 3, 1 and 4 from their mean 4; 5, 5, 5 nowhere
+    values = torch.tensor([[1.0, 5.0], [3.0, 5.0], [8.0, 5.0]])
+    torch.testing.assert_close(mean_distance(values), torch.tensor(8 / 6))
+    assert mean_distance(torch.zeros(0, 3)).item() == 0

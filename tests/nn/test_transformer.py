@@ -183,3 +183,89 @@ def test_attention_drops_while_training_only(precision):
     assert not torch.equal(run(), run())
     ours.eval()
     assert torch.equal(run(), run())
+
+
+@pytest.mark.parametrize("row_by_row", [1, 1000])
+@pytest.mark.parametrize(
+    ("settings", "sees"),
+    [
+        ({"causal": True}, lambda of, other: other <= of),
+        ({"window": 2}, lambda of, other: abs(of - other) <= 2),
+        ({"causal": True, "window": 1}, lambda of, other: of - 1 <= other <= of),
+        ({"window": 0}, lambda of, other: of == other),
+    ],
+)
+def test_a_token_depends_on_those_that_it_sees_and_on_no_others(settings, sees, row_by_row, monkeypatch):
+    monkeypatch.setattr(room, "_ROW_BY_ROW", row_by_row)
+    ours = build(depth=1, **settings)
+    lengths = torch.tensor([7, 4])
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    for row, n in enumerate(lengths.tolist()):
+        for of in range(n):
+            (grad,) = torch.autograd.grad(ours(x, lengths)[0][row, of].square().sum(), x)
+            reached = grad.abs().sum(-1) > 0
+            assert reached[row].tolist() == [other < n and sees(of, other) for other in range(7)]
+            assert not reached[1 - row].any()
+
+
+@pytest.mark.parametrize("row_by_row", [1, 1000])
+@pytest.mark.parametrize("settings", [{"causal": True}, {"window": 2}])
+def test_a_row_that_sees_less_is_the_same_alone_too(settings, row_by_row, monkeypatch):
+    monkeypatch.setattr(room, "_ROW_BY_ROW", row_by_row)
+    ours = build(**settings).eval()
+    lengths = torch.tensor([20, 11, 1])
+    x = torch.randn(3, 20, 32)
+    out, _ = ours(x, lengths)
+    for row, n in enumerate(lengths):
+        assert torch.allclose(out[row, :n], ours(x[row : row + 1, :n])[0][0], atol=1e-5)
+
+
+def test_a_causal_block_is_torchs_with_its_own_mask():
+    ours = build(depth=1, causal=True, eps=1e-5).double()
+    x = torch.randn(2, 9, 32).double()
+    block = ours.blocks[0]
+    h = block.norm1(x)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
+    attention = block.attention
+    expected, _ = torch.nn.functional.multi_head_attention_forward(
+        *[h.transpose(0, 1)] * 3,
+        32,
+        4,
+        attention.qkv.weight,
+        attention.qkv.bias,
+        None,
+        None,
+        False,
+        0.0,
+        attention.out.weight,
+        attention.out.bias,
+        attn_mask=mask,
+    )
+    layout = room.Layout(x, None, causal=True)
+    assert torch.allclose(attention(h, layout), expected.transpose(0, 1), atol=1e-9)
+
+
+def test_a_negative_window_is_refused():
+    with pytest.raises(ValueError, match="transformer.window=-1"):
+        build(window=-1)
+
+
+@pytest.mark.parametrize("row_by_row", [1, 1000])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_not_attended_to_reaches_itself_alone(causal, row_by_row, monkeypatch):
+    monkeypatch.setattr(room, "_ROW_BY_ROW", row_by_row)
+    ours = build(depth=1, causal=causal)
+    attended = torch.tensor(
+        [[False, True, False, True, True, False, True], [True, False, False, True, True, True, True]]
+    )
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    for lengths in (torch.tensor([7, 4]), None):
+        out, _ = ours(x, lengths, attended=attended)
+        for row, n in enumerate([7, 7] if lengths is None else lengths.tolist()):
+            for of in range(n):
+                (grad,) = torch.autograd.grad(out[row, of].square().sum(), x, retain_graph=True)
+                reached = grad.abs().sum(-1)[row] > 0
+                assert reached.tolist() == [
+                    other == of or bool(other < n and attended[row, other] and (other < of or not causal))
+                    for other in range(7)
+                ]

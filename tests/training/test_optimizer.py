@@ -104,7 +104,7 @@ CLIPS = {
     "image": (torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(0)), 1, None),
     "video": (torch.rand(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 4, 5.0),
 }
-TABLES = {"sincos": {}, "conv": {"kernel": 4, "groups": 2}, "learned": {"grid": [2, 3]}}
+TABLES = {"sincos": {}, "conv": {"kernel": 4, "groups": 2}, "learned": {"grid": [2, 3]}, "none": {}}
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
