@@ -117,6 +117,8 @@ def objective(name, source):
         modality = source.split("/")[0]
         target = MODALITIES[modality].targets[TARGET[modality]]
         settings |= {"target": target.values, "target_dim": target.dim(body.frontend)}
+        if modality == "audio":  # as Audio-MAE has it: a block with windows, and one with shifted ones
+            settings |= {"decoder_window": [2, 2], "decoder_depth": 2}
     return OBJECTIVES[name](body, **settings)
 
 
