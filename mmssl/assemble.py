@@ -41,7 +41,7 @@ from mmssl.validation import Validation, spells
 FORMAT = 1
 ENCODER = ("frontend", "positions", "transformer", "encoder")
 # of an encoder that was pretrained, a recipe for fine-tuning may set these alone: they are no part of what it learned
-RATES = ("dropout", "attention_dropout", "activation_dropout", "drop_path", "layer_drop")
+RATES = ("dropout", "attention_dropout", "activation_dropout", "drop_path", "layer_drop", "dither", "stripes")
 # settings that say how a run is done and not what comes out of it: a run may be resumed with others
 PRACTICAL = {
     "data.valid",
