@@ -4,10 +4,21 @@ from torch import nn
 
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.ctc import CTC
+from mmssl.objectives.dbot import DBOT
+from mmssl.objectives.denoise import Denoise
 from mmssl.objectives.mae import MAE
+from mmssl.objectives.siam_mae import SiamMAE
 from mmssl.objectives.wav2vec2 import Wav2Vec2
 
-OBJECTIVES: dict[str, type[nn.Module]] = {"wav2vec2": Wav2Vec2, "mae": MAE, "ctc": CTC, "classify": Classify}
+OBJECTIVES: dict[str, type[nn.Module]] = {
+    "wav2vec2": Wav2Vec2,
+    "mae": MAE,
+    "siam_mae": SiamMAE,
+    "denoise": Denoise,
+    "dbot": DBOT,
+    "ctc": CTC,
+    "classify": Classify,
+}
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {
     name: label for name, objective in OBJECTIVES.items() if (label := getattr(objective, "label", None)) is not None
