@@ -21,9 +21,9 @@ def encoder(size: int = 4, dim: int = 16, seed: int = 0, prefix: int = 1, dropou
     return Encoder(frontend, Transformer(dim=dim, depth=1, heads=2, dropout=dropout), SinCos(dim), prefix=prefix)
 
 
-def dbot(teacher: Encoder, **settings: Any) -> DBOT:
+def dbot(theirs: Encoder, **settings: Any) -> DBOT:
     small = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
-    return DBOT(encoder(), teacher_encoder=teacher, **small, **settings)
+    return DBOT(encoder(), teacher_encoder=theirs, **small, **settings)
 
 
 def pictures() -> Batch:
