@@ -118,6 +118,6 @@ class DBOT(nn.Module):
     @torch.no_grad()
     def _features(self, raw: Raw) -> Tensor:
         """(B, N, D) float32."""
-        teacher = self.teacher.module
-        features = teacher(teacher.tokens(raw)).tokens.float()
+        tokens = self.teacher.module.get_submodule("frontend")(raw)
+        features = self.teacher(tokens).tokens.float()
         return F.layer_norm(features, features.shape[-1:])
