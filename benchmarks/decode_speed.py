@@ -1,11 +1,11 @@
 """Random clips of 16 frames out of video files, a second, with each decoder and 0, 1 and 2 workers.
 
-    python benchmarks/decode_speed.py                                      # on files made for it
+    python benchmarks/decode_speed.py                                      # on files made for it, and small/mae_video
     python benchmarks/decode_speed.py --videos clips/ --batches 40
     python benchmarks/decode_speed.py --recipe small/mae_video --train motion/train.jsonl --steps 100
 
-With a recipe it is run for so many updates, and the share of their time that was spent waiting for data is printed:
-from the first micro-batch on, reading all clips for the first time included.
+A recipe is run for so many updates, and the share of their time that was spent waiting for data is printed: from the
+first micro-batch on. A small recipe keeps what it has read, so with few updates for many clips the share is larger.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mmssl import assemble
-from mmssl.data.batching import BatchPlan, Loader
+from mmssl.data.batching import AHEAD, BatchPlan, Loader
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.scan import scan
 from mmssl.loading import clips_of
@@ -42,6 +43,7 @@ def make_videos(folder: Path, *, count: int, seconds: float, size: tuple[int, in
     """H.264 files of 30 frames/s, a key frame every 2 s, in which smooth noise moves."""
     import av
 
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     height, width = size
     for number in range(count):
@@ -56,8 +58,8 @@ def make_videos(folder: Path, *, count: int, seconds: float, size: tuple[int, in
             container.mux(stream.encode())
 
 
-def clips_a_second(rows: list[dict[str, object]], decoder: str, workers: int, batches: int, batch_size: int) -> float:
-    """Without the first micro-batch, with which processes start."""
+def clips_a_second(rows: list[dict[str, Any]], decoder: str, workers: int, batches: int, batch_size: int) -> float:
+    """Without the first micro-batches: with one of them processes start, and others were read ahead in the meantime."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clips.jsonl"
         write_manifest(path, [{**row, "decoder": decoder} for row in rows])
@@ -65,7 +67,8 @@ def clips_a_second(rows: list[dict[str, object]], decoder: str, workers: int, ba
         dataset = clips_of(manifest, "video", Tubes(dim=1), STEPS)
         plan = BatchPlan(np.ones(len(manifest)), batch_size=batch_size, bucket=False)
         loaded = iter(Loader(dataset, plan, workers=workers))
-        next(loaded)
+        for _ in range(1 + AHEAD * max(1, workers)):
+            next(loaded)
         start, clips = time.perf_counter(), 0
         for _ in range(batches):
             clips += len(next(loaded))
@@ -108,6 +111,19 @@ def waiting(recipe: str, train: Path, workers: int, steps: int) -> tuple[float, 
     return Watched.waited, taken
 
 
+def print_waiting(recipe: str, train: Path, steps: int) -> None:
+    for workers in WORKERS:
+        waited, taken = waiting(recipe, train, workers, steps)
+        print(f"{recipe}, {workers} workers: waited {waited:.2f} s of {taken:.2f} s ({waited / taken:.1%})", flush=True)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """What a manifest says of the videos of a folder."""
+    kind = MODALITIES["video"]
+    rows = scan(folder, media="video", probe=kind.probe, suffixes=kind.suffixes, progress=False).rows
+    return [{**row, "video": str(folder / row["video"])} for row in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=Path)
@@ -118,29 +134,26 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--recipe")
     parser.add_argument("--train", type=Path, help="manifest for the recipe")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores")
     if args.recipe is not None:
-        for workers in WORKERS:
-            waited, taken = waiting(args.recipe, args.train, workers, args.steps)
-            print(
-                f"{args.recipe}, {workers} workers: waited {waited:.2f} s of {taken:.2f} s ({waited / taken:.1%})",
-                flush=True,
-            )
+        print_waiting(args.recipe, args.train, args.steps)
         return
     with tempfile.TemporaryDirectory() as made:
-        folder = args.videos or Path(made)
+        folder = args.videos or Path(made, "large")
         if args.videos is None:
             make_videos(folder, count=args.count, seconds=args.seconds, size=tuple(args.size))
-        kind = MODALITIES["video"]
-        rows = scan(folder, media="video", probe=kind.probe, suffixes=kind.suffixes, progress=False).rows
-        for row in rows:
-            row["video"] = str(folder / row["video"])
+        rows = rows_of(folder)
         for decoder in ("decord", "pyav"):
             for workers in WORKERS:
                 rate = clips_a_second(rows, decoder, workers, args.batches, args.batch_size)
                 print(f"{decoder:6} {workers} workers: {rate:7.1f} clips of 16 frames a second", flush=True)
+        if args.videos is None:
+            small = Path(made, "small")
+            make_videos(small, count=128, seconds=2.0, size=(32, 32))
+            write_manifest(small / "train.jsonl", rows_of(small))
+            print_waiting("small/mae_video", small / "train.jsonl", args.steps)
 
 
 if __name__ == "__main__":
