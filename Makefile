@@ -24,6 +24,9 @@ lint: $(VENV)/.ok
 bench: $(VENV)/.ok
 	$(BIN)/python benchmarks/step_speed.py
 	$(BIN)/python benchmarks/embed_speed.py
+	$(BIN)/python benchmarks/fbank_speed.py
+	$(BIN)/python benchmarks/mask_speed.py
+	$(BIN)/python benchmarks/decode_speed.py
 
 $(VENV)/.ok: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """One training step of ours against transformers' of the same size, in turn, in one process.
 
-    python benchmarks/step_speed.py                      # base size, both modalities, float32 and bfloat16
+    python benchmarks/step_speed.py                      # base size, all modalities, float32 and bfloat16
     python benchmarks/step_speed.py --size small --modality speech --rounds 9
 
 Prints seconds (median over rounds), their ratio, and which share of the machine's own matrix-product rate, measured in
@@ -26,6 +26,8 @@ from mmssl.memory import keep_freed_memory
 from mmssl.modalities.image.frontend import Patches
 from mmssl.modalities.image.targets import TARGETS
 from mmssl.modalities.speech.frontend import Waveform
+from mmssl.modalities.video.frontend import Tubes
+from mmssl.modalities.video.targets import TARGETS as VIDEO_TARGETS
 from mmssl.nn import linear
 from mmssl.nn.positions import Convolutional, SinCos
 from mmssl.nn.transformer import Transformer
@@ -35,6 +37,7 @@ from mmssl.types import Batch, Raw
 
 SIZES = {"base": {"dim": 768, "depth": 12, "heads": 12}, "small": {"dim": 192, "depth": 6, "heads": 6}}
 BATCH = {("image", "base"): 8, ("image", "small"): 32, ("speech", "base"): 2, ("speech", "small"): 8}
+CLIPS, FRAMES = 2, 16  # of a step of VideoMAE
 SECONDS = {"base": 8, "small": 4}
 
 
@@ -128,6 +131,49 @@ def their_speech(size: str) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]
     return model, loss
 
 
+def our_video(size: str) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
+    shape = SIZES[size]
+    encoder = Encoder(Tubes(dim=shape["dim"]), Transformer(**shape), SinCos(shape["dim"]))
+    target = VIDEO_TARGETS["normalized_pixels"]
+    settings = {"mask": "tube", "mask_ratio": 0.9, **_video_decoder(size)}
+    model = MAE(encoder, target=target.values, target_dim=target.dim(encoder.frontend), **settings)
+    lengths = torch.full((CLIPS,), FRAMES, dtype=torch.int64)
+    raw = Raw(torch.rand(CLIPS, 3, FRAMES, 224, 224), lengths, [str(i) for i in range(CLIPS)], 7.5)
+    return model, _ours(model, Batch({"video": raw}, seeds=torch.arange(CLIPS)))
+
+
+def their_video(size: str) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
+    from transformers import VideoMAEConfig, VideoMAEForPreTraining
+
+    shape, decoder = SIZES[size], _video_decoder(size)
+    config = VideoMAEConfig(
+        hidden_size=shape["dim"],
+        num_hidden_layers=shape["depth"],
+        num_attention_heads=shape["heads"],
+        intermediate_size=4 * shape["dim"],
+        decoder_hidden_size=decoder["decoder_dim"],
+        decoder_num_hidden_layers=decoder["decoder_depth"],
+        decoder_num_attention_heads=decoder["decoder_heads"],
+        decoder_intermediate_size=4 * decoder["decoder_dim"],
+        num_frames=FRAMES,
+        norm_pix_loss=True,
+    )
+    model = VideoMAEForPreTraining(config)
+    clips = torch.rand(CLIPS, FRAMES, 3, 224, 224)
+
+    def loss() -> torch.Tensor:
+        places = torch.rand(CLIPS, 196).argsort(1).argsort(1) < 176
+        return model(clips, bool_masked_pos=places.repeat(1, FRAMES // 2)).loss
+
+    return model, loss
+
+
+def _video_decoder(size: str) -> dict[str, int]:
+    if size == "base":
+        return {"decoder_dim": 384, "decoder_depth": 4, "decoder_heads": 6}
+    return {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3}
+
+
 def _decoder(size: str) -> dict[str, int]:
     if size == "base":
         return {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16}
@@ -167,7 +213,11 @@ def counted_by_torch() -> Iterator[None]:
 
 
 def compare(modality: str, size: str, precision: torch.dtype, rounds: int) -> None:
-    builders = {"image": (our_image, their_image), "speech": (our_speech, their_speech)}[modality]
+    builders = {
+        "image": (our_image, their_image),
+        "speech": (our_speech, their_speech),
+        "video": (our_video, their_video),
+    }[modality]
     steps, operations = [], []
     for build in builders:
         torch.manual_seed(0)
@@ -198,7 +248,7 @@ def compare(modality: str, size: str, precision: torch.dtype, rounds: int) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modality", choices=["image", "speech"], action="append")
+    parser.add_argument("--modality", choices=["image", "speech", "video"], action="append")
     parser.add_argument("--size", choices=list(SIZES), action="append")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], action="append")
     parser.add_argument("--rounds", type=int, default=5)
@@ -209,7 +259,7 @@ def main() -> None:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {args.rounds} rounds"
     )
     for size in args.size or ["base", "small"]:
-        for modality in args.modality or ["image", "speech"]:
+        for modality in args.modality or ["image", "speech", "video"]:
             for precision in args.precision or ["float32", "bfloat16"]:
                 compare(modality, size, getattr(torch, precision), args.rounds)
 

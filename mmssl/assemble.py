@@ -41,7 +41,7 @@ from mmssl.validation import Validation, spells
 FORMAT = 1
 ENCODER = ("frontend", "positions", "transformer", "encoder")
 # of an encoder that was pretrained, a recipe for fine-tuning may set these alone: they are no part of what it learned
-RATES = ("dropout", "attention_dropout", "activation_dropout", "drop_path", "layer_drop")
+RATES = ("dropout", "attention_dropout", "activation_dropout", "drop_path", "layer_drop", "dither", "stripes")
 # settings that say how a run is done and not what comes out of it: a run may be resumed with others
 PRACTICAL = {
     "data.valid",
@@ -70,6 +70,8 @@ PROVIDED: dict[str, Callable[[Config, Encoder], Any]] = {
     "target_dim": lambda config, encoder: _target(config).dim(encoder.frontend),
     "target_learned": lambda config, encoder: _target(config).learned and encoder.frontend.learned,
     "pictures": lambda config, encoder: _target(config).pictures,
+    "views": lambda config, encoder: MODALITIES[config["modality"]].views[config["objective"]["views"]],
+    "teacher_encoder": lambda config, encoder: _teacher(config),
     "n_characters": lambda config, encoder: len(config["vocabulary"]),
     "n_classes": lambda config, encoder: len(config["classes"]),
 }
@@ -90,10 +92,9 @@ def resolve(recipe: Recipe) -> Recipe:
     values["positions"] = _named(recipe, "positions", POSITIONS, given=["dim"])
     values["transformer"] = recipe.settings("transformer", Transformer)
     values["encoder"] = recipe.settings("encoder", Encoder, given=["frontend", "transformer", "positions"])
-    given = [name for name in PROVIDED if name != "target"]
-    values["objective"] = _named(
-        recipe, "objective", OBJECTIVES, given=["encoder", *given], named={"target": modality.targets}
-    )
+    named = {"target": modality.targets, "views": modality.views}
+    given = ["encoder", *(name for name in PROVIDED if name not in named)]
+    values["objective"] = _named(recipe, "objective", OBJECTIVES, given=given, named=named)
     values["augment"] = _augments(recipe, modality)
     values["data"] = recipe.settings("data", DataSettings)
     values["optimizer"] = recipe.settings("optimizer", build_optimizer, given=["objective"])
@@ -395,6 +396,26 @@ def _spelled(vocabulary: CharVocabulary, row: dict[str, Any]) -> list[int]:
     """A held-out clip's characters; none where the vocabulary lacks one: that is the model's fault, not the clip's."""
     known = not isinstance(row.get("text"), str) or spells(vocabulary, row["text"])
     return list(label_of("text", vocabulary.encode, row)) if known else []
+
+
+def _teacher(config: Config) -> Encoder:
+    """The encoder of the run that `objective.teacher` names, or one with new weights.
+
+    Raises:
+        ValueError: the folder holds no encoder of this modality.
+    """
+    folder = config["objective"]["teacher"]
+    if folder is None:
+        return build_encoder(config)
+    theirs = read_config(Path(folder))
+    if theirs["modality"] != config["modality"]:
+        raise ValueError(
+            f"objective.teacher={folder}: holds an encoder of {theirs['modality']}, and this recipe is for "
+            f"{config['modality']}; give the folder of another run"
+        )
+    encoder = build_encoder(theirs)
+    encoder.load_state_dict(checkpoint.read_encoder(Path(folder))[1])
+    return encoder
 
 
 def _target(config: Config) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import inspect
 import math
 import os
 import queue
@@ -89,6 +90,36 @@ def find_clips(
     if not len(clips):
         raise ValueError("nothing to embed: the inputs are empty")
     return clips
+
+
+def spread_out(config: Mapping[str, Any], spans: int) -> list[dict[str, Any]]:
+    """The configs that read so many parts of each clip, evenly from its beginning to its end, in place of its middle.
+
+    Raises:
+        ValueError: less than one, or several where clips are read whole.
+    """
+    if spans < 1:
+        raise ValueError(f"spans={spans}: must be at least 1")
+    if spans == 1:
+        return [dict(config)]
+    kind, steps = MODALITIES[config["modality"]], config["augment_eval"]
+    table = {**kind.spans, **kind.augments}
+    if not any(_is_part(table[step["name"]]) for step in steps):
+        names = [name for name, step in table.items() if _is_part(step)]
+        raise ValueError(
+            f"spans={spans}: this run's augment.eval reads clips whole"
+            + (f", and not a part of each such as {' or '.join(names)}" if names else "")
+            + "; leave spans out"
+        )
+    shares = [place / (spans - 1) for place in range(spans)]
+    return [
+        {**config, "augment_eval": [step | ({"at": at} if _is_part(table[step["name"]]) else {}) for step in steps]}
+        for at in shares
+    ]
+
+
+def _is_part(step: Callable[..., Any]) -> bool:
+    return "at" in inspect.signature(step).parameters
 
 
 @dataclass(frozen=True)

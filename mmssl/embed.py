@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.assemble import build_encoder, build_objective, read_config
-from mmssl.clips import Clips, Input, find_clips, groups, windows
+from mmssl.clips import Clips, Input, find_clips, groups, spread_out, windows
 from mmssl.data.batching import collate_samples
 from mmssl.data.text import CharVocabulary
 from mmssl.encoder import Encoder
@@ -268,6 +268,7 @@ class Embedder:
         self,
         inputs: Input | Sequence[Input],
         *,
+        spans: int = 1,
         rate: float | None = None,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
@@ -279,25 +280,31 @@ class Embedder:
         They add up to 1, or are each for itself where clips have several classes (`multi_label`).
 
         Args:
+            spans: of sound and video: mean over so many parts of each clip, evenly from its beginning to its end, each
+                as long as the middle one that is read otherwise.
             inputs, rate, batch_size, batch_seconds, on_bad_clip, progress: see `embed`; NaN for a clip that was
                 skipped.
 
         Raises:
-            ValueError: this encoder was not fine-tuned, or tells no classes.
+            ValueError: this encoder was not fine-tuned, or tells no classes, or reads clips whole where there are to be
+                several spans.
         """
         objective = self._fine_tuned()
         if self.config["classes"] is None:
             raise ValueError(f"{self.name} writes transcripts and tells no classes; use predict")
-        clips = find_clips(inputs, self.config, self.encoder, rate=rate)
-        found = torch.full((len(clips), len(self.config["classes"])), torch.nan)
+        parts = []
+        for config in spread_out(self.config, spans):
+            clips = find_clips(inputs, config, self.encoder, rate=rate)
+            found = torch.full((len(clips), len(self.config["classes"])), torch.nan)
 
-        def compute(batch: Batch, places: list[int]) -> None:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                logits = objective.predict(batch.to(self.device)).cpu()
-            found[places] = logits.sigmoid() if objective.multi_label else logits.softmax(1)
+            def compute(batch: Batch, places: list[int], found: Tensor = found) -> None:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                    logits = objective.predict(batch.to(self.device)).cpu()
+                found[places] = logits.sigmoid() if objective.multi_label else logits.softmax(1)
 
-        self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
-        return found
+            self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
+            parts.append(found)
+        return torch.stack(parts).mean(0)
 
     def _layers(self, layer: int | Sequence[int] | Literal["all"]) -> list[int]:
         if layer != "all" and (isinstance(layer, str) or not isinstance(layer, int | Iterable)):

@@ -95,7 +95,7 @@ class Recipe:
         """What the name at a dotted key stands for in a literal table."""
         name = self.get(key)
         if name is None:
-            raise RecipeError(f"{self.place(key)}: '{key}' is missing; one of: {', '.join(table)}")
+            raise RecipeError(f"{self.place(key)}: '{key}' is missing; one of: {', '.join(table) or 'none'}")
         if name not in table:
             hint = _did_you_mean(str(name), table)
             raise self.error(key, f"unknown {key} '{name}'.{hint} Known: {', '.join(table)}.")

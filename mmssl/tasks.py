@@ -47,6 +47,7 @@ def evaluate(
     draws: int = 5,
     k: int | Sequence[int] = 20,
     beam: int | None = None,
+    spans: int = 1,
     baseline: Baseline | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -75,6 +76,7 @@ def evaluate(
         labels_per_class, label_share: fit on a few labels only, in `draws` random draws.
         k: of "knn"; of several the best on validation.
         beam: of "ctc", see `Embedder.predict`.
+        spans: of "classify", see `Embedder.probabilities`.
         baseline: measure this in place of the encoder: "random", the same network with new weights (from `seed`);
             "pixels", the raw picture; "logmel", log-mel energies every 10 ms. Read and pooled as for the encoder.
         device, precision: see `mmssl.load`.
@@ -92,10 +94,12 @@ def evaluate(
     if baseline is not None:
         embedder = as_baseline(embedder, baseline, seed=seed)
     settings: dict[str, Any] = {"batch_size": batch_size, "on_bad_clip": on_bad_clip, "progress": progress}
+    if spans != 1 and task != "classify":
+        raise ValueError(f"spans={spans}: several parts of a clip are read for task classify only; leave spans out")
     if task in ("classify", "ctc"):
         if baseline is not None:
             raise ValueError(f"baseline={baseline}: {task} measures what a fine-tuned run says; leave the baseline out")
-        return _fine_tuned(embedder, task, _manifest(test), label, beam, settings)
+        return _fine_tuned(embedder, task, _manifest(test), label, beam, spans, settings)
     if task not in ("linear", "knn"):
         raise ValueError(f"task={task!r}: choose linear, knn, classify or ctc")
     if train is None:
@@ -279,14 +283,20 @@ def _manifest(clips: Clips) -> Manifest:
 
 
 def _fine_tuned(
-    embedder: Embedder, task: str, manifest: Manifest, label: str, beam: int | None, settings: dict[str, Any]
+    embedder: Embedder,
+    task: str,
+    manifest: Manifest,
+    label: str,
+    beam: int | None,
+    spans: int,
+    settings: dict[str, Any],
 ) -> dict[str, Score]:
     """What a fine-tuned run says of clips, against what their rows say."""
     wanted = "vocabulary" if task == "ctc" else "classes"
     if embedder.config.get(wanted) is None:
         raise ValueError(f"task={task}: {embedder.name} has no {wanted}; give a run that was fine-tuned for it")
     if task == "classify" and embedder.config["objective"].get("multi_label"):
-        return {"map": _several_classes(embedder, manifest, label, settings)}
+        return {"map": _several_classes(embedder, manifest, label, spans, settings)}
     if task == "ctc":
         truth = [normalize("NFC", text) for text in manifest.values("text")]  # as the vocabulary spells
     else:
@@ -294,7 +304,14 @@ def _fine_tuned(
         for place, name in enumerate(truth):
             if name not in embedder.config["classes"]:
                 raise ValueError(f"{manifest.place(place)}: the label {name!r} is none that {embedder.name} knows")
-    said = embedder.predict(manifest, beam=beam, **settings)
+    said: list[str | None]
+    if spans != 1:
+        found = embedder.probabilities(manifest, spans=spans, **settings)
+        places = found.argmax(1).tolist()
+        read = torch.isfinite(found).all(1).tolist()
+        said = [embedder.config["classes"][i] if here else None for i, here in zip(places, read, strict=True)]
+    else:
+        said = embedder.predict(manifest, beam=beam, **settings)
     pairs = [(right, guess) for right, guess in zip(truth, said, strict=True) if guess is not None]
     skipped = len(truth) - len(pairs)
     note = f"{embedder.name}" + (f"; {skipped} clips could not be read" if skipped else "")
@@ -304,11 +321,15 @@ def _fine_tuned(
         return {name: replace(rate, protocol=f"{rate.protocol}; {note}") for name, rate in rates.items()}
     right = sum(one == other for one, other in pairs)
     low, high = wilson(right, len(pairs))
-    protocol = f"the fine-tuned run's own classes; test touched once; {note}"
+    protocol = f"the fine-tuned run's own classes{_of_spans(spans)}; test touched once; {note}"
     return {"accuracy": Score("classify", right / len(pairs), low, high, len(pairs), protocol)}
 
 
-def _several_classes(embedder: Embedder, manifest: Manifest, label: str, settings: dict[str, Any]) -> Score:
+def _of_spans(spans: int) -> str:
+    return f", mean over {spans} spans of each clip" if spans > 1 else ""
+
+
+def _several_classes(embedder: Embedder, manifest: Manifest, label: str, spans: int, settings: dict[str, Any]) -> Score:
     """The mean average precision of a run whose clips have several classes each."""
     classes = Classes(embedder.config["classes"])
     truth = torch.zeros(len(manifest), len(classes), dtype=torch.bool)
@@ -317,7 +338,7 @@ def _several_classes(embedder: Embedder, manifest: Manifest, label: str, setting
             truth[place, classes.encode_all(names)] = True
         except ValueError as error:
             raise ValueError(f"{manifest.place(place)}: {error}") from None
-    found = embedder.probabilities(manifest, **settings)
+    found = embedder.probabilities(manifest, spans=spans, **settings)
     read = torch.isfinite(found).all(1)
     precisions = average_precisions(found[read].numpy(), truth[read].numpy())
     heard = precisions[~np.isnan(precisions)]
@@ -325,8 +346,8 @@ def _several_classes(embedder: Embedder, manifest: Manifest, label: str, setting
         raise ValueError(f"task=classify: the test clips have {len(heard)} of the classes, and a mean takes two")
     low, high = student(heard.tolist())
     protocol = (
-        f"mean over the {len(heard)} of {len(classes)} classes that test clips have, interval over those classes; test "
-        f"touched once; {embedder.name}"
+        f"mean over the {len(heard)} of {len(classes)} classes that test clips have, interval over those classes"
+        f"{_of_spans(spans)}; test touched once; {embedder.name}"
     )
     skipped = int((~read).sum())
     protocol += f"; {skipped} clips could not be read" if skipped else ""

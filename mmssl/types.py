@@ -38,12 +38,15 @@ class Raw:
     lengths: (B,) int64 on the CPU, real units along time (samples, frames); 1 for pictures.
     ids: a key for each clip.
     rate: units along time per second, where there is a time.
+    seeds: (B,) int64 on the CPU, from which a frontend draws what it does to clips in training; None where it is to do
+        nothing to them.
     """
 
     data: Tensor
     lengths: Tensor
     ids: list[str]
     rate: float | None = None
+    seeds: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Raw:
         """The same batch with its data on `device`; lengths stay on the CPU."""
@@ -71,10 +74,10 @@ class Batch:
 
     @property
     def raw(self) -> Raw:
-        """The only input of a batch of one modality."""
+        """The only input of a batch of one modality, with the batch's seeds."""
         if len(self.inputs) != 1:
             raise ValueError(f"batch: expected one modality, got {sorted(self.inputs)}")
-        return next(iter(self.inputs.values()))
+        return replace(next(iter(self.inputs.values())), seeds=self.seeds)
 
     @property
     def ids(self) -> list[str]:

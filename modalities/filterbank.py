@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.nn.seeds import normal
 from mmssl.types import valid_mask
 
 Window = Literal["hanning", "povey", "hamming", "rectangular"]
@@ -56,7 +57,7 @@ def triangles(
 
 
 class Filterbank(nn.Module):
-    """Log-mel energies as Kaldi computes them, without dither, of any number of clips at once.
+    """Log-mel energies as Kaldi computes them, of any number of clips at once.
 
     Source: Povey et al. 2011, "The Kaldi speech recognition toolkit"; equal to torchaudio's `compliance.kaldi.fbank`
     with its defaults for everything that is no argument here: power spectrum, `snip_edges`, no energy. The mean of each
@@ -68,6 +69,9 @@ class Filterbank(nn.Module):
         window: of a frame; "povey" is hanning to the power .85.
         low, high: in Hz, of the lowest and the highest band; `high` at or below 0 counts from half the rate.
         preemphasis: this share of each sample's predecessor is taken off.
+        dither: deviation of the normal noise put on the samples, in their own units, where there are seeds; Kaldi's 1.0
+            for 16 bits is 3e-5 for samples in [-1, 1]. It is drawn once for a sample, where Kaldi draws it anew in each
+            frame.
         rate: samples per second.
     """
 
@@ -82,8 +86,11 @@ class Filterbank(nn.Module):
         high: float,
         preemphasis: float,
         rate: int,
+        dither: float = 0.0,
     ) -> None:
         super().__init__()
+        if dither < 0:
+            raise ValueError(f"frontend.dither={dither:g}: a deviation is at least 0; 0 puts no noise on the samples")
         top = high if high > 0 else rate / 2 + high
         if not 0 <= low < top <= rate / 2:
             raise ValueError(
@@ -97,7 +104,7 @@ class Filterbank(nn.Module):
                 f"frontend.window_ms={window_ms:g}, frontend.hop_ms={hop_ms:g}, frontend.bands={bands}: a frame at "
                 f"{rate} Hz would be {self.width} samples every {self.hop}; make them longer"
             )
-        self.preemphasis = preemphasis
+        self.preemphasis, self.dither = preemphasis, dither
         self.fft = 2 ** math.ceil(math.log2(self.width))
         self.taper: Tensor
         self.bank: Tensor
@@ -117,12 +124,13 @@ class Filterbank(nn.Module):
         """Whole frames in so many samples."""
         return (torch.div(samples - self.width, self.hop, rounding_mode="floor") + 1).clamp_min(0)
 
-    def forward(self, waves: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, waves: Tensor, lengths: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Natural logarithms of band energies.
 
         Args:
             waves: (B, L); what stands past a clip's length is never read.
             lengths: (B,) int64 on the CPU, samples.
+            seeds: (B,) int64 on the CPU, of the clips' dither; none without.
 
         Returns:
             (B, T, F) float32, the floor past each clip's frames.
@@ -131,6 +139,10 @@ class Filterbank(nn.Module):
         size = int(counts.max())
         with torch.no_grad(), torch.autocast(waves.device.type, enabled=False):
             waves = waves.to(self.taper.dtype)
+            if self.dither and seeds is not None:
+                waves = waves.clone()
+                for wave, samples, seed in zip(waves, lengths.tolist(), seeds.tolist(), strict=True):
+                    wave[:samples] += self.dither * normal(seed, samples, name="dither", device=waves.device)
             frames = waves.unfold(1, self.width, self.hop)[:, :size]
             out = waves.new_full((len(waves), size, self.bank.shape[1]), math.log(FLOOR))
             if waves.device.type == "cpu":

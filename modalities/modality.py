@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mmssl.types import Frontend
+from mmssl.types import Frontend, Raw
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Modality:
     hints: keys of that which `read` takes too.
     spans: what a recipe may name as the first of its augmentations, to be read instead of the whole clip:
         (seconds, generator, **settings) -> (start, duration).
+    views: two views of each clip, for an objective that compares them: (raw, frontend) -> (seen, to be told from it).
     """
 
     name: str
@@ -58,3 +59,4 @@ class Modality:
     sizes: dict[str, Callable[..., np.ndarray]] = field(default_factory=dict)
     hints: tuple[str, ...] = ()
     spans: dict[str, Callable[..., tuple[float, float]]] = field(default_factory=dict)
+    views: dict[str, Callable[[Raw, Frontend], tuple[Raw, Raw]]] = field(default_factory=dict)

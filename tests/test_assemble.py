@@ -16,10 +16,11 @@ from mmssl.assemble import build_encoder, build_frontend, finetune, pretrain, re
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import load as load_encoder
 from mmssl.loading import build_augment, build_plan
+from mmssl.objectives.mae import MAE
 from mmssl.recipe import Recipe, RecipeError, load, parse
 from mmssl.tasks import evaluate
 from mmssl.training.checkpoint import read_encoder, read_tensors
-from mmssl.types import BadClip
+from mmssl.types import BadClip, Batch, Loss
 from mmssl.validation import Validation
 
 TOY = ["transformer.dim=16", "transformer.depth=2", "transformer.heads=2"]
@@ -317,3 +318,65 @@ def test_augmentations_get_the_rate_of_the_frontend(speech_rows: Path) -> None:
     assert augment(torch.zeros(16_000), np.random.default_rng(0)).shape == (4_000,)
     with pytest.raises(RecipeError, match="unknown key 'augment.train.0.rate'. Keys here: seconds"):
         resolve(load("small/wav2vec2_speech", ["augment.train=[{name: random_crop, seconds: 1, rate: 8000}]"]))
+
+
+def test_a_stages_teacher_is_the_encoder_of_the_run_before(
+    run: Path, image_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    def stage(*overrides: str) -> Recipe:
+        data = [f"data.train={image_rows('train')}", f"data.valid={image_rows('test')}"]
+        return load("small/dbot_image", [*data, *TOY, *DECODER, "trainer.save_every=2", *overrides])
+
+    def saved(folder: Path) -> dict[str, torch.Tensor]:
+        return read_tensors(folder / "checkpoints" / "step_2" / "model.safetensors")
+
+    before = read_encoder(run)[1]
+    second = saved(pretrain(stage(f"objective.teacher={run}"), tmp_path / "second"))
+    assert all(torch.equal(second[f"teacher.module.{name}"], tensor) for name, tensor in before.items())
+    first = saved(pretrain(stage(), tmp_path / "first"))
+    name = "frontend.project.weight"
+    assert not torch.equal(first[f"teacher.module.{name}"], before[name])
+    # student and teacher are two draws of random weights
+    assert (first[f"teacher.module.{name}"] - first[f"encoder.{name}"]).abs().max() > 0.1
+    with pytest.raises(RecipeError, match=r"no config.json here"):
+        pretrain(stage(f"objective.teacher={tmp_path / 'nowhere'}"), tmp_path / "third")
+
+
+def test_views_are_named_where_a_modality_has_some(image_rows: Callable[..., Path], tmp_path: Path) -> None:
+    data = [f"data.train={image_rows('train')}", "data.valid=null", *TOY, *DECODER]
+    settings = "objective={name: siam_mae, target: normalized_pixels, views: crops, mask_ratio: 0.9}"
+    assert (pretrain(load("small/mae_image", [settings, *data]), tmp_path / "run") / "encoder.safetensors").is_file()
+    with pytest.raises(RecipeError, match="unknown objective.views 'frames'.* Known: crops"):
+        resolve(load("small/mae_image", [settings.replace("crops", "frames"), *data]))
+    sound = settings.replace("pixels", "spectrogram").replace(", views: crops", "")
+    with pytest.raises(RecipeError, match="'objective.views' is missing; one of: none"):
+        resolve(load("small/mae_audio", [sound, *data]))
+
+
+def test_a_run_over_a_folder_of_which_a_third_is_broken_uses_every_good_clip(
+    sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted((sounds / "train").rglob("*.wav"))[:12]
+    rows = []
+    for number, file in enumerate(files):
+        content = file.read_bytes()
+        broken = {0: b"", 3: b"<html>", 7: content[:30], 10: None}.get(number, content)
+        if broken is not None:
+            (tmp_path / f"{number}.wav").write_bytes(broken)
+        rows.append({"audio": str(tmp_path / f"{number}.wav"), "seconds": 0.6, "id": str(number)})
+    write_manifest(tmp_path / "train.jsonl", rows)
+    seen: set[str] = set()
+    forward = MAE.forward
+
+    def watched(self: MAE, batch: Batch) -> Loss:
+        seen.update(batch.ids)
+        return forward(self, batch)
+
+    monkeypatch.setattr(MAE, "forward", watched)
+    settings = [f"data.train={tmp_path / 'train.jsonl'}", "data.on_bad_clip=skip", "data.max_bad_share=0.34"]
+    toy = [*TOY, *DECODER, "frontend.rate=8000", "trainer.eval_every=0", "trainer.steps=3"]  # an epoch is 3 updates
+    folder = pretrain(load("small/mae_audio", [*settings, *toy]), tmp_path / "run")
+    bad = [json.loads(line) for line in (folder / "bad_clips.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in bad) == ["0", "10", "3", "7"]
+    assert all(row["reason"] and row["path"] == str(tmp_path / f"{row['id']}.wav") for row in bad)
+    assert seen == {str(number) for number in range(12)} - {"0", "3", "7", "10"}

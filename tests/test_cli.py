@@ -125,7 +125,7 @@ def test_a_folder_with_other_files_is_left_alone(pretrained: Path, manifests: Pa
             "command line 'objective.mask_ration=0.5': unknown key 'objective.mask_ration'. "
             "Did you mean 'objective.mask_ratio'? Keys here: target, mask, mask_ratio, decoder_mask, "
             "decoder_mask_ratio, position_noise, decoder_dim, decoder_depth, decoder_heads, decoder_mlp_dim, "
-            "decoder_eps.",
+            "decoder_eps, decoder_window, decoder_global_blocks.",
         ),
         (
             ["pretrain", "small/mae_imag"],

@@ -59,8 +59,9 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
         },
         "conv": {"positions.kernel": 7, "positions.groups": 2},
         "wav2vec2": {"objective.dim": 8, "objective.codes": 4, "objective.negatives": 3},
-        "mae": {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2},
     }
+    decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
+    per_name |= dict.fromkeys(("mae", "siam_mae", "denoise", "dbot"), decoder)
     if not name.startswith("small/"):  # 16 frames of 224 x 224 are 1,568 tokens otherwise
         per_name["tubes"] = {"frontend.size": [2, 56, 56], "data.batch_size": 2}
     for section in ("frontend", "positions", "objective"):
@@ -72,7 +73,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 31
+    assert len(RECIPES) == 38
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -191,6 +191,9 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
         ({"task": "cluster"}, "choose linear, knn, classify or ctc"),
         ({"baseline": "logmel"}, "choose random, or pixels"),
         ({"task": "classify", "baseline": "pixels"}, "leave the baseline out"),
+        ({"task": "knn", "spans": 3}, "for task classify only"),
+        ({"task": "classify", "spans": 3}, r"spans=3: this run's augment.eval reads clips whole; leave spans out"),
+        ({"task": "classify", "spans": 0}, "spans=0: must be at least 1"),
         ({"label": "speaker"}, "no 'speaker'"),
         ({"layer": 5}, "has layers 0 to 2"),
         ({"pool": "slices:2"}, "needs tokens along t"),
@@ -219,6 +222,32 @@ def test_clips_of_several_classes_are_measured_by_mean_average_precision(
     write_manifest(tmp_path / "bad.jsonl", [{**rows[0], "label": ["loud"]}])
     with pytest.raises(ValueError, match=r"bad\.jsonl:1: the label 'loud' is not among the 3 classes"):
         evaluate(run, task="classify", test=tmp_path / "bad.jsonl")
+
+
+def test_spans_are_read_from_the_beginning_to_the_end_and_averaged(heard: dict[str, Path], tmp_path: Path) -> None:
+    whole = load(exported(tmp_path / "whole", AUDIO, tuned=True))
+    config = {**AUDIO, "augment_eval": [{"name": "center_crop", "seconds": 0.2}], "objective": {"name": "classify"}}
+    run = exported(tmp_path / "run", config, tuned=True)
+    embedder = load(run)
+    waves = np.random.default_rng(0).standard_normal((2, 4000)).astype(np.float32)
+    found = embedder.probabilities(waves, spans=3)
+    # 1,600 of 4,000 samples, from 0, 1,200 and 2,400 on
+    parts = [embedder.probabilities(waves[:, start : start + 1600]) for start in (0, 1200, 2400)]
+    torch.testing.assert_close(found, torch.stack(parts).mean(0))
+    torch.testing.assert_close(embedder.probabilities(waves), parts[1])
+    score = evaluate(run, task="classify", test=labels_of(heard["test"], tmp_path, AUDIO["classes"]), spans=3)
+    said = embedder.probabilities(tmp_path / "test.jsonl", spans=3).argmax(1).tolist()
+    truth = [AUDIO["classes"].index(name) for name in Manifest(tmp_path / "test.jsonl").values("label")]
+    assert score["accuracy"].value == sum(map(int.__eq__, said, truth)) / 4
+    assert "mean over 3 spans of each clip" in score["accuracy"].protocol
+    with pytest.raises(ValueError, match=r"reads clips whole, and not a part of each such as center_crop"):
+        whole.probabilities(waves, spans=2)
+
+
+def labels_of(manifest: Path, folder: Path, names: list[str]) -> Path:
+    rows = [{**row, "label": names[n % 2]} for n, row in enumerate(Manifest(manifest))]
+    write_manifest(folder / "test.jsonl", rows)
+    return folder / "test.jsonl"
 
 
 def test_probabilities_of_one_class_a_clip_add_up_to_one(image: Path, seen: dict[str, Path]) -> None:

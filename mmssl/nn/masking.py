@@ -16,7 +16,7 @@ from mmssl.nn.seeds import uniform
 from mmssl.types import MaskPlan, Tokens, valid_mask
 
 # of the draws that are no masks of a clip's clones, see `uniform`; those count from 0
-_START = 1_000_000
+_START, _STRIPES = 1_000_000, 1_000_001
 # deviations in tokens of the two Gaussians between which green noise lies
 _GREEN = (0.5, 2.0)
 
@@ -207,6 +207,34 @@ def axis_mask(lengths: Tensor, *, grid: Sequence[int], ratios: Sequence[float], 
         rank = noise.masked_fill(~valid_mask(extent, grid[axis]), 2.0).argsort(1).argsort(1)
         masked |= (rank < hidden[:, None])[:, place]
     return plan_of(masked & valid, lengths)
+
+
+def stripes(lengths: Tensor, bands: int, *, time: float, frequency: float, seeds: Tensor) -> Tensor:
+    """One run of frames and one of bands of each clip, as long as is drawn, to be put to the mean.
+
+    Source: Park et al. 2019, SpecAugment (arXiv:1904.08779), section 2, steps 2 and 3, without warping.
+    Differs from the paper: lengths go up to a share of the clip's own frames, not to a number of them, so that no
+        clip is too short.
+
+    Args:
+        lengths: (B,) int64, real frames.
+        time, frequency: most of the frames and of the bands that are taken, in [0, 1].
+        seeds: (B,) int64.
+
+    Returns:
+        (B, T, F) bool on the CPU, True = taken; no frame past a clip's length is.
+    """
+    draws = uniform(seeds, 4, stream=_STRIPES)
+
+    def run(sizes: Tensor, share: float, length: Tensor, start: Tensor, longest: int) -> Tensor:
+        length = (length * ((sizes * share).floor() + 1)).floor()
+        begin = (start * (sizes - length + 1)).floor()
+        place = torch.arange(longest)
+        return (place >= begin[:, None]) & (place < (begin + length)[:, None])
+
+    times = run(lengths.cpu(), time, draws[:, 0], draws[:, 1], int(lengths.max()))
+    high = run(torch.full_like(lengths, bands), frequency, draws[:, 2], draws[:, 3], bands)
+    return (times[:, :, None] | high[:, None]) & valid_mask(lengths, times.shape[1])[..., None]
 
 
 def plan_of(masked: Tensor, lengths: Tensor, *, rows: Tensor | None = None) -> MaskPlan:

@@ -41,6 +41,12 @@ def uniform(seeds: Tensor, n: int, *, stream: int = 0) -> Tensor:
     return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24))
 
 
+def normal(seed: int, *shape: int, name: str, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal numbers from a clip's seed; another name gives independent ones, and so does another device."""
+    generator = torch.Generator(device).manual_seed(seed_of(name, seed))
+    return torch.randn(shape, generator=generator, device=device)
+
+
 def _mix(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * _MIX1
     z = (z ^ (z >> np.uint64(27))) * _MIX2

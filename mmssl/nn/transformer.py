@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmssl.nn.linear import Linear
 from mmssl.nn.seeds import seed_of, uniform
+from mmssl.nn.windows import Windows
 from mmssl.types import valid_mask
 
 # On the CPU, rows at least this long are attended to one by one: the square of their padding would cost more than the
@@ -89,7 +90,7 @@ class Layout:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within each clip."""
+    """Multi-head self-attention within each clip, or within windows of it."""
 
     def __init__(self, dim: int, heads: int, *, dropout: float) -> None:
         super().__init__()
@@ -98,9 +99,11 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.out = Linear(dim, dim)
 
-    def forward(self, h: Tensor, layout: Layout) -> Tensor:
+    def forward(self, h: Tensor, layout: Layout, windows: Windows | None = None) -> Tensor:
         qkv = self.qkv(h)
-        if not layout.ragged:
+        if windows is not None:
+            mixed = windows.join(self._attend(windows.split(qkv), windows.mask), h)
+        elif not layout.ragged:
             mixed = self._attend(qkv, layout.seen)
         elif layout.row_by_row:
             rows = enumerate(qkv.split(layout.sizes))
@@ -194,11 +197,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, mlp_dim, dropout=activation_dropout)
 
-    def forward(self, h: Tensor, layout: Layout) -> Tensor:
+    def forward(self, h: Tensor, layout: Layout, windows: Windows | None = None) -> Tensor:
         if self.pre:
-            h = h + self._branch(self.attention(self.norm1(h), layout), layout)
+            h = h + self._branch(self.attention(self.norm1(h), layout, windows), layout)
             return h + self._branch(self.mlp(self.norm2(h)), layout)
-        h = self.norm1(h + self._branch(self.attention(h, layout), layout))
+        h = self.norm1(h + self._branch(self.attention(h, layout, windows), layout))
         return self.norm2(h + self._branch(self.mlp(h), layout))
 
     def _branch(self, branch: Tensor, layout: Layout) -> Tensor:
@@ -295,6 +298,7 @@ class Transformer(nn.Module):
         *,
         layers: Sequence[int] = (),
         attended: Tensor | None = None,
+        windows: Sequence[Windows | None] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Encode rows of which the first `lengths[b]` places are real.
 
@@ -304,6 +308,8 @@ class Transformer(nn.Module):
             layers: which to return as well: 0 is the input to the first block, i the output of block i, both
                 without the final norm.
             attended: (B, N) bool, True = others see it; all by default. Each token has its own content in any case.
+            windows: for each block those within which it attends, or None for the whole clip; left out, no block has
+                any.
 
         Returns:
             (B, N, D) after the final norm (of "pre"), zero past each length; and the layers asked for.
@@ -318,9 +324,10 @@ class Transformer(nn.Module):
         h = F.dropout(h, self.dropout, self.training)
         left_out = self._left_out()
         kept = {0: layout.unpack(h)} if 0 in layers else {}
-        for i, block in enumerate(self.blocks, start=1):
+        each = windows or [None] * self.depth
+        for i, (block, own) in enumerate(zip(self.blocks, each, strict=True), start=1):
             if i not in left_out:
-                h = block(h, layout)
+                h = block(h, layout, own)
             if i in layers:
                 kept[i] = layout.unpack(h)
         if self.pre:

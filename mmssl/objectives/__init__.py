@@ -6,9 +6,12 @@ from mmssl.objectives.apc import APC
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.cpc import CPC
 from mmssl.objectives.ctc import CTC
+from mmssl.objectives.dbot import DBOT
+from mmssl.objectives.denoise import Denoise
 from mmssl.objectives.mae import MAE
 from mmssl.objectives.mp3 import MP3
 from mmssl.objectives.npc import NPC
+from mmssl.objectives.siam_mae import SiamMAE
 from mmssl.objectives.tera import TERA
 from mmssl.objectives.vq_wav2vec import VQWav2Vec
 from mmssl.objectives.wav2vec import Wav2Vec
@@ -17,8 +20,6 @@ from mmssl.objectives.wav2vec2 import Wav2Vec2
 OBJECTIVES: dict[str, type[nn.Module]] = {
     "wav2vec2": Wav2Vec2,
     "mae": MAE,
-    "ctc": CTC,
-    "classify": Classify,
     "tera": TERA,
     "apc": APC,
     "cpc": CPC,
@@ -26,6 +27,11 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "npc": NPC,
     "mp3": MP3,
     "vq_wav2vec": VQWav2Vec,
+    "siam_mae": SiamMAE,
+    "denoise": Denoise,
+    "dbot": DBOT,
+    "ctc": CTC,
+    "classify": Classify,
 }
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -52,6 +52,7 @@ class MAE(nn.Module):
         position_noise: variance of normal noise on the positions of the mask vectors while training, in the units of
             the encoder's output, so that no place is learned by heart (FlexPredict: Bar et al. 2023, arXiv:2308.00566).
         decoder_dim, decoder_depth, decoder_heads, decoder_mlp_dim, decoder_eps: of the Predictor.
+        decoder_window, decoder_global_blocks: of the Predictor; Audio-MAE has windows of [4, 4] tokens.
     """
 
     label: ClassVar[str | None] = None
@@ -75,6 +76,8 @@ class MAE(nn.Module):
         decoder_heads: int = 16,
         decoder_mlp_dim: int | None = None,
         decoder_eps: float = 1e-6,
+        decoder_window: Sequence[int] | None = None,
+        decoder_global_blocks: int = 0,
     ) -> None:
         super().__init__()
         if target_learned:
@@ -94,6 +97,12 @@ class MAE(nn.Module):
             raise ValueError(
                 f"objective.mask_ratio={mask_ratio}: a share of the tokens to hide lies between 0 and 1, and one that "
                 "changes takes at least 1 update; give a share, or [first share, last share, updates]"
+            )
+        axes = encoder.frontend.axes
+        if decoder_window is not None and len(decoder_window) != len(axes):
+            raise ValueError(
+                f"objective.decoder_window={list(decoder_window)}: give the tokens of a window along each axis, "
+                f"{', '.join(axes)}"
             )
         if position_noise < 0:
             raise ValueError(f"objective.position_noise={position_noise}: a variance is at least 0")
@@ -120,6 +129,8 @@ class MAE(nn.Module):
             mlp_dim=decoder_mlp_dim,
             out_dim=target_dim,
             eps=decoder_eps,
+            window=decoder_window,
+            global_blocks=decoder_global_blocks,
         )
 
     def forward(self, batch: Batch) -> Loss:

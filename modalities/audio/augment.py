@@ -1,6 +1,7 @@
 """What may be done to a recording before it is embedded, beside what speech has: (x (T,), rng, **settings) -> (T',).
 
-Two clips are mixed where labels can be mixed with them, in `Classify`; time and frequency are masked there too.
+Two clips are mixed where labels can be mixed with them, in `Classify`; times and frequencies of tokens
+are left out there too, and stripes of the spectrogram are put to the mean in the frontend.
 """
 
 from __future__ import annotations

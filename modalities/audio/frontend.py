@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmssl.modalities.filterbank import Filterbank, Window, fill_to
 from mmssl.modalities.speech.frontend import refuse_short
 from mmssl.nn.linear import Linear
+from mmssl.nn.masking import stripes as draw_stripes
 from mmssl.types import Frontend, Raw, Tokens, valid_mask
 
 
@@ -34,6 +35,11 @@ class SpectrogramPatches(Frontend):
         mean, std: of the log-mel energies of the training data; `mmssl manifest --stats` measures them.
         deviations: a normalized value of 1 lies so many deviations from the mean; CAV-MAE has 1.
         bands, window_ms, hop_ms, window, low, high, preemphasis, rate: see `Filterbank`. Clips must have this rate.
+        dither: see `Filterbank`; in training only.
+        stripes: for fine-tuning, {t: share, f: share}: one run of a clip's frames and one of its bands, each up to that
+            share of them, are put to the mean (SpecAugment, see `nn.masking.stripes`); in training only. Audio-MAE has
+            up to 192 of 1024 frames and 48 of 128 bands, and puts them to 0 before the normalization, where that is
+            louder than most sound.
     """
 
     axes: ClassVar[tuple[str, ...]] = ("t", "f")
@@ -56,6 +62,8 @@ class SpectrogramPatches(Frontend):
         high: float = 0.0,
         preemphasis: float = 0.97,
         rate: int = 16_000,
+        dither: float = 0.0,
+        stripes: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.size = tuple(size)
@@ -78,6 +86,9 @@ class SpectrogramPatches(Frontend):
             )
         if std <= 0 or deviations <= 0:
             raise ValueError(f"frontend.std={std:g}, frontend.deviations={deviations:g}: both must be above 0")
+        self.stripes = {"t": 0.0, "f": 0.0} | dict(stripes or {})
+        if len(self.stripes) > 2 or not all(0 <= share < 1 for share in self.stripes.values()):
+            raise ValueError(f"frontend.stripes={dict(stripes or {})}: give a share from 0 to below 1 for t, f or both")
         self.dim, self.feature_dim = dim, math.prod(self.size)
         self.down = rest // self.stride[1] + 1
         self.mean, self.scale = mean, std * deviations
@@ -91,6 +102,7 @@ class SpectrogramPatches(Frontend):
             high=high,
             preemphasis=preemphasis,
             rate=rate,
+            dither=dither,
         )
         self.min_length = self.filterbank.width
         self.reader_settings: dict[str, Any] = {"rate": rate}
@@ -110,7 +122,13 @@ class SpectrogramPatches(Frontend):
         across, lengths = int(steps.max()), steps * self.down
         (long, tall), (hop, up) = self.size, self.stride
         with torch.autocast(raw.data.device.type, enabled=False):
-            frames = fill_to(self.filterbank(raw.data, raw.lengths), (across - 1) * hop + long)
+            seeds = raw.seeds if self.training else None
+            frames = self.filterbank(raw.data, raw.lengths, seeds)
+            if seeds is not None and any(self.stripes.values()):
+                counts, (time, frequency) = self.filterbank.frames(raw.lengths), (self.stripes["t"], self.stripes["f"])
+                hidden = draw_stripes(counts, frames.shape[2], time=time, frequency=frequency, seeds=seeds)
+                frames = frames.masked_fill(hidden.to(frames.device, non_blocking=True), self.mean)
+            frames = fill_to(frames, (across - 1) * hop + long)
             cells = ((frames - self.mean) / self.scale).unfold(1, long, hop).unfold(2, tall, up)
             feat = cells.reshape(len(raw), across * self.down, self.feature_dim)
         x = self.project(feat)

@@ -1,6 +1,6 @@
 """Image: a picture, one token a patch."""
 
-from mmssl.modalities.image import augment, reader
+from mmssl.modalities.image import augment, reader, views
 from mmssl.modalities.image.frontend import Patches
 from mmssl.modalities.image.targets import TARGETS
 from mmssl.modalities.modality import Modality
@@ -26,4 +26,5 @@ IMAGE = Modality(
         "random_resized_crop": augment.crop_extent,
     },
     targets=TARGETS,
+    views={"crops": views.crops},
 )

@@ -23,14 +23,17 @@ def random_crop(x: Tensor, rng: np.random.Generator, *, seconds: float, rate: in
     return x[start : start + size]
 
 
-def center_crop(x: Tensor, rng: np.random.Generator, *, seconds: float, rate: int) -> Tensor:
-    """The middle `seconds`; shorter clips stay whole. The same every time: for evaluation."""
+def center_crop(x: Tensor, rng: np.random.Generator, *, seconds: float, rate: int, at: float = 0.5) -> Tensor:
+    """The middle `seconds`, or with `at` others: 0 is the beginning, 1 the end. Shorter clips stay whole.
+
+    The same every time: for evaluation.
+    """
     size = _samples(seconds, rate)
-    start = max(0, (len(x) - size) // 2)
+    start = max(0, int((len(x) - size) * at))
     return x[start : start + size]
 
 
-def crop_extent(seconds_before: np.ndarray, *, seconds: float) -> np.ndarray:
+def crop_extent(seconds_before: np.ndarray, *, seconds: float, **settings: object) -> np.ndarray:
     """(clips,) seconds before a crop to `seconds` -> after it."""
     return np.minimum(seconds_before, seconds)
 

@@ -17,13 +17,18 @@ def random_span(whole: float, rng: np.random.Generator, *, frames: int, rate: fl
     return float(rng.uniform(0.0, whole - duration)), duration
 
 
-def center_span(whole: float, rng: np.random.Generator, *, frames: int, rate: float) -> tuple[float, float]:
-    """The frames in the middle. The same every time: for evaluation."""
+def center_span(
+    whole: float, rng: np.random.Generator, *, frames: int, rate: float, at: float = 0.5
+) -> tuple[float, float]:
+    """The frames in the middle, or with `at` elsewhere: 0 is the beginning, 1 the end.
+
+    The same every time: for evaluation.
+    """
     duration = min(_duration(frames, rate), whole)
-    return (whole - duration) / 2, duration
+    return (whole - duration) * at, duration
 
 
-def span_extent(seconds_before: np.ndarray, *, frames: int, rate: float) -> np.ndarray:
+def span_extent(seconds_before: np.ndarray, *, frames: int, rate: float, **settings: object) -> np.ndarray:
     """(clips,) seconds before a span of so many frames -> what it leaves."""
     return np.minimum(seconds_before, _duration(frames, rate))
 

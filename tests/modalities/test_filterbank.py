@@ -125,9 +125,27 @@ def test_filters_worked_by_hand():
         ({"low": 9000.0}, "must lie between 0 and half the rate, 8000 Hz"),
         ({"high": 9000.0}, "must lie between 0 and half the rate"),
         ({"hop_ms": 0.01}, "make them longer"),
+        ({"dither": -1.0}, "a deviation is at least 0"),
         ({"window": "hann"}, "choose one of hanning, povey, hamming, rectangular"),
     ],
 )
 def test_settings_that_make_no_sense_say_so(wrong, said):
     with pytest.raises(ValueError, match=said):
         Filterbank(**PLAIN | wrong)
+
+
+def test_dither_is_noise_of_the_clips_own_seed_and_none_without():
+    plain, dithered = Filterbank(**PLAIN), Filterbank(**PLAIN, dither=0.01)
+    lengths, seeds = torch.tensor([8000, 4000]), torch.tensor([5, 6])
+    waves = torch.zeros(2, 8000)
+    assert torch.equal(dithered(waves, lengths), plain(waves, lengths))
+    energies = dithered(waves, lengths, seeds)
+    assert torch.equal(plain(waves, lengths, seeds), plain(waves, lengths))
+    assert not waves.any()
+    assert torch.equal(energies, dithered(waves, lengths, seeds))
+    assert torch.allclose(energies[1, :23], dithered(waves[1:, :4000], lengths[1:], seeds[1:])[0], atol=1e-5)
+    assert (energies[1, 23:] == math.log(FLOOR)).all()
+    # the energy of such noise, in the band above the noise's own mean, by another generator
+    other = 0.01 * torch.randn(1, 80_000, generator=torch.Generator().manual_seed(0))
+    expected = plain(other, torch.tensor([80_000]))[0, :, 64:].mean()
+    assert energies[0, :48, 64:].mean() == pytest.approx(float(expected), abs=0.1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmssl.nn.masking import axis_mask, channel_mask, plan_of, random_mask, span_mask, take
+from mmssl.nn.masking import axis_mask, channel_mask, plan_of, random_mask, span_mask, stripes, take
 from mmssl.types import valid_mask
 
 LENGTHS = torch.tensor([49, 30, 12, 5, 2, 1])
@@ -129,3 +129,30 @@ def test_an_axis_mask_always_leaves_a_token():
     for seed in range(20):
         plan = axis_mask(torch.tensor([12]), grid=(3, 4), ratios=[0.99, 0.99], seeds=torch.tensor([seed]))
         assert plan.keep_lengths.tolist() == [1]
+
+
+def test_stripes_are_one_run_of_a_clips_own_frames_and_one_of_bands():
+    lengths = torch.tensor([40, 10, 1])
+    longest = torch.zeros(3, 2, dtype=torch.int64)
+    for seed in range(200):
+        hidden = stripes(lengths, 12, time=0.25, frequency=0.5, seeds=torch.arange(3) + 3 * seed)
+        assert hidden.shape == (3, 40, 12)
+        for row, n in enumerate(lengths.tolist()):
+            assert not hidden[row, n:].any()
+            times, bands = hidden[row, :n].all(1), hidden[row, :n].all(0)
+            assert torch.equal(hidden[row, :n], times[:, None] | bands)
+            for place, line in enumerate((times, bands)):
+                run = line.nonzero()[:, 0]
+                assert len(run) == 0 or int(run[-1] - run[0]) + 1 == len(run)
+                longest[row, place] = max(int(longest[row, place]), len(run))
+    # a quarter of 40, 10 and 1 frames, and half of 12 bands
+    assert longest.tolist() == [[10, 6], [2, 6], [0, 6]]
+
+
+def test_stripes_reach_every_frame_and_are_the_clips_own_in_any_batch():
+    seeds = torch.arange(400)
+    hidden = stripes(torch.full((400,), 8), 4, time=0.5, frequency=0.0, seeds=seeds)
+    assert hidden.any(2).any(0).all()
+    alone = stripes(torch.tensor([8]), 4, time=0.5, frequency=0.0, seeds=seeds[3:4])
+    together = stripes(torch.tensor([20, 8]), 4, time=0.5, frequency=0.0, seeds=torch.tensor([1, 3]))
+    assert torch.equal(together[1, :8], alone[0])

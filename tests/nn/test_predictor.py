@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
-from mmssl.nn.masking import plan_of
+from mmssl.nn.masking import plan_of, random_mask
 from mmssl.nn.positions import sincos
 from mmssl.nn.predictor import Predictor
 from mmssl.types import Encoded, MaskPlan, Tokens
@@ -118,3 +119,57 @@ def test_noise_moves_the_places_of_hidden_tokens_by_the_map_of_visible_ones() ->
     out = part(encoded_for(plan, n_prefix=1), tokens, plan, noise=noise)
     moved = part.mask_vector + sincos(torch.tensor([[1], [3], [0]]), 8) + noise @ part.embed.weight.T
     torch.testing.assert_close(out, part.out(part.transformer.norm(moved)))
+
+
+def plane(steps: list[int], rows: int, dim: int = 4) -> Tokens:
+    """Tokens on a grid of time and one other axis."""
+    grid = (max(steps), rows)
+    coords = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(rows))[None].expand(len(steps), -1, -1)
+    lengths = rows * torch.tensor(steps)
+    x = torch.zeros(len(steps), grid[0] * rows, dim)
+    return Tokens(x=x, lengths=lengths, coords=coords, axes=("t", "f"), grid=grid)
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+@pytest.mark.parametrize("global_blocks", [0, 1])
+def test_predictions_in_windows_are_the_same_alone_and_in_a_ragged_batch(
+    share: float | None, global_blocks: int
+) -> None:
+    torch.manual_seed(0)
+    settings = {"window": [2, 2], "global_blocks": global_blocks}
+    part = Predictor(dim_in=4, dim=8, depth=3, heads=2, out_dim=3, **settings)
+    steps = [5, 2, 3]
+    tokens = plane(steps, 3)
+    plan = random_mask(tokens.lengths, ratio=0.6, seeds=torch.arange(3))
+    encoded = encoded_for(plan, n_prefix=2)
+    chosen = None
+    if share is not None:  # those that a second mask leaves to the decoder
+        chosen = plan.masked & (torch.rand(plan.masked.shape, generator=torch.Generator().manual_seed(3)) < share)
+    wanted = plan.masked if chosen is None else chosen
+    together = part(encoded, tokens, plan, predicted=chosen).split(wanted.sum(1).tolist())
+    for i, n in enumerate(steps):
+        alone = plane([n], 3)
+        own = plan_of(plan.masked[i : i + 1, : 3 * n], alone.lengths)
+        length = int(encoded.lengths[i])
+        one = Encoded(x=encoded.x[i : i + 1, :length], lengths=encoded.lengths[i : i + 1], layers={}, n_prefix=2)
+        found = part(one, alone, own, predicted=None if chosen is None else chosen[i : i + 1, : 3 * n])
+        torch.testing.assert_close(together[i], found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_over_all_tokens_is_the_whole_clip_without_its_class_token() -> None:
+    torch.manual_seed(0)
+    windowed = Predictor(dim_in=4, dim=8, depth=1, heads=2, out_dim=3, window=[4, 3])
+    plain = Predictor(dim_in=4, dim=8, depth=1, heads=2, out_dim=3)
+    plain.load_state_dict(windowed.state_dict())
+    tokens = plane([4, 3], 3)
+    plan = random_mask(tokens.lengths, ratio=0.5, seeds=torch.arange(2))
+    encoded = encoded_for(plan, n_prefix=1)
+    bare = Encoded(x=encoded.tokens, lengths=encoded.lengths - 1, layers={}, n_prefix=0)
+    torch.testing.assert_close(windowed(encoded, tokens, plan), plain(bare, tokens, plan), rtol=1e-5, atol=1e-5)
+    assert (windowed(encoded, tokens, plan) - plain(encoded, tokens, plan)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"window": [2, 0]}, {"window": [2, 2], "global_blocks": 2}])
+def test_windows_that_cannot_be_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"decoder_window=\[2, .*at least 1 token .* of 1 blocks 0 to 1 can be global"):
+        Predictor(dim_in=4, dim=8, depth=1, heads=2, out_dim=3, **settings)

@@ -391,3 +391,9 @@ def test_noise_on_positions_has_the_variance_asked_for() -> None:
 def test_a_negative_variance_is_refused() -> None:
     with pytest.raises(ValueError, match=r"objective.position_noise=-0.1: a variance is at least 0"):
         image_mae(position_noise=-0.1)
+
+
+def test_a_decoder_with_windows_needs_one_for_each_axis() -> None:
+    assert image_mae(decoder_window=[2, 2]).predictor.window == [2, 2]
+    with pytest.raises(ValueError, match=r"decoder_window=\[4\]: give the tokens of a window along each axis, h, w"):
+        image_mae(decoder_window=[4])

@@ -1,6 +1,7 @@
 """Spectrogram patches: where a sound lies is the token that lights up, for any clip length."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,3 +156,39 @@ def test_overlapping_patches_leave_out_the_bands_where_none_fits():
     front = SpectrogramPatches(dim=4, stride=[10, 10])
     raw = Raw(torch.randn(1, 16_000), torch.tensor([16_000]), ["a second"], 16_000.0)
     assert front(raw).grid == (10, 12)
+
+
+def test_stripes_put_frames_and_bands_to_the_mean_in_training_only():
+    front, raw = frontend(stripes={"t": 0.5, "f": 0.5}), clip(torch.randn(samples(24)), torch.randn(samples(12)))
+    plain = frontend()(raw)
+    assert torch.equal(front(raw).feat, plain.feat)  # nothing to draw from
+    seeded = replace(raw, seeds=torch.tensor([3, 4]))
+    assert torch.equal(front.eval()(seeded).feat, plain.feat)
+    striped = front.train()(seeded)
+    for row, frames in enumerate((24, 12)):
+        patches = striped.feat[row, : striped.lengths[row]].view(frames // 4, 4, 4, 8)  # steps, up, frames, bands
+        energies = patches.transpose(1, 2).reshape(frames, 32)
+        before = plain.feat[row, : plain.lengths[row]].view(frames // 4, 4, 4, 8).transpose(1, 2).reshape(frames, 32)
+        hidden = energies == 0
+        assert torch.equal(energies[~hidden], before[~hidden])
+        times, bands = hidden.all(1), hidden.all(0)
+        assert torch.equal(hidden, times[:, None] | bands)
+        assert 0 < times.sum() + bands.sum() <= frames // 2 + 16
+    assert torch.equal(front(seeded).feat, striped.feat)
+
+
+def test_dither_is_drawn_from_the_clips_seeds_in_training_only():
+    front, raw = frontend(dither=1e-3), clip(torch.zeros(samples(8)), torch.zeros(samples(4)))
+    seeded = replace(raw, seeds=torch.tensor([3, 4]))
+    for silent in (front(raw), front.eval()(seeded)):
+        assert torch.allclose(silent.feat[0], torch.tensor(SILENCE))
+    noisy = front.train()(seeded)
+    assert (noisy.feat[0] > SILENCE + 0.1).float().mean() > 0.9
+    alone = front(replace(clip(torch.zeros(samples(4))), seeds=torch.tensor([4])))
+    assert torch.allclose(noisy.feat[1, :4], alone.feat[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("stripes", [{"t": 1.0}, {"t": 0.1, "h": 0.1}, {"f": -0.1}])
+def test_stripes_that_cannot_be_are_refused(stripes):
+    with pytest.raises(ValueError, match="give a share from 0 to below 1 for t, f or both"):
+        frontend(stripes=stripes)

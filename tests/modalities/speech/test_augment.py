@@ -64,6 +64,9 @@ def test_shorter_clips_stay_whole() -> None:
 
 def test_center_crop_is_the_middle() -> None:
     assert torch.equal(center_crop(RAMP, rng(), seconds=0.5, rate=RATE), RAMP[250:750])
+    for at, first in ((0.0, 0), (0.25, 125), (1.0, 500)):
+        assert torch.equal(center_crop(RAMP, rng(), seconds=0.5, rate=RATE, at=at), RAMP[first : first + 500])
+    assert torch.equal(center_crop(RAMP, rng(), seconds=5.0, rate=RATE, at=1.0), RAMP)
 
 
 def test_gain_stays_within_its_decibels() -> None:

@@ -110,3 +110,14 @@ def test_a_file_shorter_than_the_span_is_taken_whole(name):
     with pytest.raises(ValueError, match="frames must be at least 1"):
         VIDEO.spans[name](1.5, np.random.default_rng(0), frames=0, rate=8)
     assert list(inspect.signature(VIDEO.spans[name]).parameters)[:2] == ["whole", "rng"]
+
+
+def test_a_center_span_lies_in_the_middle_or_where_it_is_told_to() -> None:
+    rng = np.random.default_rng(0)
+    assert center_span(10.0, rng, frames=16, rate=8) == (4.0, 2.0)
+    assert [center_span(10.0, rng, frames=16, rate=8, at=at) for at in (0.0, 0.25, 1.0)] == [
+        (0.0, 2.0),
+        (2.0, 2.0),
+        (8.0, 2.0),
+    ]
+    assert center_span(1.5, rng, frames=16, rate=8, at=1.0) == (0.0, 1.5)
