@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmssl.nn.masking import take
 from mmssl.nn.transformer import Transformer
-from mmssl.types import Encoded, Frontend, Hide, MaskPlan, Raw, Tokens, valid_mask
+from mmssl.types import Encoded, Frontend, Hide, MaskPlan, Point, Raw, Tokens, valid_mask
 
 
 class Encoder(nn.Module):
@@ -55,7 +55,13 @@ class Encoder(nn.Module):
         return self.frontend(raw)
 
     def forward(
-        self, tokens: Tokens, plan: MaskPlan | None = None, hide: Hide = "none", *, layers: Sequence[int] = ()
+        self,
+        tokens: Tokens,
+        plan: MaskPlan | None = None,
+        hide: Hide = "none",
+        *,
+        layers: Sequence[int] = (),
+        point: Point = "block",
     ) -> Encoded:
         """Encode tokens, hiding what `plan` names.
 
@@ -64,7 +70,7 @@ class Encoder(nn.Module):
             plan: R masked copies of them; needed unless `hide` is "none".
             hide: "replace" puts the mask token in the place of hidden tokens; "drop" leaves them out, so that the
                 Transformer works on visible tokens only.
-            layers: see `Encoded.layers`.
+            layers, point: see `Encoded.layers`.
 
         Raises:
             ValueError: `hide` without a plan, or "replace" in an encoder without a mask token.
@@ -91,7 +97,7 @@ class Encoder(nn.Module):
             lengths = lengths + self.n_prefix
         if int(lengths.min()) < x.shape[1]:
             x = x * valid_mask(lengths, x.shape[1], x.device)[..., None]
-        x, kept = self.transformer(x, lengths, layers=layers)
+        x, kept = self.transformer(x, lengths, layers=layers, point=point)
         return Encoded(x=x, lengths=lengths, layers=kept, n_prefix=self.n_prefix)
 
 

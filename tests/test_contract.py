@@ -79,6 +79,17 @@ SOURCES = [f"{name}/{frontend}" for name, modality in MODALITIES.items() for fro
 SETTINGS = {
     "wav2vec2": {"negatives": 5, "codes": 8, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "data2vec": {"mask_size": 2, "top_k": 2},
+    "data2vec2": {
+        "mask_ratio": 0.6,
+        "mask_size": 2,
+        "clones": 3,
+        "decoder_dim": 8,
+        "decoder_depth": 2,
+        "decoder_groups": 2,
+        "utterance_weight": 1.0,
+        "top_k": 2,
+    },
     "ctc": {
         "n_characters": 5,
         "freeze_updates": 0,
@@ -288,7 +299,10 @@ def test_plans_hide_real_tokens_only_and_leave_one(source):
 def test_gradients_reach_every_part(name, source):
     model = objective(name, source)
     model(batch(name, source)).total.backward()
-    missing = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    teachers = [p for key, p in model.named_parameters() if key.startswith("teacher.")]
+    assert not any(p.requires_grad for p in teachers)
+    assert all(p.grad is None for p in teachers)
+    missing = [key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     # the mask token has no part in objectives that drop tokens or hide none
     assert missing == ([] if model.hide == "replace" else ["encoder.mask_token"])
 

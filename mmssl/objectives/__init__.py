@@ -4,10 +4,19 @@ from torch import nn
 
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.ctc import CTC
+from mmssl.objectives.data2vec import Data2Vec
+from mmssl.objectives.data2vec2 import Data2Vec2
 from mmssl.objectives.mae import MAE
 from mmssl.objectives.wav2vec2 import Wav2Vec2
 
-OBJECTIVES: dict[str, type[nn.Module]] = {"wav2vec2": Wav2Vec2, "mae": MAE, "ctc": CTC, "classify": Classify}
+OBJECTIVES: dict[str, type[nn.Module]] = {
+    "wav2vec2": Wav2Vec2,
+    "mae": MAE,
+    "data2vec": Data2Vec,
+    "data2vec2": Data2Vec2,
+    "ctc": CTC,
+    "classify": Classify,
+}
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {
     name: label for name, objective in OBJECTIVES.items() if (label := getattr(objective, "label", None)) is not None
