@@ -46,7 +46,12 @@ RUNS = {
     "data2vec": ("small/data2vec_speech", SPEECH | {"objective.top_k": 2}),
     "data2vec2": (
         "small/data2vec2_image",
-        {"objective.top_k": 2, "objective.decoder_dim": 16, "objective.decoder_depth": 2, "objective.decoder_groups": 2},
+        {
+            "objective.top_k": 2,
+            "objective.decoder_dim": 16,
+            "objective.decoder_depth": 2,
+            "objective.decoder_groups": 2,
+        },
     ),
     "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
 }

@@ -112,7 +112,9 @@ def beit_mask(tokens: Tokens, *, ratio: float, size: int | Sequence[int], seeds:
     hidden = hidden_count(lengths, ratio)
     draws = torch.cat([uniform(seeds, 4 * _TRIES, stream=2 * copy) for copy in range(clones)], 1)
     # what no rectangle covers comes last, at random
-    order = _TRIES + torch.cat([uniform(seeds, math.prod(tokens.grid), stream=2 * copy + 1) for copy in range(clones)], 1)
+    order = _TRIES + torch.cat(
+        [uniform(seeds, math.prod(tokens.grid), stream=2 * copy + 1) for copy in range(clones)], 1
+    )
     order = order.view(len(rows), -1)
     for row, drawn in enumerate(draws.view(len(rows), _TRIES, 4).tolist()):
         down, left = int(lengths[row]) // across, int(hidden[row])

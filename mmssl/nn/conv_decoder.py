@@ -34,9 +34,7 @@ class ConvDecoder(nn.Module):
         ValueError: settings that no convolution can have.
     """
 
-    def __init__(
-        self, *, dim_in: int, dim: int, depth: int, kernel: int, groups: int, axes: int, out_dim: int
-    ) -> None:
+    def __init__(self, *, dim_in: int, dim: int, depth: int, kernel: int, groups: int, axes: int, out_dim: int) -> None:
         super().__init__()
         if depth < 1 or kernel < 1 or kernel % 2 == 0:
             raise ValueError(

@@ -109,9 +109,7 @@ class Data2Vec2(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         """Sum over hidden tokens of all copies of the error, see `nn.latent.regression`; the count is hidden tokens."""
         tokens = self.encoder.tokens(batch.raw)
-        plan = self.mask(
-            tokens, ratio=self.mask_ratio, size=self.mask_size, seeds=batch.seeds, clones=self.clones
-        )
+        plan = self.mask(tokens, ratio=self.mask_ratio, size=self.mask_size, seeds=batch.seeds, clones=self.clones)
         encoded = self.encoder(tokens, plan, self.hide)
         prediction = self.decoder(encoded, tokens, plan, self._noise(plan, batch.seeds, encoded.x))
         whole = self.target(batch.raw, tokens)

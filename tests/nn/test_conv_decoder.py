@@ -69,7 +69,9 @@ def test_every_step_worked_by_hand() -> None:
                             part = slice(4 * group, 4 * group + 4)
                             out[place, part] += convolution.weight[part, :, tap + 1] @ row[place + tap, part]
                 out[place] += convolution.bias
-            row = row + F.gelu((out - out.mean(1, keepdim=True)) / (out.var(1, correction=0, keepdim=True) + 1e-5).sqrt())
+            row = row + F.gelu(
+                (out - out.mean(1, keepdim=True)) / (out.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+            )
         torch.testing.assert_close(predictions[copy], model.out(row)[masked], rtol=1e-4, atol=1e-5)
 
 

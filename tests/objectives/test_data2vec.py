@@ -25,7 +25,7 @@ def speech(norm: str = "post", rates: float = 0.0, dropout: float = 0.0, **setti
     torch.manual_seed(0)
     frontend = Waveform(dim=8, layers=LAYERS, rate=8000, dropout=dropout)
     transformer = Transformer(
-        dim=8, depth=3, heads=2, norm=norm, init="normal", dropout=rates, attention_dropout=rates, drop_path=rates
+        dim=8, depth=3, heads=2, norm=norm, dropout=rates, attention_dropout=rates, drop_path=rates
     )
     encoder = Encoder(
         frontend, transformer, StackedConvolutional(8, depth=2, kernel=3, groups=2), prefix=1, mask_token=True
@@ -67,7 +67,13 @@ def test_the_teachers_weights_after_three_updates_are_those_worked_by_hand() -> 
         if name in weights:
             assert torch.equal(weights[name], seen[-1][name])
     moved = [name for name in weights if not torch.equal(seen[0][name], seen[-1][name])]
-    assert {name.partition(".")[0] for name in moved} == {"frontend", "positions", "transformer", "prefix", "mask_token"}
+    assert {name.partition(".")[0] for name in moved} == {
+        "frontend",
+        "positions",
+        "transformer",
+        "prefix",
+        "mask_token",
+    }
 
 
 def test_what_is_averaged_and_what_is_copied_is_listed() -> None:
@@ -168,14 +174,14 @@ def test_a_constant_target_prediction_or_feature_shows_in_its_own_metric() -> No
     assert min(healthy.values()) > 0.02
     broken = speech()
     torch.nn.init.zeros_(broken.predict.weight)
-    assert spreads(broken)["prediction_std"] == 0
+    assert spreads(broken)["prediction_std"] < 1e-6
     broken = speech(layer_norm="none")
     for block in broken.teacher.module.transformer.blocks:
         torch.nn.init.zeros_(block.mlp.down.weight)
     assert spreads(broken)["target_std"] < 1e-6
     broken = speech()
     torch.nn.init.zeros_(broken.encoder.frontend.norm.weight)
-    assert spreads(broken)["feature_std"] == 0
+    assert spreads(broken)["feature_std"] < 1e-6
 
 
 def test_fixed_positions_have_nothing_to_copy() -> None:
