@@ -1,4 +1,4 @@
-"""Masks that hide, or leave visible, whole blocks of neighbors: spans of time, rectangles of a picture, boxes of a video.
+"""Masks that hide, or leave visible, blocks of neighbors: spans of time, rectangles of a picture, boxes of a video.
 
 Every clip has exactly the share hidden that was asked for, so clips of one length have one count, whatever was cropped
 from where: masks are drawn for the tokens that are there. As in `nn.masking`, all is drawn from the clips' own seeds.

@@ -1,8 +1,7 @@
-"""Fills in what was dropped by convolutions over the grid: data2vec 2.0's cheap decoder, of as many axes as the tokens."""
+"""Fills in what was dropped by convolutions over the grid: data2vec 2.0's decoder, of as many axes as the tokens."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,8 +37,8 @@ class ConvDecoder(nn.Module):
         super().__init__()
         if depth < 1 or kernel < 1 or kernel % 2 == 0:
             raise ValueError(
-                f"objective.decoder_depth={depth}, decoder_kernel={kernel}: a decoder has at least one convolution, and "
-                "its kernel an odd number of tokens"
+                f"objective.decoder_depth={depth}, decoder_kernel={kernel}: a decoder has at least one convolution, "
+                "and its kernel an odd number of tokens"
             )
         if dim_in % groups or dim % groups:
             raise ValueError(
@@ -74,7 +73,7 @@ class ConvDecoder(nn.Module):
         if int(plan.keep_lengths.min()) < encoded.tokens.shape[1]:
             seen = seen.index_select(0, places(valid_mask(plan.keep_lengths, encoded.tokens.shape[1]), device))
         hidden = places(plan.masked, device)
-        # Both the encoder's rows and these are read in ascending order, so the n-th visible token is the n-th True here.
+        # both the encoder's rows and these are read in ascending order: the n-th visible token is the n-th True here
         filled = seen.new_zeros(rows * size, seen.shape[1]).index_copy(0, places(real & ~plan.masked, device), seen)
         filled = filled.index_copy(0, hidden, noise.to(seen.dtype))
 

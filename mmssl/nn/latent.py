@@ -96,8 +96,8 @@ def parts_to_copy(encoder: nn.Module, copied: Iterable[str]) -> list[str]:
     frontend = encoder.get_submodule("frontend")
     if "frontend" in parts and getattr(frontend, "dropout", 0.0) > 0:
         raise ValueError(
-            f"frontend.dropout={frontend.dropout}: a teacher that copies the frontend reads the student's tokens, and a "
-            "target must not depend on dropout; set it to 0, or take frontend out of objective.copied"
+            f"frontend.dropout={frontend.dropout}: a teacher that copies the frontend reads the student's tokens, and "
+            "a target must not depend on dropout; set it to 0, or take frontend out of objective.copied"
         )
     return [part for part in parts if next(encoder.get_submodule(part).parameters(), None) is not None]
 

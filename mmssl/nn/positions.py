@@ -131,8 +131,8 @@ class StackedConvolutional(nn.Module):
 
     Source: Baevski et al. 2022, data2vec (arXiv:2202.03555), section 4.2, and its released code: 5 convolutions with
     kernel 19 and 16 groups, each with a layer norm that has no weights, and GELU.
-    Differs from the released code: padding is silenced before each of them, and not before the first alone. A norm makes
-    something of nothing, so without that a clip's embedding depends on its neighbors' length.
+    Differs from the released code: padding is silenced before each of them, and not before the first alone. A norm
+    makes something of nothing, so without that a clip's embedding depends on its neighbors' length.
     """
 
     def __init__(self, dim: int, *, depth: int = 5, kernel: int = 19, groups: int = 16) -> None:

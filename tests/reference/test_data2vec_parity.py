@@ -1,7 +1,7 @@
 """The same numbers as transformers' data2vec encoders, at tiny random weights.
 
-Theirs for pictures can have a bias of attention by relative place and a learned scale of each branch, which ours has not:
-they are compared without these two.
+Theirs for pictures can have a bias of attention by relative place and a learned scale of each branch, which ours has
+not: they are compared without these two.
 """
 
 from __future__ import annotations
