@@ -79,6 +79,13 @@ SOURCES = [f"{name}/{frontend}" for name, modality in MODALITIES.items() for fro
 SETTINGS = {
     "wav2vec2": {"negatives": 5, "codes": 8, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "jepa": {
+        "blocks": [[2, 0.2, 0.3], [1, 0.5, 0.5]],
+        "predictor_dim": 16,
+        "predictor_depth": 1,
+        "predictor_heads": 2,
+        "ema_updates": 100,
+    },
     "data2vec": {"mask_size": 2, "top_k": 2},
     "data2vec2": {
         "mask_ratio": 0.6,

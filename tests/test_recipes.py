@@ -62,6 +62,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
         "wav2vec2": {"objective.dim": 8, "objective.codes": 4, "objective.negatives": 3},
         "mae": {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2},
         "data2vec": {"objective.top_k": 2},
+        "jepa": {"objective.predictor_dim": 16, "objective.predictor_depth": 1, "objective.predictor_heads": 2},
         "data2vec2": {
             "objective.top_k": 2,
             "objective.clones": 2,
@@ -81,7 +82,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 31
+    assert len(RECIPES) == 35
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -53,6 +53,7 @@ RUNS = {
             "objective.decoder_groups": 2,
         },
     ),
+    "jepa": ("small/jepa_image", {"objective.predictor_dim": 16, "objective.predictor_heads": 2}),
     "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
 }
 

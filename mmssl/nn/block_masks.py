@@ -133,6 +133,64 @@ def beit_mask(tokens: Tokens, *, ratio: float, size: int | Sequence[int], seeds:
     return plan_of(first(order, lengths, hidden), lengths, rows=rows)
 
 
+def rectangles(
+    tokens: Tokens,
+    *,
+    count: int,
+    scale: Sequence[float],
+    aspect: Sequence[float],
+    seeds: Tensor,
+    stream: int = 0,
+    edges: bool = True,
+) -> Tensor:
+    """Rectangles of random area and shape in each clip: spans of time on one axis, the same in every step of video.
+
+    Source: Assran et al. 2023, I-JEPA (arXiv:2301.08243), section 3 and appendix A; over time as in Bardes et al.
+    2024, V-JEPA (arXiv:2404.08471), section 3.
+    Differs from the released code: each rectangle has an area and a shape of its own, where the code draws them once
+    for a batch; a shape is relative to the clip's, so that a share of a long spectrogram is that share as well.
+
+    Args:
+        tokens: their grid and lengths are read.
+        count: rectangles of each clip; they may overlap.
+        scale: least and greatest share of the clip's places.
+        aspect: least and greatest ratio of height to width, each in units of the clip's own.
+        seeds: (B,) int64.
+        stream: another number gives independent draws.
+        edges: whether rectangles reach the last row and column as well; the released code draws so that they never
+            do.
+
+    Returns:
+        (B, count, N) bool on the CPU, real tokens only.
+
+    Raises:
+        ValueError: shares outside (0, 1], or an order that is none.
+    """
+    if not 0 < scale[0] <= scale[1] <= 1 or not 0 < aspect[0] <= aspect[1] or count < 1:
+        raise ValueError(
+            f"objective.blocks={[count, *scale]}, aspect={list(aspect)}: at least one block, with shares of the clip "
+            "from above 0 to 1 and ratios above 0, the least one first"
+        )
+    lengths, grid = tokens.lengths.cpu(), tuple(tokens.grid)
+    across = grid[-1] if len(grid) > 1 else 1
+    # the clip's own extent in time, not the batch's
+    down = torch.full_like(lengths, grid[1]) if len(grid) == 3 else lengths // across
+    share, shape, top, left = uniform(seeds, 4 * count, stream=stream).view(-1, 4, count, 1).unbind(1)
+    down = down[:, None, None]
+    share = scale[0] + share * (scale[1] - scale[0])
+    shape = aspect[0] * (aspect[1] / aspect[0]) ** shape
+    spare = 0 if edges else 1
+    height = down * (share if len(grid) == 1 else (share * shape).sqrt())
+    height = torch.minimum(height.round().long().clamp_min(1), (down - spare).clamp_min(1))
+    width = (across * (share / shape).sqrt()).round().long().clamp(1, max(across - spare, 1))
+    top = (top * (down - height + 1 - spare).clamp_min(1)).long()
+    left = (left * (across - width + 1 - spare).clamp_min(1)).long()
+    place = torch.arange(math.prod(grid))
+    row, column = place // across % grid[max(len(grid) - 2, 0)], place % across
+    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+    return inside & valid_mask(lengths, len(place))[:, None]
+
+
 # (tokens, ratio, size, seeds, clones) -> MaskPlan
 BLOCK_MASKS: dict[str, Callable[..., MaskPlan]] = {
     "blocks": block_mask,

@@ -6,6 +6,7 @@ from mmssl.objectives.classify import Classify
 from mmssl.objectives.ctc import CTC
 from mmssl.objectives.data2vec import Data2Vec
 from mmssl.objectives.data2vec2 import Data2Vec2
+from mmssl.objectives.jepa import JEPA
 from mmssl.objectives.mae import MAE
 from mmssl.objectives.wav2vec2 import Wav2Vec2
 
@@ -14,6 +15,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "mae": MAE,
     "data2vec": Data2Vec,
     "data2vec2": Data2Vec2,
+    "jepa": JEPA,
     "ctc": CTC,
     "classify": Classify,
 }

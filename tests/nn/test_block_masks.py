@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmssl.nn.block_masks import BLOCK_MASKS, beit_mask, block_mask
+from mmssl.nn.block_masks import BLOCK_MASKS, beit_mask, block_mask, rectangles
 from mmssl.types import Tokens, valid_mask
 
 AXES = {1: ("t",), 2: ("h", "w"), 3: ("t", "h", "w")}
@@ -149,3 +149,73 @@ def test_a_rectangle_has_one_least_size():
 def test_a_share_outside_its_range_is_refused(kind):
     with pytest.raises(ValueError, match=r"mask_ratio=1.0"):
         BLOCK_MASKS[kind](tokens([4], 4), ratio=1.0, size=2, seeds=torch.arange(1))
+
+
+def drawn(given, count=3000, **settings):
+    """(count, *grid) rectangles of one clip."""
+    settings = {"scale": (0.2, 0.3), "aspect": (0.75, 1.5), "seeds": torch.tensor([3])} | settings
+    return rectangles(given, count=count, **settings)[0].view(count, *given.grid)
+
+
+def test_rectangles_have_the_shares_and_shapes_asked_for():
+    blocks = drawn(tokens([20], 20))
+    heights, widths = blocks.any(2).sum(1), blocks.any(1).sum(1)
+    assert torch.equal(blocks.flatten(1).sum(1), heights * widths)
+    # sides are whole: half a row and half a column around the area
+    areas = (heights * widths).float()
+    assert (areas >= 0.2 * 400 - 0.5 * (heights + widths + 0.5)).all()
+    assert (areas <= 0.3 * 400 + 0.5 * (heights + widths + 0.5)).all()
+    assert ((heights - 0.5) / (widths + 0.5) <= 1.5).all()
+    assert ((heights + 0.5) / (widths - 0.5) >= 0.75).all()
+    assert abs(float(areas.mean()) - 100) < 2
+
+
+def test_a_share_of_a_long_clip_is_that_share():
+    assert abs(float(drawn(tokens([60], 6), aspect=(1.0, 1.0)).float().mean()) - 0.25) < 0.02
+    assert drawn(tokens([60], 6), scale=(1.0, 1.0), aspect=(1.0, 1.0)).all()
+    assert drawn(tokens([9]), scale=(1.0, 1.0)).all()
+
+
+def test_on_one_axis_they_are_spans():
+    blocks = drawn(tokens([40]))
+    assert (blocks.int().diff(dim=1) == 1).sum(1).max() <= 1
+    assert {int(n) for n in blocks.sum(1)} == {8, 9, 10, 11, 12}
+
+
+def test_in_video_they_are_the_same_in_every_step():
+    blocks = drawn(tokens([5], 6, 6), count=50)
+    assert torch.equal(blocks, blocks[:, :1].expand_as(blocks))
+    ragged = rectangles(
+        tokens([5, 2], 6, 6), count=2, scale=(0.2, 0.3), aspect=(1.0, 1.0), seeds=torch.tensor([3, 3])
+    ).view(2, 2, 5, 6, 6)
+    assert torch.equal(ragged[1, :, :2], ragged[0, :, :2])
+    assert not ragged[1, :, 2:].any()
+
+
+def test_the_last_row_and_column_are_reached_unless_as_published():
+    def shares(edges):
+        blocks = drawn(tokens([14], 14), edges=edges).float().mean(0)
+        return blocks.sum(1) / blocks.sum(), blocks.sum(0) / blocks.sum()
+
+    for rows, columns in (shares(edges=True),):
+        # the first and the last alike, within five standard errors of some 3000 * .25 draws of each
+        assert abs(float(rows[0] / rows[-1]) - 1) < 0.5
+        assert abs(float(columns[0] / columns[-1]) - 1) < 0.5
+        assert rows.min() > 0
+    rows, columns = shares(edges=False)
+    assert rows[-1] == columns[-1] == 0
+    assert rows[0] > 0
+
+
+def test_rectangles_are_a_clips_own_in_any_batch():
+    given = {"count": 2, "scale": (0.2, 0.5), "aspect": (0.5, 2.0)}
+    whole = rectangles(tokens([9, 4, 6], 5), seeds=torch.arange(3), **given)
+    alone = rectangles(tokens([6], 5), seeds=torch.tensor([2]), **given)
+    assert torch.equal(whole[2, :, :30], alone[0])
+
+
+@pytest.mark.parametrize("wrong", [{"scale": (0.0, 0.2)}, {"scale": (0.3, 0.2)}, {"aspect": (2.0, 1.0)}, {"count": 0}])
+def test_shares_out_of_order_are_refused(wrong):
+    given = {"count": 2, "scale": (0.2, 0.5), "aspect": (0.5, 2.0)} | wrong
+    with pytest.raises(ValueError, match=r"objective.blocks=.*at least one block"):
+        rectangles(tokens([9], 5), seeds=torch.arange(1), **given)

@@ -15,6 +15,7 @@ from mmssl.nn.positions import SinCos
 from mmssl.nn.transformer import Transformer
 from mmssl.objectives.data2vec import Data2Vec
 from mmssl.objectives.data2vec2 import Data2Vec2
+from mmssl.objectives.jepa import JEPA
 from mmssl.types import Batch, Raw
 
 
@@ -31,23 +32,28 @@ class Pictures(Loader):
             yield Batch({"image": raw}, numbers)
 
 
-def build(kind: type[Data2Vec] | type[Data2Vec2]) -> Data2Vec | Data2Vec2:
+Kind = type[Data2Vec] | type[Data2Vec2] | type[JEPA]
+
+
+def build(kind: Kind) -> Data2Vec | Data2Vec2 | JEPA:
     torch.manual_seed(0)
     frontend = Patches(dim=8, size=[2, 2], channels=1, mean=[0.5], std=[0.3])
     encoder = Encoder(frontend, Transformer(dim=8, depth=2, heads=2, dropout=0.1), SinCos(8), mask_token=True)
-    teacher = {"ema_decay": 0.5, "ema_decay_end": 0.9, "ema_updates": 4, "top_k": 2, "mask_size": 2}
+    teacher = {"ema_decay": 0.5, "ema_decay_end": 0.9, "ema_updates": 4}
     if kind is Data2Vec:
-        return Data2Vec(encoder, **teacher)
-    return Data2Vec2(encoder, clones=2, decoder_dim=8, decoder_depth=1, decoder_groups=2, **teacher)
+        return Data2Vec(encoder, top_k=2, mask_size=2, **teacher)
+    if kind is JEPA:
+        return JEPA(encoder, predictor_dim=8, predictor_depth=1, predictor_heads=2, **teacher)
+    return Data2Vec2(
+        encoder, top_k=2, mask_size=2, clones=2, decoder_dim=8, decoder_depth=1, decoder_groups=2, **teacher
+    )
 
 
-both = pytest.mark.parametrize("kind", [Data2Vec, Data2Vec2])
+each_kind = pytest.mark.parametrize("kind", [Data2Vec, Data2Vec2, JEPA])
 
 
-@both
-def test_a_teacher_moves_once_for_each_update_however_many_parts_it_has(
-    kind: type[Data2Vec] | type[Data2Vec2], tmp_path: Path
-) -> None:
+@each_kind
+def test_a_teacher_moves_once_for_each_update_however_many_parts_it_has(kind: Kind, tmp_path: Path) -> None:
     objective = build(kind)
     decays: list[float] = []
     move = objective.teacher.update
@@ -56,10 +62,8 @@ def test_a_teacher_moves_once_for_each_update_however_many_parts_it_has(
     assert decays == pytest.approx([0.6, 0.7, 0.8, 0.9, 0.9])
 
 
-@both
-def test_a_run_that_was_cut_off_has_the_same_teacher_to_the_bit(
-    kind: type[Data2Vec] | type[Data2Vec2], tmp_path: Path
-) -> None:
+@each_kind
+def test_a_run_that_was_cut_off_has_the_same_teacher_to_the_bit(kind: Kind, tmp_path: Path) -> None:
     whole, cut, resumed = build(kind), build(kind), build(kind)
     run(tmp_path / "whole", whole, loader=Pictures(2), steps=6)
     run(tmp_path / "cut", cut, loader=Pictures(2), steps=3)
