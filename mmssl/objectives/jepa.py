@@ -80,7 +80,7 @@ class JEPA(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.blocks, self.aspect, self.context = [tuple(block) for block in blocks], aspect, context
+        self.blocks, self.aspect, self.context = list(blocks), aspect, context
         self.separately, self.edges = separately, edges
         self.error = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss}[error]
         self.first_decay, self.last_decay, self.ema_updates = ema_decay, ema_decay_end, ema_updates
@@ -134,11 +134,11 @@ class JEPA(nn.Module):
         lengths, clips = tokens.lengths.cpu(), torch.arange(len(tokens.lengths))
         valid = valid_mask(lengths, tokens.x.shape[1])
         seen, context, asked = [], [], []
-        for number, (count, *scale) in enumerate(self.blocks):
+        for number, (count, least, most) in enumerate(self.blocks):
             blocks = rectangles(
                 tokens,
                 count=count,
-                scale=scale,
+                scale=(least, most),
                 aspect=self.aspect,
                 seeds=seeds,
                 stream=2 * number,
