@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmssl.nn.masking import take
 from mmssl.nn.positions import Learned, SinCos
 from mmssl.nn.transformer import Transformer
-from mmssl.types import Encoded, Frontend, Hide, MaskPlan, Raw, Tokens, valid_mask
+from mmssl.types import Encoded, Frontend, Hide, MaskPlan, Point, Raw, Tokens, valid_mask
 
 
 class Encoder(nn.Module):
@@ -73,7 +73,13 @@ class Encoder(nn.Module):
         return self.frontend(raw)
 
     def forward(
-        self, tokens: Tokens, plan: MaskPlan | None = None, hide: Hide = "none", *, layers: Sequence[int] = ()
+        self,
+        tokens: Tokens,
+        plan: MaskPlan | None = None,
+        hide: Hide = "none",
+        *,
+        layers: Sequence[int] = (),
+        point: Point = "block",
     ) -> Encoded:
         """Encode tokens, hiding what `plan` names.
 
@@ -82,7 +88,7 @@ class Encoder(nn.Module):
             plan: R masked copies of them; needed unless `hide` is "none".
             hide: "replace" puts the mask token in the place of hidden tokens; "drop" leaves them out, so that the
                 Transformer works on visible tokens only; "unseen" keeps them, and no token attends to them.
-            layers: see `Encoded.layers`.
+            layers, point: see `Encoded.layers`.
 
         Raises:
             ValueError: `hide` without a plan, or "replace" in an encoder without a mask token.
@@ -112,7 +118,7 @@ class Encoder(nn.Module):
         attended = None
         if plan is not None and hide == "unseen":
             attended = torch.nn.functional.pad(~plan.masked, (self.n_prefix, 0), value=True)
-        x, kept = self.transformer(x, lengths, layers=layers, attended=attended)
+        x, kept = self.transformer(x, lengths, layers=layers, point=point, attended=attended)
         return Encoded(x=x, lengths=lengths, layers=kept, n_prefix=self.n_prefix)
 
 

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 Hide = Literal["none", "drop", "replace", "unseen"]
+# where a layer is read: after the whole block, or what its MLP gives, before the residual
+Point = Literal["block", "mlp"]
 
 
 def valid_mask(lengths: Tensor, size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -163,7 +165,8 @@ class Encoded:
 
     x: (R, prefix + N or K, D), after the final norm where the Transformer has one; zero past each length.
     lengths: (R,) int64 on the CPU, real positions including the prefix.
-    layers: the layers asked for: 0 is the Transformer's input, i the output of block i, without the final norm.
+    layers: the layers asked for: 0 is the Transformer's input, i the output of block i, without the final norm; or of
+        its MLP, see `Point`.
     n_prefix: class token and registers at the front of each row.
     """
 

@@ -79,6 +79,24 @@ SOURCES = [f"{name}/{frontend}" for name, modality in MODALITIES.items() for fro
 SETTINGS = {
     "wav2vec2": {"negatives": 5, "codes": 8, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "jepa": {
+        "blocks": [[2, 0.2, 0.3], [1, 0.5, 0.5]],
+        "predictor_dim": 16,
+        "predictor_depth": 1,
+        "predictor_heads": 2,
+        "ema_updates": 100,
+    },
+    "data2vec": {"mask_size": 2, "top_k": 2},
+    "data2vec2": {
+        "mask_ratio": 0.6,
+        "mask_size": 2,
+        "clones": 3,
+        "decoder_dim": 8,
+        "decoder_depth": 2,
+        "decoder_groups": 2,
+        "utterance_weight": 1.0,
+        "top_k": 2,
+    },
     "ctc": {
         "n_characters": 5,
         "freeze_updates": 0,
@@ -322,6 +340,9 @@ def test_gradients_reach_every_part(name, source):
     model(batch(name, source)).total.backward()
     learning = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     missing = [key for key, p in learning if p.grad is None or not p.grad.any()]
+    teachers = [p for key, p in model.named_parameters() if key.startswith("teacher.")]
+    assert not any(p.requires_grad for p in teachers)
+    assert all(p.grad is None for p in teachers)
     # the mask token has no part in objectives that drop tokens or hide none
     assert missing == ([] if model.hide == "replace" else ["encoder.mask_token"])
 

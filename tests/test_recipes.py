@@ -58,7 +58,17 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
             "frontend.layers": [[8, k, s] for k, s in ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))]
         },
         "conv": {"positions.kernel": 7, "positions.groups": 2},
+        "stacked_conv": {"positions.kernel": 7, "positions.groups": 2},
         "wav2vec2": {"objective.dim": 8, "objective.codes": 4, "objective.negatives": 3},
+        "data2vec": {"objective.top_k": 2},
+        "jepa": {"objective.predictor_dim": 16, "objective.predictor_depth": 1, "objective.predictor_heads": 2},
+        "data2vec2": {
+            "objective.top_k": 2,
+            "objective.clones": 2,
+            "objective.decoder_dim": 16,
+            "objective.decoder_depth": 1,
+            "objective.decoder_groups": 2,
+        },
     }
     decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
     per_name |= dict.fromkeys(("mae", "siam_mae", "denoise", "dbot"), decoder)
@@ -73,7 +83,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 38
+    assert len(RECIPES) == 53
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -44,6 +44,17 @@ RUNS = {
         "small/mae_image",
         {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2},
     ),
+    "data2vec": ("small/data2vec_speech", SPEECH | {"objective.top_k": 2}),
+    "data2vec2": (
+        "small/data2vec2_image",
+        {
+            "objective.top_k": 2,
+            "objective.decoder_dim": 16,
+            "objective.decoder_depth": 2,
+            "objective.decoder_groups": 2,
+        },
+    ),
+    "jepa": ("small/jepa_image", {"objective.predictor_dim": 16, "objective.predictor_heads": 2}),
     "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
 }
 

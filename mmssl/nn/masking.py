@@ -38,8 +38,8 @@ def random_mask(lengths: Tensor, *, ratio: float, seeds: Tensor, clones: int = 1
     """
     lengths = lengths.cpu()
     size = int(lengths.max())
-    noise = torch.cat([uniform(seeds, size, stream=2 * clone) for clone in range(clones)], 1).view(-1, size)
-    rows, lengths = _clone(lengths, clones)
+    noise = torch.cat([uniform(seeds, size, stream=2 * copy) for copy in range(clones)], 1).view(-1, size)
+    rows, lengths = clone(lengths, clones)
     return plan_of(_lowest(noise, lengths, ratio), lengths, rows=rows)
 
 
@@ -161,10 +161,10 @@ def span_mask(
         raise ValueError(f"mask_prob={prob}, mask_span={span}: both must be greater than 0")
     lengths = lengths.cpu()
     size = int(lengths.max())
-    noise = torch.cat([uniform(seeds, size + 1, stream=2 * clone + 1) for clone in range(clones)], 1)
+    noise = torch.cat([uniform(seeds, size + 1, stream=2 * copy + 1) for copy in range(clones)], 1)
     # the first number of a row, not its last: where the last stands depends on what else is in the batch
     chance, noise = noise.view(-1, size + 1).split([1, size], 1)
-    rows, lengths = _clone(lengths, clones)
+    rows, lengths = clone(lengths, clones)
     # a run may cover half of a short row at most, so that something is left to predict from
     width = torch.full_like(lengths, span).minimum((lengths // 2).clamp_min(1))
     starts = lengths - width + 1
@@ -263,7 +263,12 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _lowest(noise: Tensor, lengths: Tensor, ratio: float) -> Tensor:
-    """(R, N) bool, True for the share `ratio` of each row's real tokens where the noise is lowest.
+    """(R, N) bool, True for the share `ratio` of each row's real tokens where the noise is lowest."""
+    return first(noise, lengths, hidden_count(lengths, ratio))
+
+
+def hidden_count(lengths: Tensor, ratio: float) -> Tensor:
+    """(R,) tokens to hide: the share rounded to the nearest, at least one hidden and one visible where there are two.
 
     Raises:
         ValueError: ratio outside (0, 1).
@@ -271,12 +276,17 @@ def _lowest(noise: Tensor, lengths: Tensor, ratio: float) -> Tensor:
     if not 0 < ratio < 1:
         raise ValueError(f"mask_ratio={ratio}: the share of tokens to hide must lie between 0 and 1")
     hidden = (lengths * ratio).round().long()
-    hidden = torch.minimum(hidden.clamp_min(1), lengths - 1).clamp_min(0)
+    return torch.minimum(hidden.clamp_min(1), lengths - 1).clamp_min(0)
+
+
+def first(order: Tensor, lengths: Tensor, count: Tensor) -> Tensor:
+    """(R, N) bool, True for the `count` real tokens of each row that come first; of equal ones, those on the left."""
     # padding sorts last and is never reached
-    rank = noise.masked_fill(~valid_mask(lengths, noise.shape[1]), torch.inf).argsort(1).argsort(1)
-    return rank < hidden[:, None]
+    rank = order.masked_fill(~valid_mask(lengths, order.shape[1]), torch.inf).argsort(dim=1, stable=True).argsort(1)
+    return rank < count[:, None]
 
 
-def _clone(lengths: Tensor, clones: int) -> tuple[Tensor, Tensor]:
+def clone(lengths: Tensor, clones: int) -> tuple[Tensor, Tensor]:
+    """(R,) the clip of each of its copies, and (R,) its length; R = B x clones."""
     rows = torch.arange(len(lengths)).repeat_interleave(clones)
     return rows, lengths[rows]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmssl.nn.predictor import places
-from mmssl.types import Encoded, valid_mask
+from mmssl.types import Encoded, Tokens, valid_mask
 
 
 @torch.no_grad()
@@ -42,3 +42,11 @@ def mean_distance(values: Tensor) -> Tensor:
         return values.new_zeros((), dtype=torch.float32)
     values = values.float()
     return (values - values.mean(0)).abs().mean()
+
+
+@torch.no_grad()
+def feature_spread(tokens: Tokens) -> Tensor:
+    """`spread` of the frontend's features over all real tokens of a batch; of its tokens where it gives none."""
+    features = tokens.x if tokens.feat is None else tokens.feat
+    real = valid_mask(tokens.lengths, features.shape[1])
+    return spread(features.flatten(0, 1).index_select(0, places(real, features.device)))

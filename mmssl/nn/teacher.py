@@ -68,5 +68,14 @@ class Teacher(nn.Module):
             ours[name].copy_(theirs[name])
 
 
+def ema_decay(step: int, *, first: float, last: float, updates: int) -> float:
+    """The decay of update number `step`: a straight line from `first`, before any, to `last` at `updates`, and level.
+
+    Source: Baevski et al. 2022, data2vec (arXiv:2202.03555), section 3.3. A function of the optimizer's updates, so
+    neither accumulation nor resuming changes it.
+    """
+    return first + (last - first) * min(step / updates, 1.0) if updates else last
+
+
 def _belongs(name: str, part: str) -> bool:
     return name == part or name.startswith(part + ".")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmssl.nn.linear import Linear
 from mmssl.nn.seeds import seed_of, uniform
 from mmssl.nn.windows import Windows
-from mmssl.types import valid_mask
+from mmssl.types import Point, valid_mask
 
 # On the CPU, rows at least this long are attended to one by one: the square of their padding would cost more than the
 # calls do. Shorter ones go as one padded call with a mask.
@@ -197,12 +197,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, mlp_dim, dropout=activation_dropout)
 
-    def forward(self, h: Tensor, layout: Layout, windows: Windows | None = None) -> Tensor:
+    def forward(self, h: Tensor, layout: Layout, windows: Windows | None = None) -> tuple[Tensor, Tensor]:
+        """The block's output; and that of its MLP, before dropout and the residual."""
         if self.pre:
             h = h + self._branch(self.attention(self.norm1(h), layout, windows), layout)
-            return h + self._branch(self.mlp(self.norm2(h)), layout)
+            added = self.mlp(self.norm2(h))
+            return h + self._branch(added, layout), added
         h = self.norm1(h + self._branch(self.attention(h, layout, windows), layout))
-        return self.norm2(h + self._branch(self.mlp(h), layout))
+        added = self.mlp(h)
+        return self.norm2(h + self._branch(added, layout)), added
 
     def _branch(self, branch: Tensor, layout: Layout) -> Tensor:
         branch = F.dropout(branch, self.dropout, self.training)
@@ -297,6 +300,7 @@ class Transformer(nn.Module):
         lengths: Tensor | None = None,
         *,
         layers: Sequence[int] = (),
+        point: Point = "block",
         attended: Tensor | None = None,
         windows: Sequence[Windows | None] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -307,12 +311,15 @@ class Transformer(nn.Module):
             lengths: (B,) int64 on the CPU; None where all rows are full.
             layers: which to return as well: 0 is the input to the first block, i the output of block i, both
                 without the final norm.
+            point: "mlp" returns what the MLP of block i gives, before dropout and the residual, in the place of its
+                output.
             attended: (B, N) bool, True = others see it; all by default. Each token has its own content in any case.
             windows: for each block those within which it attends, or None for the whole clip; left out, no block has
                 any.
 
         Returns:
-            (B, N, D) after the final norm (of "pre"), zero past each length; and the layers asked for.
+            (B, N, D) after the final norm (of "pre"), zero past each length; and the layers asked for. A block that
+            `layer_drop` leaves out has no MLP output: it is left out of them as well.
         """
         wrong = [i for i in layers if not 0 <= i <= self.depth]
         if wrong:
@@ -326,10 +333,12 @@ class Transformer(nn.Module):
         kept = {0: layout.unpack(h)} if 0 in layers else {}
         each = windows or [None] * self.depth
         for i, (block, own) in enumerate(zip(self.blocks, each, strict=True), start=1):
+            added = None
             if i not in left_out:
-                h = block(h, layout, own)
-            if i in layers:
-                kept[i] = layout.unpack(h)
+                h, added = block(h, layout, own)
+            value = h if point == "block" else added
+            if i in layers and value is not None:
+                kept[i] = layout.unpack(value)
         if self.pre:
             h = self.norm(h)
         return layout.unpack(h), kept

@@ -6,8 +6,11 @@ from mmssl.objectives.apc import APC
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.cpc import CPC
 from mmssl.objectives.ctc import CTC
+from mmssl.objectives.data2vec import Data2Vec
+from mmssl.objectives.data2vec2 import Data2Vec2
 from mmssl.objectives.dbot import DBOT
 from mmssl.objectives.denoise import Denoise
+from mmssl.objectives.jepa import JEPA
 from mmssl.objectives.mae import MAE
 from mmssl.objectives.mp3 import MP3
 from mmssl.objectives.npc import NPC
@@ -30,6 +33,9 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "siam_mae": SiamMAE,
     "denoise": Denoise,
     "dbot": DBOT,
+    "data2vec": Data2Vec,
+    "data2vec2": Data2Vec2,
+    "jepa": JEPA,
     "ctc": CTC,
     "classify": Classify,
 }

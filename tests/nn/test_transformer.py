@@ -133,8 +133,27 @@ def test_what_is_dropped_whole_leaves_the_residual_alone(name):
     # without activations the MLP gives its bias, which is zero here; without branches nothing is added at all
     torch.nn.init.zeros_(block.mlp.down.bias)
     attended = x + block.attention(block.norm1(x), layout)
-    assert torch.equal(block(x, layout), attended if name == "activation_dropout" else x)
-    assert not torch.equal(block.eval()(x, layout), attended)
+    assert torch.equal(block(x, layout)[0], attended if name == "activation_dropout" else x)
+    assert not torch.equal(block.eval()(x, layout)[0], attended)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_layer_can_be_read_at_its_mlp(norm):
+    ours = build(norm=norm).eval()
+    x, lengths = torch.randn(2, 9, 32), torch.tensor([9, 4])
+    _, kept = ours(x, lengths, layers=range(ours.depth + 1))
+    _, added = ours(x, lengths, layers=range(1, ours.depth + 1), point="mlp")
+    for i, block in enumerate(ours.blocks, start=1):
+        # before the residual: the rest of the block, worked out from its input, is what it is added to
+        h = kept[i - 1][1:, :4]
+        layout = room.Layout(h, None)
+        if norm == "pre":
+            h = h + block.attention(block.norm1(h), layout)
+            expected = kept[i][1:, :4] - h
+        else:
+            expected = block.mlp(block.norm1(h + block.attention(h, layout)))
+        torch.testing.assert_close(added[i][1:, :4], expected, rtol=1e-4, atol=1e-5)
+        assert not added[i][1, 4:].any()
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
