@@ -38,7 +38,12 @@ RunFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder of the run.", show_default="runs/ and the recipe's name")
 ]
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Folder of a run, or an exported encoder.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of a run, an exported encoder, or a model of transformers: its folder or its name on the hub.",
+        show_default=False,
+    ),
 ]
 
 
@@ -311,6 +316,37 @@ def manifest(
         print(f"{file}: {write_manifest(file, rows)} clips")
     if stats is not None:
         _print_stats(stats, next((file for file in files if file.stem == "train"), next(iter(files))))
+
+
+@command("mmssl convert runs/wav2vec2_base shared/ --to transformers")
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder of a run or an exported encoder, or a model of transformers: its folder or its name on the "
+            "hub.",
+            show_default=False,
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="transformers|mmssl|LAYOUT",
+            help="transformers: the layout that fits, or name one, such as vit_mae; mmssl: as a run exports it.",
+        ),
+    ] = "transformers",
+) -> None:
+    """Write an encoder so that transformers opens it with `from_pretrained`, or one of theirs as mmssl exports it.
+
+    mmssl reads models of transformers without this: give their folder or name to embed, evaluate, or init=. What is
+    written holds weights, settings and preprocessor, and for CTC the vocabulary. An encoder that a layout cannot say
+    is refused by the setting.
+    """
+    from mmssl.convert.folder import convert
+
+    print(f"{folder}: {convert(source, folder, to=to)}")
 
 
 @command("mmssl recipes image/mae_base > mine.yaml")

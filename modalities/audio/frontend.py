@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.modalities.filterbank import Filterbank, Window, fill_to
@@ -20,10 +21,10 @@ class SpectrogramPatches(Frontend):
 
     Source: Gong et al. 2021 (AST, arXiv:2104.01778), section 2.1, and Huang et al. 2022 (Audio-MAE, arXiv:2207.06405),
     section 3.1, with their constants of AudioSet.
-    Differs from both: clips are not cut or padded to 1024 frames. Where the last patch reaches past a clip's last
+    Differs from both: without `frames` clips are not cut or padded. Where the last patch reaches past a clip's last
         frame, the clip goes on with digital silence up to the patch's end, and no further: no frame is lost and a
         clip's tokens are the same in any batch. Both papers put zeros before the normalization, where they are louder
-        than most sound.
+        than most sound; so it is with `frames`, for encoders that were trained so.
     Differs from AST: time is the outer axis of the tokens and of the values of a patch.
 
     Args:
@@ -33,6 +34,8 @@ class SpectrogramPatches(Frontend):
             leave out the highest bands where no whole patch fits.
         mean, std: of the log-mel energies of the training data; `mmssl manifest --stats` measures them.
         deviations: a normalized value of 1 lies so many deviations from the mean; CAV-MAE has 1.
+        frames: cut every clip to so many frames, or fill it up with zeros to them, as AST does with 1024. Those are
+            tokens like all others.
         bands, window_ms, hop_ms, window, low, high, preemphasis, rate: see `Filterbank`. Clips must have this rate.
     """
 
@@ -48,6 +51,7 @@ class SpectrogramPatches(Frontend):
         mean: float = -4.2677393,
         std: float = 4.5689974,
         deviations: float = 2.0,
+        frames: int | None = None,
         bands: int = 128,
         window_ms: float = 25.0,
         hop_ms: float = 10.0,
@@ -78,7 +82,10 @@ class SpectrogramPatches(Frontend):
             )
         if std <= 0 or deviations <= 0:
             raise ValueError(f"frontend.std={std:g}, frontend.deviations={deviations:g}: both must be above 0")
+        if frames is not None and frames < self.size[0]:
+            raise ValueError(f"frontend.frames={frames}: fewer than the {self.size[0]} of a patch")
         self.dim, self.feature_dim = dim, math.prod(self.size)
+        self.frames = frames
         self.down = rest // self.stride[1] + 1
         self.mean, self.scale = mean, std * deviations
         self.rate = rate
@@ -110,7 +117,12 @@ class SpectrogramPatches(Frontend):
         across, lengths = int(steps.max()), steps * self.down
         (long, tall), (hop, up) = self.size, self.stride
         with torch.autocast(raw.data.device.type, enabled=False):
-            frames = fill_to(self.filterbank(raw.data, raw.lengths), (across - 1) * hop + long)
+            frames = self.filterbank(raw.data, raw.lengths)
+            if self.frames is None:
+                frames = fill_to(frames, (across - 1) * hop + long)
+            else:
+                real = valid_mask(self.filterbank.frames(raw.lengths), frames.shape[1], frames.device)[..., None]
+                frames = F.pad(frames * real, (0, 0, 0, self.frames - frames.shape[1]))
             cells = ((frames - self.mean) / self.scale).unfold(1, long, hop).unfold(2, tall, up)
             feat = cells.reshape(len(raw), across * self.down, self.feature_dim)
         x = self.project(feat)
@@ -139,7 +151,9 @@ class SpectrogramPatches(Frontend):
         return frames[valid_mask(counts, frames.shape[1], frames.device)].view(-1, 1)
 
     def _steps(self, raw: Raw) -> Tensor:
-        """(B,) patches along time: as many as it takes to cover every frame."""
+        """(B,) patches along time: as many as it takes to cover every frame, or as fit into so many frames."""
         refuse_short(raw, self.min_length)
+        if self.frames is not None:
+            return torch.full((len(raw),), (self.frames - self.size[0]) // self.stride[0] + 1)
         frames = self.filterbank.frames(raw.lengths)
         return torch.div(frames - self.size[0] - 1, self.stride[0], rounding_mode="floor").clamp_min(-1) + 2

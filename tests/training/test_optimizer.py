@@ -104,14 +104,21 @@ CLIPS = {
     "image": (torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(0)), 1, None),
     "video": (torch.rand(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 4, 5.0),
 }
-TABLES = {"sincos": {}, "conv": {"kernel": 4, "groups": 2}, "learned": {"grid": [2, 3]}}
+TABLES = {
+    "sincos": {},
+    "flat_sincos": {"grid": [2, 3]},
+    "conv": {"kernel": 4, "groups": 2},
+    "conv_stack": {"kernel": 3, "depth": 2, "groups": 2},
+    "learned": {"grid": [2, 3]},
+}
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize(
     ("source", "positions"),
     [(source, "sincos") for source in FRONTENDS]
-    + [("image/patches", "learned"), ("speech/logmel", "conv"), ("image/patches", "conv")],
+    + [("image/patches", "learned"), ("speech/logmel", "conv"), ("image/patches", "conv")]
+    + [("speech/logmel", "conv_stack"), ("image/patches", "flat_sincos")],
 )
 def test_a_parameter_s_layer_is_the_first_that_depends_on_it(source: str, positions: str, norm: str) -> None:
     torch.manual_seed(0)
