@@ -114,7 +114,7 @@ def _fetch(name: str) -> Path:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
         raise ValueError(
-            f"{name}: no such folder, and names of the hub need `pip install huggingface_hub`"
+            f"{name}: no such folder, and names of the hub need `pip install mmssl[hub]`"
         ) from None
     try:
         folder = Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
