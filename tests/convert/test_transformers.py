@@ -245,3 +245,330 @@ def test_there_and_back_gives_the_same_tensors_under_the_same_names(saved: Any, 
     assert before.keys() == after.keys()
     for key, tensor in before.items():
         assert torch.equal(tensor, after[key]), key
+
+
+def copied(saved: Any, name: str, folder: Path) -> Path:
+    """The folder of a model, to be changed."""
+    shutil.copytree(saved(name)[1], folder)
+    return folder
+
+
+def with_settings(folder: Path, **settings: Any) -> Path:
+    path = folder / "config.json"
+    _write(path, json.loads(path.read_text(encoding="utf-8")) | settings)
+    return folder
+
+
+def with_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_both_names_of_weight_norm_are_read(saved: Any, tmp_path: Path) -> None:
+    _, folder = saved("wav2vec2 base")
+    older = copied(saved, "wav2vec2 base", tmp_path / "older")
+    there = "encoder.pos_conv_embed.conv"
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for i, letter in enumerate("gv"):
+            tensors[f"{there}.weight_{letter}"] = tensors.pop(f"{there}.parametrizations.weight.original{i}")
+
+    with_tensors(older, rename)
+    before, after = open_encoder(folder).encoder, open_encoder(older).encoder
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("form", ["shards", "bin", "half"])
+def test_weights_in_other_files_are_the_same(saved: Any, tmp_path: Path, form: str) -> None:
+    _, source = saved("vit")
+    folder = copied(saved, "vit", tmp_path / form)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if form == "shards":
+        names = sorted(tensors)
+        parts = {"model-1.safetensors": names[:7], "model-2.safetensors": names[7:]}
+        for file, own in parts.items():
+            save_file({name: tensors[name] for name in own}, folder / file)
+        index = {name: file for file, own in parts.items() for name in own}
+        _write(folder / "model.safetensors.index.json", {"weight_map": index})
+    elif form == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    for key, tensor in open_encoder(source).encoder.items():
+        assert torch.allclose(tensor, open_encoder(folder).encoder[key], atol=2e-3 if form == "half" else 0.0)
+        assert open_encoder(folder).encoder[key].dtype == tensor.dtype
+
+
+class Harm:
+    """What a pickle that runs code is made of."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return print, ("harm",)
+
+
+def test_a_file_from_a_stranger_runs_no_code(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copied(saved, "vit", tmp_path / "bad")
+    (folder / "model.safetensors").unlink()
+    torch.save({"harm": Harm()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="nothing else is unpickled"):
+        mmssl.load(folder)
+    assert "harm" not in capsys.readouterr().out
+
+
+def drop(name: str) -> Callable[[Path], Any]:
+    return lambda folder: with_tensors(folder, lambda tensors: tensors.pop(name))
+
+
+def put(name: str, *shape: int) -> Callable[[Path], Any]:
+    return lambda folder: with_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def say(**settings: Any) -> Callable[[Path], Any]:
+    return lambda folder: with_settings(folder, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("vit", drop("layernorm.weight"), "the weights lack 'layernorm.weight', which a vit has"),
+        ("vit", put("encoder.layer.2.norm.weight", 24), "hold 'encoder.layer.2.norm.weight', which has no place"),
+        ("vit", say(image_size=32), r"'positions.table' is \(16, 24\), and config.json makes it \(64, 24\)"),
+        ("vit", say(hidden_act="relu"), "hidden_act='relu': our Transformer has gelu"),
+        ("vit", say(model_type="swin"), "layout 'swin': mmssl reads wav2vec2, hubert"),
+        ("vit", cut, "not a whole safetensors file"),
+        ("vit", lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model"),
+        ("vit", lambda folder: (folder / "config.json").write_text("{"), "this is not JSON"),
+        ("vit_mae", lambda folder: zero_table(folder), "not the sines and cosines of a ViTMAE"),
+        ("wav2vec2 base", say(add_adapter=True), "says add_adapter=True, and our encoder has only False"),
+        ("wav2vec2 base", say(feat_extract_activation="relu"), "says feat_extract_activation='relu'"),
+        ("wav2vec2 base", say(model_type="wavlm"), "a wavlm cannot be read, because its attention has a gated bias"),
+        ("wav2vec2 base", say(model_type="hubert", conv_pos_batch_norm=True), "says conv_pos_batch_norm=True"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_sentence(
+    saved: Any, tmp_path: Path, name: str, change: Callable[[Path], Any], message: str
+) -> None:
+    folder = copied(saved, name, tmp_path / "changed")
+    change(folder)
+    with pytest.raises(ValueError, match=message) as raised:
+        mmssl.load(folder)
+    assert str(folder) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def zero_table(folder: Path) -> None:
+    with_tensors(folder, lambda tensors: tensors["embeddings.position_embeddings"].zero_())
+
+
+def test_every_layout_that_is_refused_says_why() -> None:
+    assert not REFUSED.keys() & LAYOUTS.keys()
+
+
+def test_what_is_no_part_of_the_encoder_is_named(saved: Any, caplog: pytest.LogCaptureFixture) -> None:
+    _, folder = saved("wav2vec2 with its pretraining head")
+    with caplog.at_level(logging.WARNING):
+        open_encoder(folder)
+    [said] = caplog.messages
+    assert "7 tensors beside it are left out: project_hid, project_q, quantizer" in said
+
+
+def test_a_mask_token_that_was_not_published_is_drawn_and_said(
+    saved: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(saved, "wav2vec2 base", tmp_path / "without")
+    drop("masked_spec_embed")(folder)
+    with caplog.at_level(logging.WARNING):
+        first, second = open_encoder(folder), open_encoder(folder)
+    assert "the weights lack 'masked_spec_embed', which training alone uses" in caplog.messages[0]
+    assert torch.equal(first.encoder["mask_token"], second.encoder["mask_token"])
+
+
+def test_the_network_is_touched_for_a_name_of_the_hub_alone(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def snapshot_download(name: str, **settings: Any) -> str:
+        asked.append(name)
+        if name != "someone/vit":
+            raise OSError("there is no such model\nand more lines")
+        return str(saved("vit")[1])
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for source in ("nowhere", "runs/vit", "models/vit", "./someone/vit", "/someone/vit", "a/b/c"):
+        with pytest.raises(ValueError, match="no such folder; give the folder"):
+            find(source)
+    assert asked == []
+    assert find("someone/vit") == saved("vit")[1]
+    with pytest.raises(ValueError, match=r"someone/other: no such folder, and it could not be had .*such model\)$"):
+        find("someone/other")
+
+
+def test_a_head_that_spells_goes_both_ways(tmp_path: Path) -> None:
+    config = transformers.Wav2Vec2Config(**_SPEECH, **_LARGE, pad_token_id=3)
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2ForCTC(config).eval()
+    model.lm_head.weight.data *= 20  # so that it spells more than one character
+    model.save_pretrained(tmp_path / "theirs")
+    vocabulary = {"<s>": 0, "b": 1, "|": 2, "<pad>": 3, "a": 4, "<unk>": 5}
+    _write(tmp_path / "theirs" / "vocab.json", vocabulary)
+    _write(tmp_path / "theirs" / "preprocessor_config.json", PREPROCESSORS["speech"])
+    clips = clips_of("wav2vec2 large")
+    embedder = mmssl.load(tmp_path / "theirs", device="cpu")
+    # blank and boundary first, the others in their order; tokens of several characters as private ones
+    order = [3, 2, 0, 1, 4, 5]
+    assert embedder.config["vocabulary"] == ["<blank>", "|", "\ue000", "b", "a", "\ue002"]
+    head = open_encoder(tmp_path / "theirs").objective
+    assert torch.equal(head["head.weight"], model.lm_head.weight[order])
+    said = embedder.predict(clips)
+    convert(tmp_path / "theirs", tmp_path / "back")
+    back = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "back").eval()
+    names = {number: token for token, number in json.loads((tmp_path / "back" / "vocab.json").read_text()).items()}
+    extract = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)
+    for clip, text in zip(clips, said, strict=True):
+        given = extract(clip, sampling_rate=16_000, return_tensors="pt").input_values
+        with torch.no_grad():
+            before, after = model(given).logits[0], back(given).logits[0]
+        assert torch.allclose(after, before[:, order], atol=1e-5)
+        assert [names[i] for i in range(6)] == ["<pad>", "|", "<s>", "b", "a", "<unk>"]
+        best = torch.unique_consecutive(before.argmax(-1)).tolist()
+        spelled = "".join({0: "\ue000", 1: "b", 2: " ", 3: "", 4: "a", 5: "\ue002"}[i] for i in best)
+        assert text == " ".join(spelled.split())
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["pad_token_id"] == 0
+
+
+def test_a_vocabulary_of_words_is_refused(tmp_path: Path) -> None:
+    transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**_SPEECH)).save_pretrained(tmp_path)
+    _write(tmp_path / "vocab.json", {"<pad>": 0, "|": 1, "<s>": 2, "</s>": 3, "<unk>": 4, "ng": 5})
+    with pytest.raises(ValueError, match="the token 'ng' is no single character"):
+        mmssl.load(tmp_path)
+    _write(tmp_path / "vocab.json", {"<pad>": 0, "|": 1})
+    with pytest.raises(ValueError, match="names 2 tokens for the 6 rows of lm_head"):
+        mmssl.load(tmp_path)
+
+
+OWN: dict[str, dict[str, Any]] = {
+    "image": {
+        "format": 1,
+        "modality": "image",
+        "frontend": {"name": "patches", "size": [4, 4], "channels": 1, "mean": [0.5], "std": [0.25]},
+        "positions": {"name": "sincos"},
+        "transformer": {"dim": 24, "depth": 2, "heads": 3},
+        "encoder": {"prefix": 1},
+        "augment_eval": [{"name": "resize", "size": 20}, {"name": "center_crop", "size": [16, 24]}],
+    },
+    "speech": {
+        "format": 1,
+        "modality": "speech",
+        "frontend": {"name": "waveform", "layers": [[8, 10, 5], [8, 4, 4]], "norm": "group", "normalize": False},
+        "positions": {"name": "conv", "kernel": 8, "groups": 4},
+        "transformer": {"dim": 16, "depth": 2, "heads": 2, "norm": "post", "eps": 1e-5},
+        "encoder": {"mask_token": True},
+        "augment_eval": [],
+    },
+}
+
+
+def exported(folder: Path, config: dict[str, Any]) -> Path:
+    torch.manual_seed(0)
+    more = {"objective": None, "classes": None, "vocabulary": None}
+    encoder = build_encoder(config)
+    for part in encoder.modules():
+        if isinstance(part, nn.LayerNorm | nn.GroupNorm):
+            nn.init.normal_(part.bias)
+    export_encoder(folder, encoder, more | config)
+    return folder
+
+
+@pytest.mark.parametrize(("modality", "kind"), [("image", "ViTModel"), ("speech", "Wav2Vec2Model")])
+def test_what_was_trained_here_opens_in_transformers(tmp_path: Path, modality: str, kind: str) -> None:
+    run_folder = exported(tmp_path / "run", OWN[modality])
+    assert convert(run_folder, tmp_path / "theirs").startswith(f"transformers.{kind}.")
+    # the whole class by its config.json, as a user opens it
+    model = transformers.AutoModel.from_pretrained(tmp_path / "theirs").eval()
+    assert type(model).__name__ == kind
+    rng = np.random.default_rng(0)
+    if modality == "speech":
+        clip = rng.standard_normal(700).astype(np.float32)
+        given = torch.from_numpy(clip)[None]
+    else:
+        clip = rng.random((1, 16, 24)).astype(np.float32)
+        given = (torch.from_numpy(clip)[None] - 0.5) / 0.25
+    config = json.loads((run_folder / "config.json").read_text()) | {"augment_eval": []}
+    (run_folder / "config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        theirs = model(given).last_hidden_state[0]
+    mine = mmssl.load(run_folder, device="cpu").embed([clip]).tokens[0]
+    assert torch.allclose(mine, theirs[-len(mine) :], atol=1e-5)
+    assert mine.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "to", "message"),
+    [
+        ("transformer", {"eps": 1e-6}, "wav2vec2", "layout wav2vec2 has transformer.eps=1e-05, and this encoder 1e-06"),
+        ("positions", {"name": "sincos"}, "hubert", "has positions.name='conv', and this encoder 'sincos'"),
+        ("frontend", {"name": "logmel"}, "wav2vec2", "has frontend.name='waveform', and this encoder 'logmel'"),
+        ("encoder", {"prefix": 2}, "transformers", "no layout of transformers can say what this encoder is: layout wav"),
+        ("encoder", {}, "bert", "layout 'bert': choose one of wav2vec2"),
+    ],
+)
+def test_what_a_layout_cannot_say_is_refused_by_the_setting(
+    tmp_path: Path, section: str, settings: dict[str, Any], to: str, message: str
+) -> None:
+    config = json.loads(json.dumps(OWN["speech"]))
+    changed = settings if "name" in settings else config[section] | settings
+    config[section] = changed
+    run_folder = exported(tmp_path / "run", config)
+    with pytest.raises(ValueError, match=message):
+        convert(run_folder, tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_converted_to_mmssl_it_is_a_run_that_loads(saved: Any, tmp_path: Path) -> None:
+    _, folder = saved("hubert large")
+    assert convert(folder, tmp_path / "ours", to="mmssl") == f'mmssl.load("{tmp_path / "ours"}") opens it'
+    clips = clips_of("hubert large")
+    before, after = (mmssl.load(path, device="cpu").embed(clips).tokens for path in (folder, tmp_path / "ours"))
+    assert torch.equal(before, after)
+    # and it remembers what it was
+    assert convert(tmp_path / "ours", tmp_path / "again").startswith("transformers.HubertModel")
+    with pytest.raises(ValueError, match="is there already"):
+        convert(folder, tmp_path / "ours")
+
+
+def test_pictures_are_prepared_as_their_processor_does(saved: Any, tmp_path: Path) -> None:
+    folder = copied(saved, "vit", tmp_path / "vit")
+    processor = transformers.models.vit.image_processing_pil_vit.ViTImageProcessorPil(
+        size={"height": 16, "width": 16}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]
+    )
+    processor.save_pretrained(folder)
+    picture = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    theirs = processor(picture, return_tensors="pt").pixel_values[0]
+    embedder = mmssl.load(folder, device="cpu")
+    [step] = embedder.config["augment_eval"]
+    assert step == {"name": "resize", "size": [16, 16], "interpolation": "bilinear"}
+    x = torch.from_numpy(picture).movedim(-1, 0) / 255
+    mine = torch.nn.functional.interpolate(x[None], size=(16, 16), mode="bilinear", antialias=True)[0]
+    frontend = embedder.encoder.frontend
+    # theirs are rounded to 256 values in between, of which a deviation of .2 makes 1 / 51 at most
+    assert ((mine - frontend.mean) / frontend.std - theirs).abs().max() < 0.02
+    assert (theirs - theirs.mean()).abs().max() > 0.5
+
+
+def test_frames_and_rate_are_those_of_the_files(saved: Any) -> None:
+    videomae = open_encoder(saved("videomae")[1]).config
+    assert videomae["augment_eval"][0] == {"name": "center_span", "frames": 4}
+    ast = open_encoder(saved("ast")[1]).config["frontend"]
+    assert (ast["mean"], ast["std"], ast["frames"], ast["bands"]) == (-6.0, 3.0, AST_FRAMES, AST_BANDS)
