@@ -113,9 +113,7 @@ def _fetch(name: str) -> Path:
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
-        raise ValueError(
-            f"{name}: no such folder, and names of the hub need `pip install mmssl[hub]`"
-        ) from None
+        raise ValueError(f"{name}: no such folder, and names of the hub need `pip install mmssl[hub]`") from None
     try:
         folder = Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):

@@ -176,5 +176,3 @@ def completed(config: Settings) -> Config:
     transformer["mlp_dim"] = transformer["mlp_dim"] or 4 * transformer["dim"]
     done: Config = json.loads(json.dumps({**config, **sections}))
     return done
-
-

@@ -1,8 +1,8 @@
 """Wav2Vec2, HuBERT and Data2VecAudio: one encoder under three names, with two kinds of positions.
 
 From config.json come sizes, norms and rates of dropout; from preprocessor_config.json `sampling_rate` and
-`do_normalize`. What theirs does not say is set here: below a group norm the convolutions learn at a tenth of the rate, as the authors of wav2vec 2.0
-and HuBERT trained their base models.
+`do_normalize`. What theirs does not say is set here: below a group norm the convolutions learn at a tenth of the rate,
+as the authors of wav2vec 2.0 and HuBERT trained their base models.
 """
 
 from __future__ import annotations
@@ -213,9 +213,7 @@ _CONVOLUTIONAL: dict[str, Any] = {
         f"{_CONV}.weight_v": f"{_CONV}.parametrizations.weight.original1",
     },
 }
-WAV2VEC2 = Layout(
-    model_type="wav2vec2", architecture="Wav2Vec2Model", prefixes=("wav2vec2.",), **_CONVOLUTIONAL
-)
+WAV2VEC2 = Layout(model_type="wav2vec2", architecture="Wav2Vec2Model", prefixes=("wav2vec2.",), **_CONVOLUTIONAL)
 HUBERT = Layout(model_type="hubert", architecture="HubertModel", prefixes=("hubert.",), **_CONVOLUTIONAL)
 DATA2VEC_AUDIO = Layout(
     model_type="data2vec-audio",

@@ -137,8 +137,8 @@ def _say(layout: Layout, config: Settings) -> _Said:
     own, other = (side["frontend"].get("normalize_eps") for side in (ours, back))
     if ours["frontend"].get("normalize") and own != other:
         remarks.append(
-            f"its preprocessor adds {other:g} to the variance of a clip, and this encoder was trained with {own:g}: very "
-            "quiet clips come out differently"
+            f"its preprocessor adds {other:g} to the variance of a clip, and this encoder was trained with {own:g}: "
+            "very quiet clips come out differently"
         )
     return _Said(settings, preprocessor, pairs, fixed, remarks)
 

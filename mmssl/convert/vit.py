@@ -1,9 +1,14 @@
 """ViT, ViTMAE, DINOv2, VideoMAE and AST: blocks with a norm before each branch, and one at the end.
 
 The class token of theirs has a position of its own, which is added to it once and for all here; it is zero in what is
-written. Where theirs has no bias of queries, keys or values, ours is zero. Preprocessors: see `pictures`; of VideoMAE
-also `num_frames` from config.json, the frames in the middle of a file, but at the frontend's 7.5 frames per second (every
-fourth of 30), which theirs leaves to its user; of AST `mean`, `std`, `num_mel_bins`, `max_length` and `sampling_rate`.
+written. Where theirs has no bias of queries, keys or values, ours is zero; where theirs has none of keys, ours is left
+out, as a bias that all keys have changes no attention. A table of positions that is fixed here is written as a learned
+one.
+
+Preprocessors: see `pictures`. Of VideoMAE `num_frames` is taken from config.json: so many frames from the middle of a
+file, but at the frontend's own 7.5 frames per second (every fourth of 30), which theirs leaves to its user. Of AST
+`mean`, `std`, `do_normalize` and `sampling_rate` are the preprocessor's, `num_mel_bins` and `max_length` are
+config.json's, and the filterbank is Kaldi's with a Hann window, as there.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmssl.convert.layout import Config, Layout, Pair, Settings, blocks, linear, row, same, zeros
+from mmssl.convert.layout import Config, Layout, Pair, Settings, blocks, linear, row, same
 from mmssl.convert.pictures import (
     HALF,
     IMAGENET,
@@ -33,7 +38,7 @@ from mmssl.convert.pictures import (
 )
 
 _SELF = "attention.attention"
-_NAMES = {
+NAMES = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "out": "attention.output.dense",
@@ -43,7 +48,7 @@ _NAMES = {
     "k": f"{_SELF}.key",
     "v": f"{_SELF}.value",
 }
-_DINO = _NAMES | {
+_DINO = NAMES | {
     "norm1": "norm1",
     "norm2": "norm2",
     "up": "mlp.fc1",
@@ -250,7 +255,7 @@ def _plain(size: Sequence[int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
 
 
-def _shared(ours: Config, theirs: Settings, names: dict[str, str] = _NAMES) -> list[Pair]:
+def _shared(ours: Config, theirs: Settings, names: dict[str, str] = NAMES) -> list[Pair]:
     """All but the class token and the positions."""
     pairs = [
         patches(ours, f"{_PATCHES}.weight"),
@@ -320,16 +325,19 @@ def _pairs_videomae(ours: Config, theirs: Settings) -> list[Pair]:
     pairs = [
         patches(ours, f"{_PATCHES}.weight"),
         same("frontend.project.bias", f"{_PATCHES}.bias"),
-        *blocks(ours, _LAYER, _NAMES, bias=False),
+        *keyless_blocks(ours, _LAYER, bias=theirs["qv_bias"]),
     ]
-    if ours["transformer"]["final_norm"]:
-        pairs += linear("transformer.norm", "layernorm")
-    if not theirs["qv_bias"]:
+    return [*pairs, *linear("transformer.norm", "layernorm")] if ours["transformer"]["final_norm"] else pairs
+
+
+def keyless_blocks(config: Config, layer: str, *, bias: bool = True, ours: str = "transformer") -> list[Pair]:
+    """The tensors of all blocks of VideoMAE, whose keys have no bias; see `blocks`."""
+    pairs = blocks(config, layer, NAMES, bias=False, ours=ours)
+    if not bias:
         return pairs
-    for i in range(ours["transformer"]["depth"]):
-        mine, there = f"transformer.blocks.{i}.attention.qkv.bias", f"{_LAYER.format(i)}.{_SELF}"
+    for i in range(config["transformer"]["depth"]):
+        mine, there = f"{ours}.blocks.{i}.attention.qkv.bias", f"{layer.format(i)}.{_SELF}"
         pairs.remove(next(pair for pair in pairs if pair.ours == (mine,)))
-        # a bias that all keys have changes no attention, and theirs have none
         pairs.append(
             Pair(
                 (mine,),
@@ -363,9 +371,7 @@ def _pairs_ast(ours: Config, theirs: Settings) -> list[Pair]:
         lambda prefix, table: [
             prefix[None, :1],
             prefix[None, 1:],
-            torch.cat(
-                [torch.zeros_like(prefix), table.view(times, bands, dim).transpose(0, 1).flatten(0, 1)]
-            )[None],
+            torch.cat([torch.zeros_like(prefix), table.view(times, bands, dim).transpose(0, 1).flatten(0, 1)])[None],
         ],
     )
     return [*(pair for pair in shared if pair.ours != projection.ours), projection, table]

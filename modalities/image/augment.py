@@ -18,9 +18,7 @@ Size = int | Sequence[int]
 Interpolation = Literal["bicubic", "bilinear"]
 
 
-def resize(
-    x: Tensor, rng: np.random.Generator, *, size: Size, interpolation: Interpolation = "bicubic"
-) -> Tensor:
+def resize(x: Tensor, rng: np.random.Generator, *, size: Size, interpolation: Interpolation = "bicubic") -> Tensor:
     """To [height, width]; one number is the shorter side, and the other follows. Antialiased."""
     height, width = resize_extent(np.array([x.shape[-2:]]), size=size)[0].tolist()
     return _interpolate(x, (height, width), interpolation)
