@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 import mmssl
 from mmssl.assemble import build_encoder
+from mmssl.cli import app
 from mmssl.convert import LAYOUTS, REFUSED
 from mmssl.convert.folder import convert, find, open_encoder, read_weights
+from mmssl.data.manifest import write_manifest
 from mmssl.training.checkpoint import export_encoder
 
 transformers = pytest.importorskip("transformers")
@@ -576,3 +578,57 @@ def test_frames_and_rate_are_those_of_the_files(saved: Any) -> None:
     assert videomae["augment_eval"][0] == {"name": "center_span", "frames": 4}
     ast = open_encoder(saved("ast")[1]).config["frontend"]
     assert (ast["mean"], ast["std"], ast["frames"], ast["bands"]) == (-6.0, 3.0, AST_FRAMES, AST_BANDS)
+
+
+def test_a_published_encoder_is_trained_further(saved: Any, sounds: Path, tmp_path: Path) -> None:
+    _, folder = saved("wav2vec2 base")
+    rows = write_manifest(tmp_path / "train.jsonl", rows_of(sounds))
+    assert rows == 12
+    overrides = [
+        f"init={folder}",
+        f"data.train={tmp_path / 'train.jsonl'}",
+        "data.workers=0",
+        "trainer.steps=1",
+        "schedule.warmup=1",
+        "trainer.accumulate=1",
+        "trainer.precision=float32",
+        "trainer.device=cpu",
+    ]
+    objective = ["objective.codes=4", "objective.dim=8", "objective.negatives=5", "objective.mask_span=2"]
+    mmssl.train("speech/wav2vec2_base", tmp_path / "run", [*overrides, *objective])
+    before, after = open_encoder(folder), open_encoder(tmp_path / "run")
+    assert after.config["positions"] == before.config["positions"]
+    # rates of dropout are the recipe's own
+    assert after.config["transformer"] == before.config["transformer"] | {"activation_dropout": 0.0, "layer_drop": 0.05}
+    floats = {key: tensor for key, tensor in before.encoder.items() if tensor.is_floating_point()}
+    moved = {key for key, tensor in floats.items() if not torch.equal(tensor, after.encoder[key])}
+    assert {"mask_token", "frontend.weights.0", "positions.weight_v"} <= moved
+    # the first update of Adam moves a weight by its rate, and the decay by a hundredth of that share of it
+    largest = max(float((after.encoder[key] - before.encoder[key]).abs().max()) for key in moved)
+    assert 0 < largest < 6e-4
+    assert convert(tmp_path / "run", tmp_path / "theirs").startswith("transformers.Wav2Vec2Model")
+    with pytest.raises(ValueError, match=r"init=.*holds an encoder of speech, and this recipe is for image"):
+        mmssl.train("image/mae_base", tmp_path / "other", overrides)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {"id": path.stem, "audio": str(path), "duration": 0.4 + 0.02 * int(path.stem)}
+        for path in sorted(folder.glob("train/*/*.wav"))
+    ]
+
+
+def test_the_command_converts_and_says_what_opens_it(
+    saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = saved("vit_mae")
+    arguments = [str(folder), str(tmp_path / "vit"), "--to", "vit"]
+    with pytest.raises(SystemExit) as ended:
+        app(["convert", *arguments])
+    assert ended.value.code == 0
+    out = tmp_path / "vit"
+    assert capsys.readouterr().out == f'{out}: transformers.ViTModel.from_pretrained("{out}") opens it\n'
+    with pytest.raises(SystemExit) as ended:
+        app(["convert", *arguments])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"mmssl: {out}: is there already; give a new folder\n"
