@@ -82,7 +82,7 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None, out: RunFolder = N
 
 @command("mmssl finetune speech/ctc_base init=runs/wav2vec2_base data.train=labelled.jsonl data.valid=valid.jsonl")
 def finetune(recipe: RecipeName, overrides: Overrides = None, out: RunFolder = None) -> None:
-    """Train with labels: from the encoder of the run that init=FOLDER names, or from new weights without it.
+    """Train with labels: from the encoder that init= names, of a run or of transformers, or from new weights.
 
     Rows of the manifests need "label" (classify) or "text" (ctc). The same command goes on where a run was cut off.
     """

@@ -582,8 +582,7 @@ def test_frames_and_rate_are_those_of_the_files(saved: Any) -> None:
 
 def test_a_published_encoder_is_trained_further(saved: Any, sounds: Path, tmp_path: Path) -> None:
     _, folder = saved("wav2vec2 base")
-    rows = write_manifest(tmp_path / "train.jsonl", rows_of(sounds))
-    assert rows == 12
+    assert write_manifest(tmp_path / "train.jsonl", rows_of(sounds)[:4]) == 4
     overrides = [
         f"init={folder}",
         f"data.train={tmp_path / 'train.jsonl'}",
@@ -632,3 +631,73 @@ def test_the_command_converts_and_says_what_opens_it(
         app(["convert", *arguments])
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"mmssl: {out}: is there already; give a new folder\n"
+
+
+HEADS = [
+    ("wav2vec2 base", "Wav2Vec2ForCTC", "lm_head"),
+    ("hubert large", "HubertForCTC", "lm_head"),
+    ("data2vec audio", "Data2VecAudioForCTC", "lm_head"),
+    ("wav2vec2 large", "Wav2Vec2ForSequenceClassification", "classifier, projector"),
+    ("vit", "ViTForImageClassification", "classifier"),
+    ("vit_mae", "ViTMAEForPreTraining", "decoder"),
+    ("dinov2", "Dinov2ForImageClassification", "classifier"),
+    ("videomae", "VideoMAEForPreTraining", "decoder, encoder_to_decoder, mask_token"),
+    ("videomae for its mean", "VideoMAEForVideoClassification", "classifier, fc_norm"),
+    ("ast", "ASTForAudioClassification", "classifier"),
+    ("clip", "CLIPModel", "logit_scale, text_model, text_projection, visual_projection"),
+    ("siglip", "SiglipModel", "logit_bias, logit_scale, text_model"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "beside"), HEADS, ids=[kind for _, kind, _ in HEADS])
+def test_the_encoder_of_a_model_with_a_head_is_the_same(
+    saved: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, kind: str, beside: str
+) -> None:
+    body, folder = saved(name)
+    theirs = getattr(transformers, kind)
+    config = body.config
+    if kind in ("CLIPModel", "SiglipModel"):
+        text = {**_TRUNK, "vocab_size": 6, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        config = theirs.config_class(vision_config=config.to_dict(), text_config=text, projection_dim=8)
+    model = theirs(config)
+    inner = model.vision_model if "vision_model" in dict(model.named_children()) else model.base_model
+    assert not inner.load_state_dict(body.state_dict(), strict=False).missing_keys
+    model.save_pretrained(tmp_path)
+    _write(tmp_path / "preprocessor_config.json", PREPROCESSORS[LAYOUTS_OF[name].modality])
+    with caplog.at_level(logging.WARNING):
+        found = open_encoder(tmp_path)
+    expected = open_encoder(folder)
+    assert found.config == expected.config
+    assert found.encoder.keys() == expected.encoder.keys()
+    assert all(torch.equal(tensor, expected.encoder[key]) for key, tensor in found.encoder.items())
+    [said] = [record.getMessage() for record in caplog.records if record.name.startswith("mmssl")][:1]
+    assert said.endswith(f"left out: {beside}")
+
+
+def test_a_larger_picture_stretches_the_positions_as_theirs(saved: Any) -> None:
+    model, folder = saved("dinov2")
+    clip = np.random.default_rng(0).random((3, 24, 32)).astype(np.float32)
+    mine = mmssl.load(folder, device="cpu").embed([clip]).tokens[0]
+    assert mine.shape == (48, 24)
+    assert torch.allclose(mine, run(model, clip, "image")[-1][1:], atol=1e-5)
+
+
+def test_what_is_written_beside_the_weights_opens_too(saved: Any, tmp_path: Path) -> None:
+    for name, kind in (("vit", "ViTImageProcessorPil"), ("clip", "CLIPImageProcessorPil")):
+        convert(saved(name)[1], tmp_path / name)
+        processor = getattr(transformers, kind).from_pretrained(tmp_path / name)
+        assert list(processor.image_mean) == [0.4, 0.5, 0.6]
+        assert not processor.do_resize
+        assert not processor.do_center_crop
+    for name in ("wav2vec2 large", "ast"):
+        convert(saved(name)[1], tmp_path / name)
+        extract = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / name)
+        assert extract.do_normalize
+        assert extract.sampling_rate == 16_000
+    assert extract.max_length == AST_FRAMES
+    transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**_SPEECH)).save_pretrained(tmp_path / "spells")
+    _write(tmp_path / "spells" / "vocab.json", {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "a": 5})
+    convert(tmp_path / "spells", tmp_path / "back")
+    processor = transformers.Wav2Vec2Processor.from_pretrained(tmp_path / "back")
+    # the blank first, the boundary second, "a" last
+    assert processor.decode([5, 5, 0, 5, 1, 5]) == "aa a"
