@@ -47,9 +47,9 @@ def load(path: str | Path, *, device: str = "auto", precision: Precision = "floa
         raise ValueError(f"{source.folder / 'config.json'}: no encoder can be built from this: {error!r}") from error
     _check(encoder.state_dict(), source.encoder, source.folder)
     encoder.load_state_dict(source.encoder)
-    return Embedder(
-        encoder, source.config, device=device, precision=precision, head=source.objective, name=str(source.folder)
-    )
+    # a name of the hub says more than the folder that it was put in
+    name = str(source.folder if Path(path).exists() else path)
+    return Embedder(encoder, source.config, device=device, precision=precision, head=source.objective, name=name)
 
 
 def _check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], place: str | Path) -> None:

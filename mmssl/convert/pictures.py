@@ -87,7 +87,9 @@ def steps_of(preprocessor: Settings) -> list[dict[str, Any]]:
             "pixels in [0, 1]"
         )
     steps: list[dict[str, Any]] = []
-    size = preprocessor["size"]
+    size, cropped = preprocessor["size"], preprocessor.get("do_center_crop", False)
+    if isinstance(size, int) and cropped:  # of files older than the mapping, and what a crop follows is no square
+        size = {"shortest_edge": size}
     if preprocessor.get("do_resize", True):
         if preprocessor["resample"] not in _FILTERS:
             raise ValueError(
@@ -102,7 +104,7 @@ def steps_of(preprocessor: Settings) -> list[dict[str, Any]]:
                 "interpolation": _FILTERS[preprocessor["resample"]],
             }
         )
-    if preprocessor.get("do_center_crop", False):
+    if cropped:
         steps.append({"name": "center_crop", "size": sides(preprocessor.get("crop_size", size))})
     return steps
 

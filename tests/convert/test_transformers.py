@@ -26,6 +26,7 @@ from mmssl.assemble import build_encoder
 from mmssl.cli import app
 from mmssl.convert import LAYOUTS, REFUSED
 from mmssl.convert.folder import convert, find, open_encoder, read_weights
+from mmssl.convert.pictures import steps_of
 from mmssl.data.manifest import write_manifest
 from mmssl.training.checkpoint import export_encoder
 
@@ -299,9 +300,10 @@ def test_weights_in_other_files_are_the_same(saved: Any, tmp_path: Path, form: s
         torch.save(tensors, folder / "pytorch_model.bin")
     else:
         save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    for key, tensor in open_encoder(source).encoder.items():
-        assert torch.allclose(tensor, open_encoder(folder).encoder[key], atol=2e-3 if form == "half" else 0.0)
-        assert open_encoder(folder).encoder[key].dtype == tensor.dtype
+    before, after = open_encoder(source).encoder, open_encoder(folder).encoder
+    for key, tensor in before.items():
+        assert torch.allclose(tensor, after[key], atol=2e-3 if form == "half" else 0.0)
+        assert after[key].dtype == tensor.dtype
 
 
 class Harm:
@@ -571,6 +573,27 @@ def test_pictures_are_prepared_as_their_processor_does(saved: Any, tmp_path: Pat
     # theirs are rounded to 256 values in between, of which a deviation of .2 makes 1 / 51 at most
     assert ((mine - frontend.mean) / frontend.std - theirs).abs().max() < 0.02
     assert (theirs - theirs.mean()).abs().max() > 0.5
+
+
+def test_every_way_of_saying_a_size_is_read() -> None:
+    square = {"name": "resize", "size": [8, 8], "interpolation": "bicubic"}
+    shorter = {"name": "resize", "size": 8, "interpolation": "bicubic"}
+    edge, cropped = {"shortest_edge": 8}, {"height": 6, "width": 6}
+    crop = {"name": "center_crop", "size": [6, 6]}
+    for said, steps in (
+        ({"size": 8}, [square]),
+        ({"size": {"height": 8, "width": 8}}, [square]),
+        ({"size": 8, "do_center_crop": True, "crop_size": 6}, [shorter, crop]),
+        (
+            {"size": {"shortest_edge": 8}, "do_center_crop": True, "crop_size": {"height": 6, "width": 6}},
+            [shorter, crop],
+        ),
+        ({"size": {"shortest_edge": 6}, "do_resize": False, "do_center_crop": True, "crop_size": 6}, [crop]),
+    ):
+        assert steps_of({"resample": 3, **said}) == steps
+    for wrong, message in (({"resample": 1}, "resample=1"), ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.00784")):
+        with pytest.raises(ValueError, match=message):
+            steps_of({"resample": 3, "size": 8, **wrong})
 
 
 def test_frames_and_rate_are_those_of_the_files(saved: Any) -> None:
