@@ -76,7 +76,7 @@ def _read(theirs: Settings, preprocessor: Settings, names: Collection[str]) -> C
 def _read_data2vec(theirs: Settings, preprocessor: Settings, names: Collection[str]) -> Config:
     ours = _read({**theirs, "feat_extract_norm": "layer", "do_stable_layer_norm": False}, preprocessor, names)
     ours["positions"] = {
-        "name": "conv_stack",
+        "name": "stacked_conv",
         "kernel": theirs["conv_pos_kernel_size"],
         "depth": theirs["num_conv_pos_embeddings"],
         "groups": theirs["num_conv_pos_embedding_groups"],

@@ -1,7 +1,7 @@
 """Positions to add to tokens: functions of coordinates, never of a place in a packed sequence.
 
 Each is a module called as `positions(x, tokens)` that returns what to *add*: (B, N, D), or (1, N, D) where it is the
-same for all clips. Only the convolutional ones read the content `x`.
+same for all clips. The convolutional ones read the content `x`.
 """
 
 from __future__ import annotations
@@ -156,16 +156,16 @@ class Convolutional(nn.Module):
         return out
 
 
-class ConvolutionalStack(nn.Module):
-    """Positions that several grouped convolutions along time, one after the other, read off the content.
+class StackedConvolutional(nn.Module):
+    """Positions that several grouped convolutions along time read off the content, one after the other.
 
-    Source: Baevski et al. 2022, data2vec (arXiv:2202.03555), section 4.2, as in the released code: each followed by a
-    norm over channels without weights, and a GELU.
-    Differs from the released code: after each convolution padding reads as silence again, and not as what the one
-    before made of it, so a clip's positions are the same in any batch.
+    Source: Baevski et al. 2022, data2vec (arXiv:2202.03555), section 4.2, and its released code: 5 convolutions with
+    kernel 19 and 16 groups, each with a layer norm that has no weights, and GELU.
+    Differs from the released code: padding is silenced before each of them, and not before the first alone. A norm
+    makes something of nothing, so without that a clip's embedding depends on its neighbors' length.
     """
 
-    def __init__(self, dim: int, *, kernel: int = 19, depth: int = 5, groups: int = 16) -> None:
+    def __init__(self, dim: int, *, depth: int = 5, kernel: int = 19, groups: int = 16) -> None:
         super().__init__()
         self.convolutions = nn.ModuleList(
             nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)
@@ -173,12 +173,14 @@ class ConvolutionalStack(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         size = x.shape[1]
-        ragged = int(tokens.lengths.min()) < size
+        real = None
+        if int(tokens.lengths.min()) < size:
+            real = valid_mask(tokens.lengths, size, x.device)[..., None]
         for convolution in self.convolutions:
-            x = convolution(x.transpose(1, 2))[..., :size].transpose(1, 2)
-            x = F.gelu(F.layer_norm(x, x.shape[-1:]))
-            if ragged:
-                x = x * valid_mask(tokens.lengths, size, x.device)[..., None]
+            # an even kernel gives one more than went in
+            out = convolution(x.transpose(1, 2))[..., :size].transpose(1, 2)
+            x = F.gelu(F.layer_norm(out, out.shape[-1:]))
+            x = x if real is None else x * real
         return x
 
 
@@ -200,5 +202,5 @@ POSITIONS: dict[str, type[nn.Module]] = {
     "flat_sincos": FlatSinCos,
     "learned": Learned,
     "conv": Convolutional,
-    "conv_stack": ConvolutionalStack,
+    "stacked_conv": StackedConvolutional,
 }

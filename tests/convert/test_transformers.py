@@ -584,11 +584,8 @@ def test_every_way_of_saying_a_size_is_read() -> None:
         ({"size": 8}, [square]),
         ({"size": {"height": 8, "width": 8}}, [square]),
         ({"size": 8, "do_center_crop": True, "crop_size": 6}, [shorter, crop]),
-        (
-            {"size": {"shortest_edge": 8}, "do_center_crop": True, "crop_size": {"height": 6, "width": 6}},
-            [shorter, crop],
-        ),
-        ({"size": {"shortest_edge": 6}, "do_resize": False, "do_center_crop": True, "crop_size": 6}, [crop]),
+        ({"size": edge, "do_center_crop": True, "crop_size": cropped}, [shorter, crop]),
+        ({"size": edge, "do_resize": False, "do_center_crop": True, "crop_size": 6}, [crop]),
     ):
         assert steps_of({"resample": 3, **said}) == steps
     for wrong, message in (({"resample": 1}, "resample=1"), ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.00784")):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.parametrizations import weight_norm
 
-from mmssl.nn.positions import Convolutional, ConvolutionalStack, FlatSinCos, Learned, SinCos, sincos
+from mmssl.nn.positions import Convolutional, FlatSinCos, Learned, SinCos, StackedConvolutional, sincos
 from mmssl.types import Tokens
 
 
@@ -124,7 +124,7 @@ def test_tokens_in_one_line_go_on_in_time_and_nowhere_else():
 @pytest.mark.parametrize("kernel", [5, 6])
 def test_stacked_convolutional_positions_hear_no_padding(kernel):
     torch.manual_seed(0)
-    ours = ConvolutionalStack(8, kernel=kernel, depth=3, groups=2)
+    ours = StackedConvolutional(8, kernel=kernel, depth=3, groups=2)
     x = torch.randn(2, 20, 8)
     x[1, 12:] = 0
     ragged = ours(x, speech(x, torch.tensor([20, 12])))

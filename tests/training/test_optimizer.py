@@ -108,7 +108,7 @@ TABLES = {
     "sincos": {},
     "flat_sincos": {"grid": [2, 3]},
     "conv": {"kernel": 4, "groups": 2},
-    "conv_stack": {"kernel": 3, "depth": 2, "groups": 2},
+    "stacked_conv": {"kernel": 3, "depth": 2, "groups": 2},
     "learned": {"grid": [2, 3]},
 }
 
@@ -118,7 +118,7 @@ TABLES = {
     ("source", "positions"),
     [(source, "sincos") for source in FRONTENDS]
     + [("image/patches", "learned"), ("speech/logmel", "conv"), ("image/patches", "conv")]
-    + [("speech/logmel", "conv_stack"), ("image/patches", "flat_sincos")],
+    + [("speech/logmel", "stacked_conv"), ("image/patches", "flat_sincos")],
 )
 def test_a_parameter_s_layer_is_the_first_that_depends_on_it(source: str, positions: str, norm: str) -> None:
     torch.manual_seed(0)
