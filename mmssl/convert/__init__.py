@@ -3,10 +3,12 @@
 A layout is a row of `LAYOUTS`: which settings of theirs are which of ours, and which tensors are which.
 """
 
+from mmssl.convert.ast import AST
 from mmssl.convert.clip import CLIP, SIGLIP
 from mmssl.convert.layout import Layout
 from mmssl.convert.speech import DATA2VEC_AUDIO, HUBERT, WAV2VEC2
-from mmssl.convert.vit import AST, DINOV2, DINOV2_WITH_REGISTERS, VIDEOMAE, VIT, VIT_MAE
+from mmssl.convert.videomae import VIDEOMAE
+from mmssl.convert.vit import DINOV2, DINOV2_WITH_REGISTERS, VIT, VIT_MAE
 
 # of two that can say the same, what is trained here is written in the first
 LAYOUTS: dict[str, Layout] = {

@@ -721,3 +721,16 @@ def test_what_is_written_beside_the_weights_opens_too(saved: Any, tmp_path: Path
     processor = transformers.Wav2Vec2Processor.from_pretrained(tmp_path / "back")
     # the blank first, the boundary second, "a" last
     assert processor.decode([5, 5, 0, 5, 1, 5]) == "aa a"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_settings_that_a_config_leaves_out_are_as_there(name: str) -> None:
+    layout = LAYOUTS[name]
+    theirs = getattr(transformers, layout.architecture).config_class()
+    assert theirs.model_type == name
+    for key, value in (layout.defaults | layout.fixed).items():
+        given = getattr(theirs, key, value)
+        assert (list(given) if isinstance(given, tuple) else given) == value, key
+    # those that only a relative of the model has are not asked of it
+    own = layout.defaults.keys() - {"feat_extract_norm", "do_stable_layer_norm"}
+    assert {key for key in own if not hasattr(theirs, key)} == set()

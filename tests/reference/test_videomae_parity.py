@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmssl.convert.layout import linear, row, same
 from mmssl.convert.translate import to_theirs
-from mmssl.convert.vit import VIDEOMAE, keyless_blocks
+from mmssl.convert.videomae import VIDEOMAE, keyless_blocks
 from mmssl.encoder import Encoder
 from mmssl.modalities.video.frontend import Tubes
 from mmssl.modalities.video.targets import TARGETS
