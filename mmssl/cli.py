@@ -340,9 +340,13 @@ def convert(
 ) -> None:
     """Write an encoder so that transformers opens it with `from_pretrained`, or one of theirs as mmssl exports it.
 
-    mmssl reads models of transformers without this: give their folder or name to embed, evaluate, or init=. What is
-    written holds weights, settings and preprocessor, and for CTC the vocabulary. An encoder that a layout cannot say
-    is refused by the setting.
+    To read one of theirs, this is not needed: give its folder or name to embed, evaluate, or init=.
+
+    Layouts: wav2vec2, hubert, data2vec-audio, vit, vit_mae, dinov2, dinov2_with_registers, clip_vision_model,
+    siglip_vision_model, videomae, audio-spectrogram-transformer.
+
+    Written are weights, settings, preprocessor and, for CTC, head and vocabulary. What a layout cannot say of an
+    encoder is refused by the name of the setting.
     """
     from mmssl.convert.folder import convert
 

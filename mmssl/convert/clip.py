@@ -137,6 +137,7 @@ _SHARED: dict[str, Any] = {
     "modality": "image",
     "fixed": {},
     "prefixes": ("vision_model.",),
+    "written": "vision_model.",
     "nested": "vision_config",
     "grid": picture_grid,
 }

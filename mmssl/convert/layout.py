@@ -64,6 +64,7 @@ class Layout:
         are read back, and must come to the same config.
     pairs: (our config, their settings) -> every tensor of the encoder.
     prefixes: what the names begin with in a model that has a head.
+    written: what the names begin with in what is written, where every version of transformers reads it so.
     beside: how the names of tensors begin that are no part of the encoder.
     nested: the key of config.json that holds the settings, in a model of several towers.
     preprocessor: what their preprocessor does where its file does not say so.
@@ -81,6 +82,7 @@ class Layout:
     write: Callable[[Config], tuple[Config, Config]]
     pairs: Callable[[Config, Settings], list[Pair]]
     prefixes: tuple[str, ...]
+    written: str = ""
     beside: tuple[str, ...] = ()
     nested: str | None = None
     preprocessor: Settings = field(default_factory=dict)

@@ -87,7 +87,8 @@ def to_theirs(
     theirs: dict[str, Tensor] = {}
     for pair in said.pairs:
         made = pair.write(*(named.pop(name) for name in pair.ours))
-        theirs |= {name: tensor.contiguous() for name, tensor in zip(pair.theirs, made, strict=True)}
+        names = [layout.written + name for name in pair.theirs]
+        theirs |= {name: tensor.contiguous() for name, tensor in zip(names, made, strict=True)}
     if named:
         raise ValueError(f"layout {layout.model_type} has no place for '{next(iter(named))}'")
     for sentence in said.remarks:
