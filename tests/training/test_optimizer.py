@@ -181,3 +181,8 @@ def test_decay_pulls_by_rate_times_decay() -> None:
     (module.weight.sum() * 0.0).backward()
     optimizer.step()
     assert math.isclose(module.weight.item(), 0.95, abs_tol=1e-6)
+
+
+def test_a_norm_before_the_first_block_learns_as_slowly_as_the_frontend() -> None:
+    assert layer_id("encoder.transformer.input_norm.weight", 2) == layer_id("encoder.frontend.project.weight", 2) == 0
+    assert layer_id("encoder.transformer.norm.weight", 2) == 3
