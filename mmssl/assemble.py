@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mmssl import distributed
+from mmssl.convert.folder import find, is_transformers, open_encoder, read_transformers
 from mmssl.data.batching import Loader, one_pass
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import CharVocabulary, Classes
@@ -38,7 +39,6 @@ from mmssl.training.settings import TrainSettings
 from mmssl.types import Frontend
 from mmssl.validation import Validation, spells
 
-FORMAT = 1
 ENCODER = ("frontend", "positions", "transformer", "encoder")
 # of an encoder that was pretrained, a recipe for fine-tuning may set these alone: they are no part of what it learned
 RATES = ("dropout", "attention_dropout", "activation_dropout", "drop_path", "layer_drop", "dither", "stripes")
@@ -86,7 +86,7 @@ def resolve(recipe: Recipe) -> Recipe:
     modality = recipe.choice("modality", MODALITIES)
     init = recipe.get("init")
     if init is not None:
-        recipe = _with_encoder(recipe, read_config(_run_folder(recipe, init)))
+        recipe = _with_encoder(recipe, _init_config(recipe, str(init)))
     values: dict[str, Any] = {"modality": recipe.get("modality")}
     values["frontend"] = _named(recipe, "frontend", modality.frontends, given=["dim"])
     values["positions"] = _named(recipe, "positions", POSITIONS, given=["dim"])
@@ -165,7 +165,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     torch.manual_seed(settings.seed)
     encoder = recipe.placed(lambda: build_encoder(config))
     if recipe.values["init"] is not None:
-        encoder.load_state_dict(checkpoint.read_encoder(Path(recipe.values["init"]))[1])
+        encoder.load_state_dict(open_encoder(recipe.values["init"]).encoder)
     objective = recipe.placed(lambda: build_objective(config, encoder))
     optimizer = recipe.placed(lambda: build_optimizer(objective.to(device), **recipe.values["optimizer"]))
     bad_clips = run / "bad_clips.jsonl"
@@ -246,33 +246,13 @@ def export_config(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
     key = LABELLED.get(values["objective"]["name"])
     labels = iter(()) if key is None else manifest.values(key)
     return {
-        "format": FORMAT,
+        "format": checkpoint.ENCODER_FORMAT,
         **{name: values[name] for name in ("modality", *ENCODER)},
         "augment_eval": values["augment"]["eval"],
         "objective": values["objective"],
         "classes": Classes.from_labels(_flat(labels, values["objective"])).names if key == "label" else None,
         "vocabulary": CharVocabulary.from_texts(labels).symbols if key == "text" else None,
     }
-
-
-def read_config(run: Path) -> dict[str, Any]:
-    """The config.json of a run folder.
-
-    Raises:
-        ValueError: there is none, or it is of another format.
-    """
-    path = run / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{run}: no config.json here, so this is no folder of a run; a run writes it when it ends")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: this is not JSON ({error}); copy or export it again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: this is no description of an encoder; copy or export it again")
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {config.get('format')!r}, but this version of mmssl reads {FORMAT}")
-    return config
 
 
 def _make(table: Mapping[str, Callable[..., Any]], section: Mapping[str, Any], **given: Any) -> Any:
@@ -342,11 +322,13 @@ def _with_encoder(recipe: Recipe, config: Config) -> Recipe:
     return replace(recipe, values={**recipe.values, **sections})
 
 
-def _run_folder(recipe: Recipe, init: Any) -> Path:
-    path = Path(str(init))
-    if not path.is_dir():
-        raise recipe.error("init", f"init={init}: no such folder; give the folder of a run, such as runs/wav2vec2_base")
-    return path
+def _init_config(recipe: Recipe, init: str) -> dict[str, Any]:
+    """The config of the encoder that `init` names."""
+    try:
+        folder = find(init)
+        return read_transformers(folder).config if is_transformers(folder) else checkpoint.read_config(folder)
+    except ValueError as error:
+        raise recipe.error("init", f"init={error}") from None
 
 
 def _claim(run: Path, recipe: Recipe) -> bool:
@@ -407,14 +389,15 @@ def _teacher(config: Config) -> Encoder:
     folder = config["objective"]["teacher"]
     if folder is None:
         return build_encoder(config)
-    theirs = read_config(Path(folder))
+    found = open_encoder(folder)
+    theirs = found.config
     if theirs["modality"] != config["modality"]:
         raise ValueError(
             f"objective.teacher={folder}: holds an encoder of {theirs['modality']}, and this recipe is for "
             f"{config['modality']}; give the folder of another run"
         )
     encoder = build_encoder(theirs)
-    encoder.load_state_dict(checkpoint.read_encoder(Path(folder))[1])
+    encoder.load_state_dict(found.encoder)
     return encoder
 
 

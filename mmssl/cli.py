@@ -38,7 +38,12 @@ RunFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder of the run.", show_default="runs/ and the recipe's name")
 ]
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Folder of a run, or an exported encoder.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of a run, an exported encoder, or a model of transformers: its folder or its name on the hub.",
+        show_default=False,
+    ),
 ]
 
 
@@ -77,7 +82,7 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None, out: RunFolder = N
 
 @command("mmssl finetune speech/ctc_base init=runs/wav2vec2_base data.train=labelled.jsonl data.valid=valid.jsonl")
 def finetune(recipe: RecipeName, overrides: Overrides = None, out: RunFolder = None) -> None:
-    """Train with labels: from the encoder of the run that init=FOLDER names, or from new weights without it.
+    """Train with labels: from the encoder that init= names, of a run or of transformers, or from new weights.
 
     Rows of the manifests need "label" (classify) or "text" (ctc). The same command goes on where a run was cut off.
     """
@@ -318,6 +323,41 @@ def manifest(
         print(f"{file}: {write_manifest(file, rows)} clips")
     if stats is not None:
         _print_stats(stats, next((file for file in files if file.stem == "train"), next(iter(files))))
+
+
+@command("mmssl convert runs/wav2vec2_base shared/ --to transformers")
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder of a run or an exported encoder, or a model of transformers: its folder or its name on the "
+            "hub.",
+            show_default=False,
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="transformers|mmssl|LAYOUT",
+            help="transformers: the layout that fits, or name one, such as vit_mae; mmssl: as a run exports it.",
+        ),
+    ] = "transformers",
+) -> None:
+    """Write an encoder so that transformers opens it with `from_pretrained`, or one of theirs as mmssl exports it.
+
+    To read one of theirs, this is not needed: give its folder or name to embed, evaluate, or init=.
+
+    Layouts: wav2vec2, hubert, data2vec-audio, vit, vit_mae, dinov2, dinov2_with_registers, clip_vision_model,
+    siglip_vision_model, videomae, audio-spectrogram-transformer.
+
+    Written are weights, settings, preprocessor and, for CTC, head and vocabulary. What a layout cannot say of an
+    encoder is refused by the name of the setting.
+    """
+    from mmssl.convert.folder import convert
+
+    print(f"{folder}: {convert(source, folder, to=to)}")
 
 
 @command("mmssl recipes image/mae_base > mine.yaml")

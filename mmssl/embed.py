@@ -13,54 +13,46 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmssl.assemble import build_encoder, build_objective, read_config
+from mmssl.assemble import build_encoder, build_objective
 from mmssl.clips import Clips, Input, find_clips, groups, spread_out, windows
+from mmssl.convert.folder import open_encoder
 from mmssl.data.batching import collate_samples
 from mmssl.data.text import CharVocabulary
 from mmssl.encoder import Encoder
 from mmssl.evaluation.speech import best_path, prefix_beam
 from mmssl.nn.pooling import Pool
-from mmssl.training.checkpoint import read_tensors
 from mmssl.types import BadClip, Batch, Embeddings, Tokens, valid_mask
 
 Precision = Literal["float32", "bfloat16"]
 
 
 def load(path: str | Path, *, device: str = "auto", precision: Precision = "float32") -> Embedder:
-    """The encoder of a run, ready for use.
+    """The encoder of a run or of a model of transformers, ready for use.
 
     Args:
         path: folder of a run or of an exported encoder: config.json and encoder.safetensors, and
-            objective.safetensors where the run was fine-tuned.
+            objective.safetensors where the run was fine-tuned. Or a folder of transformers in one of the layouts of
+            `mmssl.convert.LAYOUTS`, or the name of one on the Hugging Face hub: only then is the network touched.
         device: "auto" takes a GPU where there is one.
         precision: "bfloat16" computes products in half the bits; what comes out is float32 all the same.
 
     Raises:
-        ValueError: there is no such folder, or what is in it is not an encoder, whole and of this version.
+        ValueError: there is no such folder, or what is in it is not an encoder, whole and of this version; or one with
+            a setting or a tensor that ours cannot have.
     """
-    folder = Path(path)
-    if folder.name == "encoder.safetensors":
-        folder = folder.parent
-    if not folder.is_dir():
-        raise ValueError(f"{path}: no such folder; give the folder of a run or of an exported encoder")
-    config = read_config(folder)
-    file = folder / "encoder.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{folder}: no encoder.safetensors beside config.json; a run writes it when it ends")
+    source = open_encoder(path)
     try:
-        encoder = build_encoder(config)
+        encoder = build_encoder(source.config)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: no encoder can be built from this: {error!r}") from error
-    tensors = read_tensors(file)
-    _check(encoder.state_dict(), tensors, file)
-    encoder.load_state_dict(tensors)
-    head = folder / "objective.safetensors"
-    return Embedder(
-        encoder, config, device=device, precision=precision, head=head if head.is_file() else None, name=str(folder)
-    )
+        raise ValueError(f"{source.folder / 'config.json'}: no encoder can be built from this: {error!r}") from error
+    _check(encoder.state_dict(), source.encoder, source.folder)
+    encoder.load_state_dict(source.encoder)
+    # a name of the hub says more than the folder that it was put in
+    name = str(source.folder if Path(path).exists() else path)
+    return Embedder(encoder, source.config, device=device, precision=precision, head=source.objective, name=name)
 
 
-def _check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], place: Path) -> None:
+def _check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], place: str | Path) -> None:
     """Compare the weights that a model has with those that a file holds.
 
     Raises:
@@ -85,7 +77,7 @@ class Embedder:
         encoder: or anything else with its `tokens`, `forward`, `frontend`, `dim` and `depth`.
         config: what config.json holds.
         device, precision: see `load`.
-        head: the file of the objective's own weights, for `predict`.
+        head: the objective's own weights, for `predict`; empty or None where it was not fine-tuned.
         name: what protocols call it.
     """
 
@@ -96,7 +88,7 @@ class Embedder:
         *,
         device: str = "auto",
         precision: Precision = "float32",
-        head: Path | None = None,
+        head: Mapping[str, Tensor] | None = None,
         name: str = "encoder",
     ) -> None:
         if precision not in ("float32", "bfloat16"):
@@ -321,7 +313,7 @@ class Embedder:
 
     def _fine_tuned(self) -> Any:
         if self._objective is None:
-            if self._head is None:
+            if not self._head:
                 raise ValueError(
                     f"{self.name}: was pretrained and not fine-tuned, so there is nothing to predict with; "
                     "`mmssl finetune` it first, or use embed"
@@ -329,9 +321,8 @@ class Embedder:
             objective = build_objective(self.config, self.encoder)
             # all but the encoder, which is loaded already
             own = {name: tensor for name, tensor in objective.state_dict().items() if not name.startswith("encoder.")}
-            tensors = read_tensors(self._head)
-            _check(own, tensors, self._head)
-            objective.load_state_dict(tensors, strict=False)
+            _check(own, self._head, self.name)
+            objective.load_state_dict(self._head, strict=False)
             self._objective = objective.eval().requires_grad_(False).to(self.device)
         return self._objective
 

@@ -21,6 +21,7 @@ ARROWS = {
     "training": ["types", "data", "distributed", "memory"],
     "loading": ["recipe", *PARTS, "encoder", "objectives", "modalities", "data"],
     "validation": ["types", "distributed", "data", "evaluation", "training.pictures"],
+    "convert": [*PARTS, "encoder", "modalities", "objectives", "training.checkpoint"],
     "assemble": [
         "recipe",
         *PARTS,
@@ -32,9 +33,10 @@ ARROWS = {
         "validation",
         "training",
         "distributed",
+        "convert",
     ],
     "clips": [*PARTS, "encoder", "modalities", "data", "loading"],
-    "embed": [*PARTS, "encoder", "data", "evaluation", "assemble", "clips", "training.checkpoint"],
+    "embed": [*PARTS, "encoder", "data", "evaluation", "assemble", "clips", "convert"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
     "normalization": ["recipe", "types", "modalities", "data", "loading", "assemble"],
 }

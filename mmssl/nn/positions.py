@@ -59,6 +59,40 @@ class SinCos(nn.Module):
         return sincos(coords, self.dim)
 
 
+class FlatSinCos(nn.Module):
+    """Fixed sines and cosines of a token's number, as if all tokens lay in one line.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, over the tubes of a clip as in the released code of
+    VideoMAE (Tong et al. 2022, arXiv:2203.12602): sines on even places of the vector, cosines on odd ones.
+
+    Args:
+        grid: tokens along each axis; it says how tokens are numbered. Time, the outermost axis, may go on.
+    """
+
+    def __init__(self, dim: int, *, grid: Sequence[int]) -> None:
+        super().__init__()
+        self.dim, self.grid = dim, tuple(grid)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Sines and cosines of each token's number.
+
+        Raises:
+            ValueError: the clips are of another size.
+        """
+        fits = all(
+            new == old or axis == "t" for old, new, axis in zip(self.grid, tokens.grid, tokens.axes, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"positions: numbered over {self.grid} tokens, and these are {tuple(tokens.grid)}; resize the clips, "
+                "or use sincos positions"
+            )
+        number = _number(_shared(tokens.coords), self.grid)[..., None]
+        rates = 10_000.0 ** (-torch.arange(0, self.dim, 2, device=number.device, dtype=torch.float64) / self.dim)
+        angles = number.double() * rates
+        return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., : self.dim].float()
+
+
 class Learned(nn.Module):
     """A table of one vector for each cell of a grid, interpolated for a picture of another size.
 
@@ -92,11 +126,7 @@ class Learned(nn.Module):
             cells = table.T.reshape(1, -1, *grid)
             stretched = F.interpolate(cells, size=tuple(tokens.grid), mode="bicubic", align_corners=False)
             table, grid = stretched.flatten(2)[0].T, tuple(tokens.grid)
-        coords = _shared(tokens.coords)
-        place = torch.zeros_like(coords[..., 0])
-        for axis, size in enumerate(grid):
-            place = place * size + coords[..., axis]
-        return table[place]
+        return table[_number(_shared(tokens.coords), grid)]
 
 
 class Convolutional(nn.Module):
@@ -154,6 +184,14 @@ class StackedConvolutional(nn.Module):
         return x
 
 
+def _number(coords: Tensor, grid: Sequence[int]) -> Tensor:
+    """(..., A) coordinates -> the number of the cell in row-major order."""
+    number = torch.zeros_like(coords[..., 0])
+    for axis, size in enumerate(grid):
+        number = number * size + coords[..., axis]
+    return number
+
+
 def _shared(coords: Tensor) -> Tensor:
     """(1, N, A) where all clips have the same coordinates because they are one expanded view."""
     return coords[:1] if coords.stride(0) == 0 or len(coords) == 1 else coords
@@ -172,6 +210,7 @@ class NoPositions(nn.Module):
 
 POSITIONS: dict[str, type[nn.Module]] = {
     "sincos": SinCos,
+    "flat_sincos": FlatSinCos,
     "learned": Learned,
     "conv": Convolutional,
     "none": NoPositions,

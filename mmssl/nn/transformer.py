@@ -9,7 +9,8 @@ only and a clip's result is the same alone as beside a longer one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -92,12 +93,13 @@ class Layout:
 class Attention(nn.Module):
     """Multi-head self-attention within each clip, or within windows of it."""
 
-    def __init__(self, dim: int, heads: int, *, dropout: float) -> None:
+    def __init__(self, dim: int, heads: int, *, dropout: float, layer_scale: float | None) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
         self.qkv = Linear(dim, 3 * dim)
         self.out = Linear(dim, dim)
+        self.scale = _layer_scale(dim, layer_scale)
 
     def forward(self, h: Tensor, layout: Layout, windows: Windows | None = None) -> Tensor:
         qkv = self.qkv(h)
@@ -112,7 +114,7 @@ class Attention(nn.Module):
             padded = qkv.new_zeros(layout.batch, layout.longest, qkv.shape[-1])
             padded[layout.valid] = qkv
             mixed = self._attend(padded, layout.seen)[layout.valid]
-        return self.out(mixed)
+        return _scaled(self.out(mixed), self.scale)
 
     def _attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, N, 3D) -> (B, N, D)."""
@@ -160,16 +162,43 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None
 
 
 class MLP(nn.Module):
-    """Two linear maps with a GELU between."""
+    """Two linear maps with an activation between."""
 
-    def __init__(self, dim: int, hidden: int, *, dropout: float) -> None:
+    def __init__(
+        self, dim: int, hidden: int, *, dropout: float, activation: Activation, layer_scale: float | None
+    ) -> None:
         super().__init__()
-        self.up = Linear(dim, hidden)
+        # a gated one takes twice as many values as it gives
+        self.up = Linear(dim, 2 * hidden if activation == "swiglu" else hidden)
         self.down = Linear(hidden, dim)
+        self.activate = ACTIVATIONS[activation]
+        self.scale = _layer_scale(dim, layer_scale)
         self.dropout = dropout
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.down(F.dropout(F.gelu(self.up(h)), self.dropout, self.training))
+        return _scaled(self.down(F.dropout(self.activate(self.up(h)), self.dropout, self.training)), self.scale)
+
+
+def _layer_scale(dim: int, start: float | None) -> nn.Parameter | None:
+    return None if start is None else nn.Parameter(torch.full((dim,), float(start)))
+
+
+def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    return branch if scale is None else branch * scale.to(branch.dtype)
+
+
+def _swiglu(h: Tensor) -> Tensor:
+    gate, value = h.chunk(2, -1)
+    return F.silu(gate) * value
+
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda h: h * torch.sigmoid(1.702 * h),
+    "swiglu": _swiglu,
+}
 
 
 class Block(nn.Module):
@@ -187,15 +216,17 @@ class Block(nn.Module):
         activation_dropout: float,
         drop_path: float,
         eps: float,
+        activation: Activation,
+        layer_scale: float | None,
     ) -> None:
         super().__init__()
         self.pre = norm == "pre"
         self.dropout = dropout
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attention = Attention(dim, heads, dropout=attention_dropout)
+        self.attention = Attention(dim, heads, dropout=attention_dropout, layer_scale=layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = MLP(dim, mlp_dim, dropout=activation_dropout)
+        self.mlp = MLP(dim, mlp_dim, dropout=activation_dropout, activation=activation, layer_scale=layer_scale)
 
     def forward(self, h: Tensor, layout: Layout, windows: Windows | None = None) -> tuple[Tensor, Tensor]:
         """The block's output; and that of its MLP, before dropout and the residual."""
@@ -237,6 +268,12 @@ class Transformer(nn.Module):
             that every rank leaves out the same ones.
         eps: of the norms.
         init: "xavier" (He et al. 2022) or "normal" with deviation .02 (wav2vec 2.0).
+        activation: of each MLP: "gelu", its approximations "gelu_tanh" (SigLIP) and "quick_gelu" (CLIP), or "swiglu",
+            gated by a part of its own (Shazeer 2020, arXiv:2002.05202, section 2), as DINOv2's largest has it.
+        layer_scale: each branch is multiplied by a learned vector that starts at this value (Touvron et al. 2021,
+            arXiv:2103.17239, section 2); None for none.
+        input_norm: with "pre" a norm before the first block as well, as CLIP has it.
+        final_norm: with "pre" the norm at the end.
     """
 
     def __init__(
@@ -256,6 +293,10 @@ class Transformer(nn.Module):
         layer_drop: float = 0.0,
         eps: float = 1e-6,
         init: Literal["xavier", "normal"] = "xavier",
+        activation: Activation = "gelu",
+        layer_scale: float | None = None,
+        input_norm: bool = False,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -264,12 +305,19 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"transformer.window={window}: tokens to each side are at least 0; leave it out to see all"
             )
+        if norm == "post" and (input_norm or not final_norm):
+            raise ValueError(
+                "transformer.norm=post: has its norm at the start and none at the end, so leave input_norm and "
+                "final_norm out"
+            )
         self.dim, self.depth = dim, depth
         self.causal, self.window = causal, window
         self.pre = norm == "pre"
         self.dropout = dropout
         self.layer_drop = layer_drop
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        # at the end of "pre", at the start of "post"
+        self.norm = nn.LayerNorm(dim, eps=eps) if final_norm else nn.Identity()
+        self.input_norm = nn.LayerNorm(dim, eps=eps) if input_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(
                 dim,
@@ -281,6 +329,8 @@ class Transformer(nn.Module):
                 activation_dropout=activation_dropout,
                 drop_path=drop_path * i / max(depth - 1, 1),
                 eps=eps,
+                activation=activation,
+                layer_scale=layer_scale,
             )
             for i in range(depth)
         )
@@ -326,8 +376,7 @@ class Transformer(nn.Module):
             raise ValueError(f"layer={wrong[0]}: this Transformer has layers 0 (its input) to {self.depth}")
         layout = Layout(x, lengths, causal=self.causal, window=self.window, attended=attended)
         h = layout.pack(x)
-        if not self.pre:
-            h = self.norm(h)
+        h = self.input_norm(h) if self.pre else self.norm(h)
         h = F.dropout(h, self.dropout, self.training)
         left_out = self._left_out()
         kept = {0: layout.unpack(h)} if 0 in layers else {}

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from mmssl import distributed
 
 FORMAT = 1
+# of what `export_encoder` writes
+ENCODER_FORMAT = 1
 
 
 def save(
@@ -156,14 +158,21 @@ def export_encoder(
     Args:
         objective: of a fine-tuned encoder; what it owns beside the encoder goes into `objective.safetensors`.
     """
-    files = {"encoder.safetensors": _whole(encoder.state_dict(keep_vars=True))}
-    if objective is not None:
-        state = objective.state_dict(keep_vars=True)
-        own = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.")}
-        files["objective.safetensors"] = _whole(own)
-    if not distributed.is_main():
-        return
+    encoder_tensors = _whole(encoder.state_dict(keep_vars=True))
+    state = {} if objective is None else objective.state_dict(keep_vars=True)
+    head = _whole({name: tensor for name, tensor in state.items() if not name.startswith("encoder.")})
+    if distributed.is_main():
+        write_encoder(run, config, encoder_tensors, head)
+
+
+def write_encoder(
+    run: Path, config: Mapping[str, Any], encoder: Mapping[str, Tensor], objective: Mapping[str, Tensor]
+) -> None:
+    """The same of tensors; without those of an objective there is no file of it."""
     run.mkdir(parents=True, exist_ok=True)
+    files = {"encoder.safetensors": encoder}
+    if objective:
+        files["objective.safetensors"] = objective
     for file, tensors in files.items():
         write_tensors(run / f"{file}.tmp", tensors)
         os.replace(run / f"{file}.tmp", run / file)
@@ -175,14 +184,32 @@ def read_encoder(run: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str
     """What `export_encoder` wrote: config, the encoder's tensors, and the objective's (empty where there are none).
 
     Raises:
-        FileNotFoundError: the folder holds no encoder.
+        ValueError: the folder holds no encoder, or one of another format.
     """
-    for file in ("config.json", "encoder.safetensors"):
-        if not (run / file).is_file():
-            raise FileNotFoundError(f"{run}: there is no {file} here; a run writes it when it ends")
-    head = run / "objective.safetensors"
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    return config, read_tensors(run / "encoder.safetensors"), read_tensors(head) if head.is_file() else {}
+    config, file, head = read_config(run), run / "encoder.safetensors", run / "objective.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{run}: no encoder.safetensors beside config.json; a run writes it when it ends")
+    return config, read_tensors(file), read_tensors(head) if head.is_file() else {}
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The config.json of a run folder.
+
+    Raises:
+        ValueError: there is none, or it is of another format.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run}: no config.json here, so this is no folder of a run; a run writes it when it ends")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: this is not JSON ({error}); copy or export it again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: this is no description of an encoder; copy or export it again")
+    if config.get("format") != ENCODER_FORMAT:
+        raise ValueError(f"{path}: format {config.get('format')!r}, but this version of mmssl reads {ENCODER_FORMAT}")
+    return config
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -85,5 +85,5 @@ def layer_id(name: str, depth: int, *, post: bool = False) -> int:
     if match := _BLOCK.match(name):
         return int(match[1]) + 1
     if name.startswith("encoder.transformer."):
-        return 0 if post else depth + 1
+        return 0 if post or ".input_norm." in name else depth + 1
     return 0 if name.startswith("encoder.") else depth + 1

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.modalities.filterbank import Filterbank, Window, fill_to
@@ -21,10 +22,10 @@ class SpectrogramPatches(Frontend):
 
     Source: Gong et al. 2021 (AST, arXiv:2104.01778), section 2.1, and Huang et al. 2022 (Audio-MAE, arXiv:2207.06405),
     section 3.1, with their constants of AudioSet.
-    Differs from both: clips are not cut or padded to 1024 frames. Where the last patch reaches past a clip's last
+    Differs from both: without `frames` clips are not cut or padded. Where the last patch reaches past a clip's last
         frame, the clip goes on with digital silence up to the patch's end, and no further: no frame is lost and a
         clip's tokens are the same in any batch. Both papers put zeros before the normalization, where they are louder
-        than most sound.
+        than most sound; so it is with `frames`, for encoders that were trained so.
     Differs from AST: time is the outer axis of the tokens and of the values of a patch.
 
     Args:
@@ -34,6 +35,8 @@ class SpectrogramPatches(Frontend):
             leave out the highest bands where no whole patch fits.
         mean, std: of the log-mel energies of the training data; `mmssl manifest --stats` measures them.
         deviations: a normalized value of 1 lies so many deviations from the mean; CAV-MAE has 1.
+        frames: cut every clip to so many frames, or fill it up with zeros to them, as AST does with 1024. Those are
+            tokens like all others.
         bands, window_ms, hop_ms, window, low, high, preemphasis, rate: see `Filterbank`. Clips must have this rate.
         dither: see `Filterbank`; in training only.
         stripes: for fine-tuning, {t: share, f: share}: one run of a clip's frames and one of its bands, each up to that
@@ -54,6 +57,7 @@ class SpectrogramPatches(Frontend):
         mean: float = -4.2677393,
         std: float = 4.5689974,
         deviations: float = 2.0,
+        frames: int | None = None,
         bands: int = 128,
         window_ms: float = 25.0,
         hop_ms: float = 10.0,
@@ -89,7 +93,10 @@ class SpectrogramPatches(Frontend):
         self.stripes = {"t": 0.0, "f": 0.0} | dict(stripes or {})
         if len(self.stripes) > 2 or not all(0 <= share < 1 for share in self.stripes.values()):
             raise ValueError(f"frontend.stripes={dict(stripes or {})}: give a share from 0 to below 1 for t, f or both")
+        if frames is not None and frames < self.size[0]:
+            raise ValueError(f"frontend.frames={frames}: fewer than the {self.size[0]} of a patch")
         self.dim, self.feature_dim = dim, math.prod(self.size)
+        self.frames = frames
         self.down = rest // self.stride[1] + 1
         self.mean, self.scale = mean, std * deviations
         self.rate = rate
@@ -124,11 +131,16 @@ class SpectrogramPatches(Frontend):
         with torch.autocast(raw.data.device.type, enabled=False):
             seeds = raw.seeds if self.training else None
             frames = self.filterbank(raw.data, raw.lengths, seeds)
+            counts = self.filterbank.frames(raw.lengths)
             if seeds is not None and any(self.stripes.values()):
-                counts, (time, frequency) = self.filterbank.frames(raw.lengths), (self.stripes["t"], self.stripes["f"])
+                time, frequency = self.stripes["t"], self.stripes["f"]
                 hidden = draw_stripes(counts, frames.shape[2], time=time, frequency=frequency, seeds=seeds)
                 frames = frames.masked_fill(hidden.to(frames.device, non_blocking=True), self.mean)
-            frames = fill_to(frames, (across - 1) * hop + long)
+            if self.frames is None:
+                frames = fill_to(frames, (across - 1) * hop + long)
+            else:
+                real = valid_mask(counts, frames.shape[1], frames.device)[..., None]
+                frames = F.pad(frames * real, (0, 0, 0, self.frames - frames.shape[1]))
             cells = ((frames - self.mean) / self.scale).unfold(1, long, hop).unfold(2, tall, up)
             feat = cells.reshape(len(raw), across * self.down, self.feature_dim)
         x = self.project(feat)
@@ -157,7 +169,9 @@ class SpectrogramPatches(Frontend):
         return frames[valid_mask(counts, frames.shape[1], frames.device)].view(-1, 1)
 
     def _steps(self, raw: Raw) -> Tensor:
-        """(B,) patches along time: as many as it takes to cover every frame."""
+        """(B,) patches along time: as many as it takes to cover every frame, or as fit into so many frames."""
         refuse_short(raw, self.min_length)
+        if self.frames is not None:
+            return torch.full((len(raw),), (self.frames - self.size[0]) // self.stride[0] + 1)
         frames = self.filterbank.frames(raw.lengths)
         return torch.div(frames - self.size[0] - 1, self.stride[0], rounding_mode="floor").clamp_min(-1) + 2

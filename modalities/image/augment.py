@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,15 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Size = int | Sequence[int]
+Interpolation = Literal["bicubic", "bilinear"]
 
 
-def resize(x: Tensor, rng: np.random.Generator, *, size: Size) -> Tensor:
-    """To [height, width]; one number is the shorter side, and the other follows. Bicubic, antialiased."""
+def resize(x: Tensor, rng: np.random.Generator, *, size: Size, interpolation: Interpolation = "bicubic") -> Tensor:
+    """To [height, width]; one number is the shorter side, and the other follows. Antialiased."""
     height, width = resize_extent(np.array([x.shape[-2:]]), size=size)[0].tolist()
-    return _interpolate(x, (height, width))
+    return _interpolate(x, (height, width), interpolation)
 
 
-def resize_extent(sizes: np.ndarray, *, size: Size) -> np.ndarray:
+def resize_extent(sizes: np.ndarray, *, size: Size, **settings: object) -> np.ndarray:
     """(clips, 2) int64 height and width before `resize` -> after it."""
     if not isinstance(size, int):
         return np.broadcast_to(np.array(_pair(size, "resize")), sizes.shape)
@@ -125,11 +127,11 @@ def color_jitter(
     return _blend(x, _gray(x), vivid) if len(x) == 3 else x
 
 
-def _interpolate(x: Tensor, size: tuple[int, int]) -> Tensor:
+def _interpolate(x: Tensor, size: tuple[int, int], mode: Interpolation = "bicubic") -> Tensor:
     if tuple(x.shape[-2:]) == size:
         return x
     # bicubic overshoots at edges
-    return F.interpolate(x[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
+    return F.interpolate(x[None], size=size, mode=mode, antialias=True, align_corners=False)[0].clamp(0, 1)
 
 
 def _gray(x: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ class Waveform(Frontend):
         norm: "group" normalizes each channel of the first layer over the clip (base), "layer" every frame of every
             layer over channels (large).
         normalize: bring each clip to mean 0 and deviation 1 first. Goes with "layer", as the authors pair them.
+        normalize_eps: added to the clip's variance for that; transformers has 1e-7.
         bias: of the convolutions; they have one in the "layer" form of the large model.
         dropout: on the tokens.
         grad_mult: factor on the gradient that reaches the convolutions.
@@ -73,6 +74,7 @@ class Waveform(Frontend):
         layers: Sequence[Sequence[int]] = WAV2VEC2_LAYERS,
         norm: Literal["group", "layer"] = "layer",
         normalize: bool = True,
+        normalize_eps: float = 1e-5,
         bias: bool = False,
         dropout: float = 0.0,
         grad_mult: float = 1.0,
@@ -90,7 +92,7 @@ class Waveform(Frontend):
         self.dim, self.feature_dim = dim, layers[-1][0]
         self.layers = [tuple(layer) for layer in layers]
         self.group = norm == "group"
-        self.normalize = normalize
+        self.normalize, self.normalize_eps = normalize, normalize_eps
         self.grad_mult = grad_mult
         self.dropout = dropout
         self.rate = rate
@@ -153,7 +155,7 @@ class Waveform(Frontend):
         """(B, L) samples -> (B, N, C) frames, zero past each length."""
         waves = [wave[:length] for wave, length in zip(raw.data, raw.lengths.tolist(), strict=True)]
         if self.normalize:
-            waves = [F.layer_norm(wave, wave.shape, eps=self.eps) for wave in waves]
+            waves = [F.layer_norm(wave, wave.shape, eps=self.normalize_eps) for wave in waves]
         # One slot a clip, a whole number of total strides, and slack at the end for the last slot's kernels to read.
         slots = [-(-len(wave) // self.stride) for wave in waves]
         slack = self._slack()

@@ -19,9 +19,11 @@ Size = int | Sequence[int]
 _PLACES = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (0, 2), (4, 2), (2, 0), (2, 4), (1, 1), (1, 3), (3, 1), (3, 3)]
 
 
-def resize(x: Tensor, rng: np.random.Generator, *, size: Size) -> Tensor:
-    """To [height, width]; one number is the shorter side, and the other follows. Bicubic, antialiased."""
-    return image.resize(x.flatten(0, 1), rng, size=size).unflatten(0, x.shape[:2])
+def resize(
+    x: Tensor, rng: np.random.Generator, *, size: Size, interpolation: image.Interpolation = "bicubic"
+) -> Tensor:
+    """To [height, width]; one number is the shorter side, and the other follows. Antialiased."""
+    return image.resize(x.flatten(0, 1), rng, size=size, interpolation=interpolation).unflatten(0, x.shape[:2])
 
 
 def center_crop(x: Tensor, rng: np.random.Generator, *, size: Size) -> Tensor:

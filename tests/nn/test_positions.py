@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.nn.utils.parametrizations import weight_norm
 
-from mmssl.nn.positions import Convolutional, Learned, NoPositions, SinCos, sincos
+from mmssl.nn.positions import (
+    Convolutional,
+    FlatSinCos,
+    Learned,
+    NoPositions,
+    SinCos,
+    StackedConvolutional,
+    sincos,
+)
 from mmssl.types import Tokens
 
 
@@ -112,3 +120,29 @@ def test_no_positions_add_nothing():
     added = NoPositions(8)(torch.randn(2, 6, 8), tokens)
     assert added.shape == (1, 6, 8)
     assert not added.any()
+
+
+def test_tokens_in_one_line_by_hand():
+    # the token of row 1 and column 2 in a grid of 2 x 3 is number 5; two rates in width 4, 1 and 1/100
+    wave = FlatSinCos(4, grid=[2, 3])(None, picture(2, 3, dim=4))[0, 5].tolist()
+    assert wave == pytest.approx([math.sin(5), math.cos(5), math.sin(0.05), math.cos(0.05)], abs=1e-6)
+
+
+def test_tokens_in_one_line_go_on_in_time_and_nowhere_else():
+    x = torch.zeros(1, 12, 4)
+    longer = FlatSinCos(4, grid=[7])(x, speech(x, torch.tensor([12])))
+    assert torch.equal(longer[:, :7], FlatSinCos(4, grid=[7])(x[:, :7], speech(x[:, :7], torch.tensor([7]))))
+    with pytest.raises(ValueError, match=r"numbered over \(2, 3\) tokens, and these are \(3, 3\)"):
+        FlatSinCos(4, grid=[2, 3])(None, picture(3, 3, dim=4))
+
+
+@pytest.mark.parametrize("kernel", [5, 6])
+def test_stacked_convolutional_positions_hear_no_padding(kernel):
+    torch.manual_seed(0)
+    ours = StackedConvolutional(8, kernel=kernel, depth=3, groups=2)
+    x = torch.randn(2, 20, 8)
+    x[1, 12:] = 0
+    ragged = ours(x, speech(x, torch.tensor([20, 12])))
+    alone = ours(x[1:, :12], speech(x[1:, :12], torch.tensor([12])))
+    assert torch.allclose(ragged[1, :12], alone[0], atol=1e-6)
+    assert ragged[1, 12:].abs().max() == 0

@@ -1,5 +1,7 @@
 """The Transformer: equal to torch's own, exact on ragged rows, regularized as the papers have it."""
 
+import math
+
 import pytest
 import torch
 
@@ -127,7 +129,7 @@ def test_the_input_is_dropped_behind_the_norm_that_stands_before_the_blocks():
 @pytest.mark.parametrize("name", ["activation_dropout", "dropout"])
 def test_what_is_dropped_whole_leaves_the_residual_alone(name):
     rates = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "drop_path": 0.0, name: 1.0}
-    block = room.Block(8, 2, 16, norm="pre", eps=1e-6, **rates)
+    block = room.Block(8, 2, 16, norm="pre", eps=1e-6, activation="gelu", layer_scale=None, **rates)
     x = torch.randn(2, 3, 8)
     layout = room.Layout(x, None)
     # without activations the MLP gives its bias, which is zero here; without branches nothing is added at all
@@ -288,3 +290,34 @@ def test_what_is_not_attended_to_reaches_itself_alone(causal, row_by_row, monkey
                     other == of or bool(other < n and attended[row, other] and (other < of or not causal))
                     for other in range(7)
                 ]
+
+
+def test_layer_scale_multiplies_what_a_branch_adds():
+    ours = build(depth=1, layer_scale=0.5).eval()
+    plain = build(depth=1).eval()
+    plain.load_state_dict({name: tensor for name, tensor in ours.state_dict().items() if not name.endswith("scale")})
+    x = torch.randn(1, 4, 32)
+    layout = room.Layout(x, None)
+    block, other = ours.blocks[0], plain.blocks[0]
+    assert torch.allclose(block.attention(x, layout), other.attention(x, layout) / 2)
+    assert torch.allclose(block.mlp(x), other.mlp(x) / 2)
+
+
+def test_activations_by_hand():
+    x = torch.tensor([2.0])
+    gelu = 2 * 0.9772498680518208  # times the normal distribution's share below 2
+    assert room.ACTIVATIONS["gelu"](x).item() == pytest.approx(gelu, abs=1e-6)
+    assert room.ACTIVATIONS["gelu_tanh"](x).item() == pytest.approx(gelu, abs=5e-4)
+    assert room.ACTIVATIONS["quick_gelu"](x).item() == pytest.approx(2 / (1 + math.exp(-3.404)), abs=1e-6)
+    # the first half opens the second: 1 * sigmoid(1) * 5
+    assert room.ACTIVATIONS["swiglu"](torch.tensor([1.0, 5.0])).item() == pytest.approx(5 / (1 + math.exp(-1)))
+
+
+def test_a_norm_at_the_start_and_none_at_the_end():
+    ours = build(depth=0, input_norm=True, final_norm=False, eps=1e-5)
+    x = torch.randn(2, 4, 32)
+    out, layers = ours(x, layers=[0])
+    assert torch.allclose(out, torch.nn.functional.layer_norm(x, (32,)), atol=1e-6)
+    assert torch.equal(out, layers[0])
+    with pytest.raises(ValueError, match="norm=post"):
+        build(norm="post", final_norm=False)

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmssl.convert.layout import blocks, linear, row
+from mmssl.convert.translate import to_theirs
+from mmssl.convert.vit import NAMES, VIT_MAE
 from mmssl.encoder import Encoder
 from mmssl.modalities.image.frontend import Patches
 from mmssl.modalities.image.targets import TARGETS
@@ -67,37 +70,43 @@ def config(normalized: bool = False, eps: float = 1e-6):
     )
 
 
-def in_their_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights, or their gradients, named and shaped as ViTMAE has them."""
-    theirs = {
-        "vit.embeddings.cls_token": values["encoder.prefix"][None],
-        "vit.embeddings.patch_embeddings.projection.weight": values["encoder.frontend.project.weight"]
-        .view(DIM, PATCH, PATCH, CHANNELS)
-        .permute(0, 3, 1, 2),
-        "vit.embeddings.patch_embeddings.projection.bias": values["encoder.frontend.project.bias"],
-        "decoder.mask_token": values["predictor.mask_vector"][None, None],
-    }
-    plain = {
-        "encoder.transformer.norm": "vit.layernorm",
-        "predictor.embed": "decoder.decoder_embed",
-        "predictor.transformer.norm": "decoder.decoder_norm",
-        "predictor.out": "decoder.decoder_pred",
-    }
-    for stack, layers in {"encoder": "vit.layers", "predictor": "decoder.decoder_layers"}.items():
-        for i in range(2):
-            block, layer = f"{stack}.transformer.blocks.{i}", f"{layers}.{i}"
-            plain[f"{block}.norm1"] = f"{layer}.layernorm_before"
-            plain[f"{block}.norm2"] = f"{layer}.layernorm_after"
-            plain[f"{block}.attention.out"] = f"{layer}.attention.o_proj"
-            plain[f"{block}.mlp.up"] = f"{layer}.mlp.fc1"
-            plain[f"{block}.mlp.down"] = f"{layer}.mlp.fc2"
-            for kind in ("weight", "bias"):
-                for name, part in zip("qkv", values[f"{block}.attention.qkv.{kind}"].chunk(3), strict=True):
-                    theirs[f"{layer}.attention.{name}_proj.{kind}"] = part
-    for mine, name in plain.items():
-        for kind in ("weight", "bias"):
-            theirs[f"{name}.{kind}"] = values[f"{mine}.{kind}"]
-    return theirs
+# the encoder as `mmssl convert` writes it, and the decoder by the same rules
+OURS = {
+    "modality": "image",
+    "frontend": {"name": "patches", "size": [PATCH, PATCH]},
+    "positions": {"name": "sincos", "train_grid": [GRID, GRID]},
+    "transformer": {"dim": DIM, "depth": 2, "heads": 3, "mlp_dim": 40},
+    "encoder": {"prefix": 1},
+    "augment_eval": [],
+}
+DECODER = [
+    row("predictor.mask_vector", "decoder.mask_token"),
+    *linear("predictor.embed", "decoder.decoder_embed"),
+    *linear("predictor.transformer.norm", "decoder.decoder_norm"),
+    *linear("predictor.out", "decoder.decoder_pred"),
+    *blocks(
+        {"transformer": {"dim": NARROW, "depth": 2, "layer_scale": None}},
+        "decoder.decoder_layers.{}",
+        NAMES,
+        ours="predictor.transformer",
+    ),
+]
+
+
+def in_their_names(values: dict[str, Tensor], eps: float = 1e-6) -> nn.Module:
+    """Our weights, or their gradients, as the parameters of a ViTMAE."""
+    own = {name.removeprefix("encoder."): value for name, value in values.items() if name.startswith("encoder.")}
+    _, _, written = to_theirs(VIT_MAE, OURS, own)
+    theirs = {f"vit.{name}": value for name, value in written.items()}
+    for pair in DECODER:
+        theirs |= dict(zip(pair.theirs, pair.write(*(values[name] for name in pair.ours)), strict=True))
+    theirs["decoder.decoder_pos_embed"] = table(NARROW)
+    given = {name: value.detach().clone() for name, value in theirs.items()}
+    model = vit_mae.ViTMAEForPreTraining.from_pretrained(None, config=config(eps=eps), state_dict=given)
+    # which are fixed in a fresh model, and not in one that was loaded
+    model.vit.embeddings.position_embeddings.requires_grad_(False)
+    model.decoder.decoder_pos_embed.requires_grad_(False)
+    return model
 
 
 def table(dim: int) -> Tensor:
@@ -108,11 +117,8 @@ def table(dim: int) -> Tensor:
 
 
 def theirs(objective: MAE, normalized: bool = False, eps: float = 1e-6) -> nn.Module:
-    model = vit_mae.ViTMAEForPreTraining(config(normalized, eps)).train()
-    weights = in_their_names(dict(objective.named_parameters()))
-    weights["vit.embeddings.position_embeddings"] = table(DIM)
-    weights["decoder.decoder_pos_embed"] = table(NARROW)
-    model.load_state_dict(weights, strict=True)
+    model = in_their_names(dict(objective.named_parameters()), eps).train()
+    model.config.norm_pix_loss = normalized
     return model
 
 
@@ -154,9 +160,10 @@ def test_loss_and_every_gradient_are_theirs(normalized: bool, eps: float) -> Non
 
     mean.backward()
     out.loss.backward()
-    gradients = in_their_names({name: p.grad for name, p in objective.named_parameters()})
+    named = in_their_names({name: p.grad for name, p in objective.named_parameters()}).named_parameters()
     learned = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert set(gradients) == set(learned)
+    gradients = {name: value.detach() for name, value in named if name in learned}
+    assert gradients.keys() == learned.keys()
     assert sum(p.numel() for p in gradients.values()) == sum(p.numel() for p in objective.parameters())
     far = {
         name: difference(gradients[name], grad)

@@ -5,10 +5,15 @@ Positions differ by design, sines and cosines of three axes against one of the f
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mmssl.convert.layout import linear, row, same
+from mmssl.convert.translate import to_theirs
+from mmssl.convert.videomae import VIDEOMAE, keyless_blocks
 from mmssl.encoder import Encoder
 from mmssl.modalities.video.frontend import Tubes
 from mmssl.modalities.video.targets import TARGETS
@@ -50,49 +55,41 @@ def ours(mask: Mask) -> MAE:
     return objective
 
 
-def in_their_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights, or their gradients, named and shaped as VideoMAE has them."""
-    patches = "videomae.embeddings.patch_embeddings.projection"
-    theirs = {
-        f"{patches}.weight": values["encoder.frontend.project.weight"]
-        .view(DIM, *TUBE, CHANNELS)
-        .permute(0, 4, 1, 2, 3),
-        f"{patches}.bias": values["encoder.frontend.project.bias"],
-        "mask_token": values["predictor.mask_vector"][None, None],
-        "encoder_to_decoder.weight": values["predictor.embed.weight"],
-    }
-    plain = {
-        "encoder.transformer.norm": "videomae.layernorm",
-        "predictor.transformer.norm": "decoder.norm",
-        "predictor.out": "decoder.head",
-    }
-    for stack, layers in {"encoder": "videomae.encoder.layer", "predictor": "decoder.decoder_layers"}.items():
-        for i in range(2):
-            block, layer = f"{stack}.transformer.blocks.{i}", f"{layers}.{i}"
-            plain[f"{block}.norm1"] = f"{layer}.layernorm_before"
-            plain[f"{block}.norm2"] = f"{layer}.layernorm_after"
-            plain[f"{block}.attention.out"] = f"{layer}.attention.output.dense"
-            plain[f"{block}.mlp.up"] = f"{layer}.intermediate.dense"
-            plain[f"{block}.mlp.down"] = f"{layer}.output.dense"
-            for kind in ("weight", "bias"):
-                parts = values[f"{block}.attention.qkv.{kind}"].chunk(3)
-                for name, part in zip(("query", "key", "value"), parts, strict=True):
-                    # no bias of keys: a constant added to all of them changes no attention
-                    if (name, kind) != ("key", "bias"):
-                        theirs[f"{layer}.attention.attention.{name}.{kind}"] = part
-    for mine, name in plain.items():
-        for kind in ("weight", "bias"):
-            theirs[f"{name}.{kind}"] = values[f"{mine}.{kind}"]
-    return theirs
+# the encoder as `mmssl convert` writes it, and the decoder by the same rules
+OURS = {
+    "modality": "video",
+    "frontend": {"name": "tubes", "size": list(TUBE), "mean": MEAN, "std": STD},
+    "positions": {"name": "flat_sincos", "grid": GRID},
+    "transformer": {"dim": DIM, "depth": 2, "heads": 3, "mlp_dim": 40, "eps": EPS},
+    "encoder": {},
+    "augment_eval": [],
+}
+DECODER = [
+    row("predictor.mask_vector", "mask_token"),
+    same("predictor.embed.weight", "encoder_to_decoder.weight"),
+    *linear("predictor.transformer.norm", "decoder.norm"),
+    *linear("predictor.out", "decoder.head"),
+    *keyless_blocks(
+        {"transformer": {"dim": NARROW, "depth": 2, "layer_scale": None}},
+        "decoder.decoder_layers.{}",
+        ours="predictor.transformer",
+    ),
+]
 
 
-def table(dim: int) -> Tensor:
-    axes = torch.meshgrid(*map(torch.arange, GRID), indexing="ij")
-    return sincos(torch.stack(axes, -1).view(-1, 3), dim)[None]
+def in_their_names(values: dict[str, Tensor]) -> nn.Module:
+    """Our weights, or their gradients, as the parameters of a VideoMAE."""
+    own = {name.removeprefix("encoder."): value for name, value in values.items() if name.startswith("encoder.")}
+    _, _, written = to_theirs(VIDEOMAE, OURS, own)
+    theirs = {f"videomae.{name}": value for name, value in written.items()}
+    for pair in DECODER:
+        theirs |= dict(zip(pair.theirs, pair.write(*(values[name] for name in pair.ours)), strict=True))
+    given = {name: value.detach().clone() for name, value in theirs.items()}
+    return videomae.VideoMAEForPreTraining.from_pretrained(None, config=config(), state_dict=given)
 
 
-def theirs(objective: MAE) -> nn.Module:
-    config = transformers.VideoMAEConfig(
+def config() -> Any:
+    return transformers.VideoMAEConfig(
         image_size=SIDE,
         patch_size=TUBE[1],
         num_channels=CHANNELS,
@@ -111,8 +108,15 @@ def theirs(objective: MAE) -> nn.Module:
         use_mean_pooling=False,
         attn_implementation="eager",
     )
-    model = videomae.VideoMAEForPreTraining(config).train()
-    model.load_state_dict(in_their_names(dict(objective.named_parameters())), strict=True)
+
+
+def table(dim: int) -> Tensor:
+    axes = torch.meshgrid(*map(torch.arange, GRID), indexing="ij")
+    return sincos(torch.stack(axes, -1).view(-1, 3), dim)[None]
+
+
+def theirs(objective: MAE) -> nn.Module:
+    model = in_their_names(dict(objective.named_parameters())).train()
     model.videomae.embeddings.position_embeddings = table(DIM)
     model.position_embeddings = table(NARROW)
     model.decoder.norm.eps = EPS  # they leave torch's default there
@@ -145,9 +149,10 @@ def test_loss_and_every_gradient_are_theirs(mask: Mask) -> None:
 
     mean.backward()
     out.loss.backward()
-    gradients = in_their_names({name: p.grad for name, p in objective.named_parameters()})
+    named = in_their_names({name: p.grad for name, p in objective.named_parameters()}).named_parameters()
     learned = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert set(gradients) == set(learned)
+    gradients = {name: value.detach() for name, value in named}
+    assert gradients.keys() == learned.keys()
     far = {name: difference(gradients[name], grad) for name, grad in learned.items()}
     assert {name: value for name, value in far.items() if not value < 1e-5} == {}
 

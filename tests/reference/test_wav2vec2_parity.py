@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from mmssl.convert.layout import completed, linear
+from mmssl.convert.speech import WAV2VEC2
 from mmssl.encoder import Encoder
 from mmssl.modalities.speech.frontend import Waveform
 from mmssl.nn.masking import plan_of
@@ -74,54 +76,30 @@ def build_ours(form: str) -> Wav2Vec2:
 
 
 def pairs(ours: Wav2Vec2, theirs) -> list[tuple[str, nn.Parameter, list[nn.Parameter], object]]:
-    """Our parameter, theirs that it is made of, and how."""
-    model, frontend = theirs.wav2vec2, ours.encoder.frontend
-    same = [
-        ("mask token", ours.encoder.mask_token, model.masked_spec_embed),
-        ("project", frontend.project.weight, model.feature_projection.projection.weight),
-        ("project bias", frontend.project.bias, model.feature_projection.projection.bias),
-        ("feature norm", frontend.norm.weight, model.feature_projection.layer_norm.weight),
-        ("feature norm bias", frontend.norm.bias, model.feature_projection.layer_norm.bias),
-        ("transformer norm", ours.encoder.transformer.norm.weight, model.encoder.layer_norm.weight),
-        ("transformer norm bias", ours.encoder.transformer.norm.bias, model.encoder.layer_norm.bias),
-        ("conv positions g", ours.encoder.positions.weight_g, position(model).weight.original0),
-        ("conv positions v", ours.encoder.positions.weight_v, position(model).weight.original1),
-        ("conv positions bias", ours.encoder.positions.bias, model.encoder.pos_conv_embed.conv.bias),
-        ("code logits", ours.quantizer.logits.weight, theirs.quantizer.weight_proj.weight),
-        ("code logits bias", ours.quantizer.logits.bias, theirs.quantizer.weight_proj.bias),
-        ("project context", ours.project_context.weight, theirs.project_hid.weight),
-        ("project context bias", ours.project_context.bias, theirs.project_hid.bias),
-        ("project target", ours.project_target.weight, theirs.project_q.weight),
-        ("project target bias", ours.project_target.bias, theirs.project_q.bias),
+    """Our parameter, theirs that it is made of, and how: the encoder as `mmssl convert` reads it, and the head."""
+    form = theirs.config.feat_extract_norm
+    encoder = {
+        "modality": "speech",
+        "frontend": {"name": "waveform", "layers": LAYERS, "norm": form, "bias": form == "layer"},
+        "positions": {"name": "conv", "kernel": 8, "groups": 4},
+        "transformer": {"dim": 24, "depth": 2, "heads": 4},
+        "encoder": {"mask_token": True},
+    }
+    known = [
+        (f"encoder.{pair.ours[0]}", [f"wav2vec2.{name}" for name in pair.theirs], pair.read)
+        for pair in WAV2VEC2.pairs(completed(encoder), {})
     ]
-    found = [(name, a, [b], lambda b: b) for name, a, b in same]
-    found.append(("codebook", ours.quantizer.codebook, [theirs.quantizer.codevectors], lambda b: b.view(2, 5, 8)))
-    for i, layer in enumerate(model.feature_extractor.conv_layers):
-        weight = layer.conv.weight
-        found.append((f"conv {i}", frontend.weights[i], [weight], lambda b: b.permute(2, 1, 0).flatten(0, 1)))
-        if frontend.biases is not None:
-            found.append((f"conv {i} bias", frontend.biases[i], [layer.conv.bias], lambda b: b))
-        if hasattr(layer, "layer_norm"):
-            found.append((f"conv {i} norm", frontend.norms[i].weight, [layer.layer_norm.weight], lambda b: b))
-            found.append((f"conv {i} norm bias", frontend.norms[i].bias, [layer.layer_norm.bias], lambda b: b))
-    for i, (block, layer) in enumerate(zip(ours.encoder.transformer.blocks, model.encoder.layers, strict=True)):
-        attention = layer.attention
-        for part in ("weight", "bias"):
-            qkv = [getattr(projection, part) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
-            found.append((f"block {i} qkv {part}", getattr(block.attention.qkv, part), qkv, lambda *b: torch.cat(b)))
-            for name, a, b in (
-                ("out", block.attention.out, attention.out_proj),
-                ("norm1", block.norm1, layer.layer_norm),
-                ("norm2", block.norm2, layer.final_layer_norm),
-                ("up", block.mlp.up, layer.feed_forward.intermediate_dense),
-                ("down", block.mlp.down, layer.feed_forward.output_dense),
-            ):
-                found.append((f"block {i} {name} {part}", getattr(a, part), [getattr(b, part)], lambda b: b))
-    return found
-
-
-def position(model) -> nn.Module:
-    return model.encoder.pos_conv_embed.conv.parametrizations
+    head = [
+        *linear("quantizer.logits", "quantizer.weight_proj"),
+        *linear("project_context", "project_hid"),
+        *linear("project_target", "project_q"),
+    ]
+    known += [(pair.ours[0], list(pair.theirs), pair.read) for pair in head]
+    known.append(("quantizer.codebook", ["quantizer.codevectors"], lambda x: [x.view(2, 5, 8)]))
+    own, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    return [
+        (name, own[name], [other[one] for one in many], lambda *b, read=read: read(*b)[0]) for name, many, read in known
+    ]
 
 
 @pytest.fixture

@@ -223,5 +223,5 @@ def test_an_encoder_is_exported_with_its_config_and_its_head(tmp_path: Path) -> 
 
 
 def test_a_folder_without_an_encoder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no config.json here"):
+    with pytest.raises(ValueError, match=r"no config.json here"):
         read_encoder(tmp_path)

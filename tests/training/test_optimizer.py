@@ -104,14 +104,22 @@ CLIPS = {
     "image": (torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(0)), 1, None),
     "video": (torch.rand(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 4, 5.0),
 }
-TABLES = {"sincos": {}, "conv": {"kernel": 4, "groups": 2}, "learned": {"grid": [2, 3]}, "none": {}}
+TABLES = {
+    "sincos": {},
+    "flat_sincos": {"grid": [2, 3]},
+    "conv": {"kernel": 4, "groups": 2},
+    "stacked_conv": {"kernel": 3, "depth": 2, "groups": 2},
+    "none": {},
+    "learned": {"grid": [2, 3]},
+}
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize(
     ("source", "positions"),
     [(source, "sincos") for source in FRONTENDS]
-    + [("image/patches", "learned"), ("speech/logmel", "conv"), ("image/patches", "conv")],
+    + [("image/patches", "learned"), ("speech/logmel", "conv"), ("image/patches", "conv")]
+    + [("speech/logmel", "stacked_conv"), ("image/patches", "flat_sincos")],
 )
 def test_a_parameter_s_layer_is_the_first_that_depends_on_it(source: str, positions: str, norm: str) -> None:
     torch.manual_seed(0)
@@ -174,3 +182,8 @@ def test_decay_pulls_by_rate_times_decay() -> None:
     (module.weight.sum() * 0.0).backward()
     optimizer.step()
     assert math.isclose(module.weight.item(), 0.95, abs_tol=1e-6)
+
+
+def test_a_norm_before_the_first_block_learns_as_slowly_as_the_frontend() -> None:
+    assert layer_id("encoder.transformer.input_norm.weight", 2) == layer_id("encoder.frontend.project.weight", 2) == 0
+    assert layer_id("encoder.transformer.norm.weight", 2) == 3

@@ -192,3 +192,22 @@ def test_dither_is_drawn_from_the_clips_seeds_in_training_only():
 def test_stripes_that_cannot_be_are_refused(stripes):
     with pytest.raises(ValueError, match="give a share from 0 to below 1 for t, f or both"):
         frontend(stripes=stripes)
+
+
+def test_clips_are_cut_and_filled_to_so_many_frames():
+    # 10 frames in patches of 4 every 3: two whole ones, and a frame that no whole patch holds is left out
+    front = frontend(frames=9, stride=[3, 8])
+    generator = torch.Generator().manual_seed(0)
+    short, long = torch.randn(samples(5), generator=generator), torch.randn(samples(30), generator=generator)
+    raw = clip(short, long)
+    tokens = front(raw)
+    assert tokens.grid == (2, 4)
+    assert front.lengths(raw).tolist() == tokens.lengths.tolist() == [8, 8]
+    for row, wave in enumerate((short, long)):
+        frames = front.filterbank(wave[None], torch.tensor([len(wave)]))[0]
+        # zeros before the normalization
+        filled = torch.cat([frames, torch.zeros(9, 32)])[:9]
+        expected = (filled[3:7, 8:16] + 4.2677393) / (2 * 4.5689974)
+        assert torch.allclose(tokens.feat[row, 5], expected.flatten(), atol=1e-5)
+    with pytest.raises(ValueError, match="frontend.frames=3: fewer than the 4 of a patch"):
+        frontend(frames=3)

@@ -143,3 +143,11 @@ def test_a_picture_is_as_large_as_its_extent_says(name: str, settings: dict[str,
 
 def test_every_augmentation_is_held_against_its_extent() -> None:
     assert {name for name, _ in SETTINGS} == set(IMAGE.augments)
+
+
+def test_resize_by_straight_lines_gives_no_value_that_was_not_between_its_neighbors() -> None:
+    x = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(1, 4, 1)
+    # halves of the way between the two middles, a quarter and three quarters of a pixel on
+    assert resize(x, rng(), size=[4, 8], interpolation="bilinear")[0, 0].tolist() == [0, 0, 0, 0.25, 0.75, 1, 1, 1]
+    curved = resize(x, rng(), size=[4, 8])[0, 0]
+    assert curved[3] < 0.25

@@ -145,3 +145,14 @@ def test_bfloat16_is_float32_within_its_precision():
 def test_settings_that_cannot_be_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         Waveform(dim=8, **settings)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-7])
+def test_what_is_added_to_the_variance_of_a_clip_is_a_setting(eps):
+    loud = batch([400])
+    wave = 1e-3 * loud.data
+    front = build("layer", normalize_eps=eps)
+    given = front(Raw(wave, loud.lengths, loud.ids, loud.rate)).feat
+    front.normalize = False
+    by_hand = (wave - wave.mean()) / (wave.var(unbiased=False) + eps).sqrt()
+    assert torch.allclose(given, front(Raw(by_hand, loud.lengths, loud.ids, loud.rate)).feat)

@@ -1,0 +1,37 @@
+"""Encoders as transformers lays them out: what is published there opens here, and what is trained here opens there.
+
+A layout is a row of `LAYOUTS`: which settings of theirs are which of ours, and which tensors are which.
+"""
+
+from mmssl.convert.ast import AST
+from mmssl.convert.clip import CLIP, SIGLIP
+from mmssl.convert.layout import Layout
+from mmssl.convert.speech import DATA2VEC_AUDIO, HUBERT, WAV2VEC2
+from mmssl.convert.videomae import VIDEOMAE
+from mmssl.convert.vit import DINOV2, DINOV2_WITH_REGISTERS, VIT, VIT_MAE
+
+# of two that can say the same, what is trained here is written in the first
+LAYOUTS: dict[str, Layout] = {
+    layout.model_type: layout
+    for layout in (
+        WAV2VEC2,
+        HUBERT,
+        DATA2VEC_AUDIO,
+        VIT,
+        VIT_MAE,
+        DINOV2,
+        DINOV2_WITH_REGISTERS,
+        CLIP,
+        SIGLIP,
+        VIDEOMAE,
+        AST,
+    )
+}
+# a model of several towers -> the layout of the one that is read
+TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+# what our Transformer does not have
+REFUSED = {
+    "wavlm": "its attention has a gated bias of relative positions",
+    "beit": "its attention has a bias of relative positions",
+    "data2vec-vision": "its attention has a bias of relative positions",
+}

@@ -1,0 +1,256 @@
+"""Folders of transformers: found or fetched, read and written.
+
+Weights are read from safetensors or with torch's weights-only reader, so a file from a stranger can do no more than be
+wrong. The network is touched only where a name of the hub is given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmssl.convert import LAYOUTS, REFUSED, TOWERS
+from mmssl.convert.ctc import TOKENIZER, read_head, write_head
+from mmssl.convert.layout import Config
+from mmssl.convert.translate import layout_for, to_ours, to_theirs
+from mmssl.training.checkpoint import read_encoder, read_tensors, write_encoder
+
+log = logging.getLogger(__name__)
+
+_CONFIG, _WEIGHTS, _OLD_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
+# in the first that there is
+_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_NESTED = ("feature_extractor", "image_processor", "video_processor")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An encoder ready to be built: what a run exports, wherever it was read.
+
+    config: what config.json of a run holds.
+    encoder, objective: tensors; those of the objective are none where it was not fine-tuned.
+    folder: where.
+    """
+
+    config: Config
+    encoder: dict[str, Tensor]
+    objective: dict[str, Tensor]
+    folder: Path
+
+
+def find(source: str | Path) -> Path:
+    """The folder that a path or a name of the hub stands for.
+
+    Raises:
+        ValueError: there is no such folder, and no such name.
+    """
+    path = Path(source)
+    if path.name in ("encoder.safetensors", _WEIGHTS):
+        path = path.parent
+    if path.is_dir():
+        return path
+    name = str(source)
+    # a run that is not there is no reason to ask the network for it
+    if not _HUB_NAME.fullmatch(name) or path.parts[0] == "runs" or Path(path.parts[0]).exists():
+        raise ValueError(
+            f"{source}: no such folder; give the folder of a run or of an exported encoder, or of a model of "
+            "transformers or its name, such as facebook/wav2vec2-base"
+        )
+    return _fetch(name)
+
+
+def convert(source: str | Path, folder: str | Path, *, to: str = "transformers") -> str:
+    """Write an encoder as transformers reads it, or as a run of mmssl exports it.
+
+    Args:
+        source: see `open_encoder`.
+        folder: to write; it must be new or empty.
+        to: "transformers" for the layout that fits, the name of a layout, or "mmssl".
+
+    Returns:
+        what opens it, in a sentence.
+
+    Raises:
+        ValueError: the source cannot be read, the folder holds something, or no layout can say what the encoder is.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is there already; give a new folder")
+    found = open_encoder(source)
+    if to == "mmssl":
+        write_encoder(folder, found.config, found.encoder, found.objective)
+        return f'mmssl.load("{folder}") opens it'
+    architecture = write_transformers(folder, found, layout=None if to == "transformers" else to)
+    return f'transformers.{architecture}.from_pretrained("{folder}") opens it'
+
+
+def open_encoder(source: str | Path) -> Exported:
+    """What a run exported, or the encoder of a model of transformers.
+
+    Args:
+        source: a folder, or a name of the hub.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    folder = find(source)
+    return read_transformers(folder) if is_transformers(folder) else Exported(*read_encoder(folder), folder)
+
+
+def _fetch(name: str) -> Path:
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise ValueError(f"{name}: no such folder, and names of the hub need `pip install mmssl[hub]`") from None
+    try:
+        folder = Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(hub.snapshot_download(name, allow_patterns=["*.json", f"{_OLD_WEIGHTS[:-4]}*.bin"]))
+    except Exception as error:  # of that library, of its client and of the socket: all mean the same here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{name}: no such folder, and it could not be had from the hub ({reason})") from error
+    return folder
+
+
+def is_transformers(folder: Path) -> bool:
+    """Whether a folder holds a model of transformers, by its config.json."""
+    try:
+        return "model_type" in _read_json(folder / _CONFIG)
+    except ValueError:
+        return False
+
+
+def read_transformers(folder: Path) -> Exported:
+    """The encoder of a model of transformers, and its head where it spells.
+
+    Raises:
+        ValueError: a layout, a setting or a tensor that we have no counterpart of, or a file that is broken.
+    """
+    given = _read_json(folder / _CONFIG)
+    kind = str(given["model_type"])
+    if kind in REFUSED:
+        raise ValueError(f"{folder}: a {kind} cannot be read, because {REFUSED[kind]}, which our Transformer has not")
+    if TOWERS.get(kind, kind) not in LAYOUTS:
+        raise ValueError(f"{folder}: layout {kind!r}: mmssl reads {', '.join([*LAYOUTS, *TOWERS])}")
+    layout = LAYOUTS[TOWERS.get(kind, kind)]
+    if layout.nested is not None and layout.nested in given:
+        given = given[layout.nested] or {}
+    preprocessor = _preprocessor(folder)
+    if preprocessor is None:
+        log.warning(
+            "%s: no preprocessor_config.json, so clips are prepared as is usual for a %s", folder, layout.model_type
+        )
+    config, encoder, beside = to_ours(layout, given, preprocessor or {}, read_weights(folder), place=folder)
+    objective: dict[str, Tensor] = {}
+    vocabulary = folder / "vocab.json"
+    if "lm_head.weight" in beside and vocabulary.is_file():
+        try:
+            config, objective = read_head(config, given, _read_json(vocabulary), beside)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        beside = {name: tensor for name, tensor in beside.items() if not name.startswith("lm_head.")}
+    if beside:
+        parts = sorted({f"{name.partition('.')[0]}" for name in beside})
+        log.warning(
+            "%s: the encoder alone is read; %d tensors beside it are left out: %s",
+            folder,
+            len(beside),
+            ", ".join(parts),
+        )
+    return Exported({"objective": None, "classes": None, "vocabulary": None, **config}, encoder, objective, folder)
+
+
+def write_transformers(folder: Path, source: Exported, *, layout: str | None = None) -> str:
+    """Write an encoder as transformers reads it, and its head where it spells; the class that opens it.
+
+    Args:
+        layout: its name; by default that which the encoder came in, else the first that can say what it is.
+
+    Raises:
+        ValueError: no layout can.
+    """
+    chosen = layout_for(source.config, layout)
+    given, preprocessor, tensors = to_theirs(chosen, source.config, source.encoder)
+    files: dict[str, Any] = {"preprocessor_config.json": preprocessor}
+    objective = (source.config.get("objective") or {}).get("name")
+    if source.objective and objective == "ctc":
+        settings, vocabulary, head = write_head(source.config, source.objective)
+        given |= {**settings, "architectures": [chosen.architecture.replace("Model", "ForCTC")]}
+        tensors = {chosen.prefixes[0] + name: tensor for name, tensor in tensors.items()} | head
+        files |= {"vocab.json": vocabulary, "tokenizer_config.json": TOKENIZER}
+    elif source.objective:
+        log.warning("%s: the encoder alone is written, and not the head of its objective %s", folder, objective)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    for name, content in {**files, _CONFIG: given}.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return str(given["architectures"][0])
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model of transformers, in one file or in several.
+
+    Raises:
+        ValueError: there are none, or a file holds more than tensors.
+    """
+    for name in (_WEIGHTS, _OLD_WEIGHTS):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            files = [name]
+        elif index.is_file():
+            files = sorted(set(_read_json(index)["weight_map"].values()))
+        else:
+            continue
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            if not (folder / file).is_file():
+                raise ValueError(f"{folder}: no {file}, which {index.name} names; copy the whole folder again")
+            tensors |= read_tensors(folder / file) if file.endswith(".safetensors") else _read_old(folder / file)
+        return tensors
+    raise ValueError(f"{folder}: neither {_WEIGHTS} nor {_OLD_WEIGHTS} beside config.json; copy the whole folder again")
+
+
+def _read_old(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: holds more than tensors, or is broken, and nothing else is unpickled ({reason}); ask for "
+            "safetensors"
+        ) from None
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path}: holds no tensors by name; ask for safetensors")
+    return dict(tensors)
+
+
+def _preprocessor(folder: Path) -> dict[str, Any] | None:
+    for name in _PREPROCESSORS:
+        if (folder / name).is_file():
+            found = _read_json(folder / name)
+            return next((found[key] for key in _NESTED if isinstance(found.get(key), dict)), found)
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: no {path.name} here")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: this is not JSON ({error}); copy it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: this is no description of a model; copy it again")
+    return found
