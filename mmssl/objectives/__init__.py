@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from mmssl.objectives.best_rq import BestRQ
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.ctc import CTC
 from mmssl.objectives.hubert import HuBERT
@@ -11,6 +12,7 @@ from mmssl.objectives.wav2vec2 import Wav2Vec2
 OBJECTIVES: dict[str, type[nn.Module]] = {
     "wav2vec2": Wav2Vec2,
     "hubert": HuBERT,
+    "best_rq": BestRQ,
     "mae": MAE,
     "ctc": CTC,
     "classify": Classify,
