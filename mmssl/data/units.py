@@ -24,20 +24,21 @@ from mmssl.types import Units
 LARGEST = 2**16  # codewords that uint16 can number
 
 
-def write_shard(path: Path, units: np.ndarray, *, rate: float | None, lengths: np.ndarray) -> None:
+def write_shard(path: Path, units: np.ndarray, *, rate: float | None, lengths: np.ndarray, of: str) -> None:
     """Write a shard, all or nothing.
 
     Args:
         units: (steps, G), from 0 on.
         rate: steps per second; None for one step a token.
         lengths: (clips,) steps of each clip; -1 for one that could not be read.
+        of: what clips and codebook these are of, for whoever would write the shard again.
     """
     from safetensors.numpy import save_file
 
     unfinished = path.with_name(path.name + ".tmp")
     tensors = {"units": np.ascontiguousarray(units, np.uint16), "lengths": np.ascontiguousarray(lengths, np.int64)}
     try:
-        save_file(tensors, unfinished, metadata={} if rate is None else {"rate": repr(float(rate))})
+        save_file(tensors, unfinished, metadata={"of": of} | ({} if rate is None else {"rate": repr(float(rate))}))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
