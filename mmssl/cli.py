@@ -344,8 +344,8 @@ def units(
 ) -> None:
     """Cluster the features of clips, and write the unit of each moment beside the rows of manifests.
 
-    The manifests in the folder are for objectives that predict units. The same command goes on where it was cut off, and
-    with other manifests it uses the codebook that the folder holds.
+    The manifests in the folder are for objectives that predict units. The same command goes on where it was cut off,
+    and with other manifests it uses the codebook that the folder holds.
     """
     from mmssl.units import write_units
 

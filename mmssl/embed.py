@@ -252,7 +252,7 @@ class Embedder:
             for row, (place, length) in enumerate(zip(places, given.lengths.tolist(), strict=True)):
                 see(place, x[row, :length].float(), given)
 
-        return self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress=False)[1]
+        return self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, False, all_may_be_bad=True)[1]
 
     def predict(
         self,
@@ -376,6 +376,8 @@ class Embedder:
         batch_seconds: float,
         on_bad_clip: str,
         progress: bool,
+        *,
+        all_may_be_bad: bool = False,
     ) -> tuple[list[str], dict[str, str]]:
         """Call `compute` on groups of clips that were read ahead; ids in order, and the reasons of bad clips."""
         if batch_size < 1 or batch_seconds <= 0:
@@ -405,7 +407,7 @@ class Embedder:
                     compute(collate_samples(samples), [item.place for item in group])
                     advance(len(group))
                 advance(len(window) - len(good))
-        if left_out == len(clips):
+        if left_out == len(clips) and not all_may_be_bad:
             first = next(iter(bad))
             raise ValueError(f"none of the {len(clips)} clips can be read; the first is {first} ({bad[first]})")
         return names, bad

@@ -299,7 +299,9 @@ def _check_units(recipe: Recipe, dataset: ManifestDataset) -> None:
     try:
         for key, codes in dataset.units.items():
             if key not in row:
-                raise ValueError(f"no {key!r}; the row has {', '.join(sorted(row))}, and `mmssl units` writes such keys")
+                raise ValueError(
+                    f"no {key!r}; the row has {', '.join(sorted(row))}, and `mmssl units` writes such keys"
+                )
             read_units(row[key], codes)
     except ValueError as error:
         raise ValueError(f"{dataset.manifest.place(0)}: {error}") from None

@@ -62,11 +62,13 @@ class Spectral(nn.Module):
         if features not in ("mfcc", "logmel"):
             raise ValueError(f"features={features!r}: choose mfcc or logmel, or give a model and a layer")
         self.reader_settings = {"rate": rate}
-        bank = {"window_ms": 25.0, "hop_ms": 10.0, "low": 20.0, "high": 0.0, "preemphasis": 0.97}
-        self.measure: nn.Module = (
-            MFCC(rate=rate) if features == "mfcc" else Filterbank(bands=80, window="povey", rate=rate, **bank)  # type: ignore[arg-type]
-        )
-        self.filterbank = self.measure.filterbank if isinstance(self.measure, MFCC) else self.measure
+        mfcc = MFCC(rate=rate)
+        self.measure: nn.Module = mfcc
+        if features == "logmel":
+            self.measure = Filterbank(
+                bands=80, window_ms=25.0, hop_ms=10.0, window="povey", low=20.0, high=0.0, preemphasis=0.97, rate=rate
+            )
+        self.filterbank = mfcc.filterbank  # counts frames alike for both
         self.min_length = int(rate * 0.025)
 
     @property
@@ -110,14 +112,14 @@ def write_units(
 ) -> list[Written]:
     """Cluster tokens, and write the unit of each beside the rows of manifests.
 
-    Source: Hsu et al. 2021, HuBERT (arXiv:2106.07447), section IV-B; k-means as its authors released it: mini-batches of
-    10,000, 20 starts by k-means++, at most 100 passes, until 100 mini-batches bring nothing more.
+    Source: Hsu et al. 2021, HuBERT (arXiv:2106.07447), section IV-B; k-means as its authors released it: mini-batches
+    of 10,000, 20 starts by k-means++, at most 100 passes, until 100 mini-batches bring nothing more.
     Differs from the paper: k-means is fitted on all tokens of as many clips as make `frames` of them, drawn evenly from
         the first manifest, rather than on a tenth of the data.
 
-    The folder gets `codebook.safetensors` and `codebook.json`, shards of units (see `data.units`), and for each manifest
-    one of the same name, whose rows say at `key` where their units are. Where the folder holds the codebook already,
-    nothing is fitted; shards that are there are not written again.
+    The folder gets `codebook.safetensors` and `codebook.json`, shards of units (see `data.units`), and for each
+    manifest one of the same name, whose rows say at `key` where their units are. Where the folder holds the codebook
+    already, nothing is fitted; shards that are there are not written again.
 
     Args:
         manifests: k-means is fitted on the first; all get units.
@@ -284,7 +286,8 @@ def _sample(
             embedder.each(manifest.select(places), see, **settings)
             if count >= frames:
                 break
-    assert kept is not None  # a clip that cannot be read, and that all clips are so, are errors already
+    if kept is None:
+        raise ValueError(f"{manifest.path}: none of its clips can be read, so there is nothing to cluster")
     return kept[:count]
 
 
@@ -337,12 +340,9 @@ def _write_shards(
                 rates.add(1000 / tokens.step_ms if along_time else None)  # type: ignore[operator]  # noqa: B023
                 advance(1)
 
-            try:
-                bad |= embedder.each(rows, see, **settings)
-            except ValueError:
-                # that none of the clips can be read is an error there, and of one shard of many it is none
-                if settings["on_bad_clip"] == "raise" or len(rows) == len(manifest) or units:
-                    raise
+            left_out = embedder.each(rows, see, **settings)
+            advance(len(left_out))
+            bad |= left_out
             lengths = np.array([len(units[place]) if place in units else -1 for place in range(len(rows))])
             joined = np.concatenate([np.empty(0, np.uint16), *(units[place] for place in sorted(units))])
             write_shard(path, joined[:, None], rate=next(iter(rates), None), lengths=lengths, of=of)

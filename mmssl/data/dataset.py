@@ -191,9 +191,7 @@ class ManifestDataset(Dataset[Sample]):
         seconds = [_steps(clip) / rate for name, clip in raw.items() if (rate := self.rates[name]) is not None]
         return cut_units(units, start, max(seconds, default=0.0))
 
-    def _raw(
-        self, index: int, row: dict[str, Any], generator: np.random.Generator
-    ) -> tuple[dict[str, Tensor], float]:
+    def _raw(self, index: int, row: dict[str, Any], generator: np.random.Generator) -> tuple[dict[str, Tensor], float]:
         """The clip, and the second at which the part of it that a span chose begins."""
         if self._cache is not None and index in self._cache:
             return self._cache[index], 0.0

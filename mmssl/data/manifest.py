@@ -142,8 +142,8 @@ class Manifest(Sequence[Row]):
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows, all or nothing, and say how many.
 
-    Paths of media and of units are seen from the working directory, as everywhere in Python and as `Manifest` gives them. Those
-    inside the manifest's own folder are written relative to it, so that the folder can move, and others in full.
+    Paths of media and units are seen from the working directory, as everywhere in Python and as `Manifest` gives them.
+    Those inside the manifest's own folder are written relative to it, so that the folder can move, and others in full.
 
     Raises:
         ValueError: there are no rows.

@@ -1,12 +1,12 @@
 """Label sets on disk: shards of units, many clips end to end, and what a row says of its own.
 
-A shard is a safetensors file with one tensor, `units` (steps, G) uint16, G labels (codebooks) at each step; its metadata
-says how many steps make a second. A row names its part of one:
+A shard is a safetensors file with `units` (steps, G) uint16, G labels (codebooks) at each step, and `lengths`, how many
+steps each clip has; its metadata says how many steps make a second. A row names its part of one:
 
     "units": {"path": "train.00000.safetensors", "first": 5124, "count": 312}
 
-or, where there are few, holds them itself: {"rate": 50, "values": [3, 3, 17]}, with lists of G for several labels at each
-step and without a rate for one step a token; and one whole number is one label for all of the clip.
+or, where there are few, holds them itself: {"rate": 50, "values": [3, 3, 17]}, with lists of G for several labels at
+each step, and without a rate for one step a token. One whole number is one label for all of the clip.
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ def write_shard(path: Path, units: np.ndarray, *, rate: float | None, lengths: n
     from safetensors.numpy import save_file
 
     unfinished = path.with_name(path.name + ".tmp")
-    tensors = {"units": np.ascontiguousarray(units, np.uint16), "lengths": np.ascontiguousarray(lengths, np.int64)}
+    tensors: dict[str, np.ndarray] = {
+        "units": np.ascontiguousarray(units, np.uint16),
+        "lengths": np.ascontiguousarray(lengths, np.int64),
+    }
+    metadata = {"of": of} | ({} if rate is None else {"rate": repr(float(rate))})
     try:
-        save_file(tensors, unfinished, metadata={"of": of} | ({} if rate is None else {"rate": repr(float(rate))}))
+        save_file(tensors, unfinished, metadata=metadata)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -104,9 +104,9 @@ class GumbelQuantizer(nn.Module):
 class RandomQuantizer(nn.Module):
     """The nearest of random codewords to a random projection: codes that nothing trains.
 
-    Source: Chiu et al. 2022, BEST-RQ (arXiv:2202.01855), section 3.1: a Xavier-uniform projection, normal codewords, and
-    the code of the nearest one after both are brought to length 1. Several codebooks at once are those of Zhang et al.
-    2023 (USM, arXiv:2303.01037), section 2.2.
+    Source: Chiu et al. 2022, BEST-RQ (arXiv:2202.01855), section 3.1: a Xavier-uniform projection, normal codewords,
+    and the code of the nearest one after both are brought to length 1. Several codebooks at once are those of Zhang et
+    al. 2023 (USM, arXiv:2303.01037).
 
     Projection and codewords are buffers: saved, and never trained.
 

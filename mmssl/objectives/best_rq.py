@@ -22,8 +22,8 @@ class BestRQ(nn.Module):
 
     Source: Chiu et al. 2022 (arXiv:2202.01855), section 3; several codebooks as in Zhang et al. 2023 (USM,
     arXiv:2303.01037).
-    Differs from the paper: hidden tokens are replaced by a learned vector, where the paper puts noise into hidden frames
-        of the input; values are brought to mean 0 and deviation 1 over each clip rather than over the data; the encoder
+    Differs from the paper: hidden tokens are replaced by a learned vector, where the paper puts noise into frames of
+        the input; values are brought to mean 0 and deviation 1 over each clip rather than over the data; the encoder
         is this project's Transformer, where the paper has a Conformer.
     Target: `target`, values that the modality computes from the raw input, each of them normalized over the clip's real
         tokens (without that, projections fall on few codes), then quantized; never learned ones.

@@ -92,9 +92,7 @@ class HuBERT(nn.Module):
         self.mask_prob, self.mask_span, self.min_spans = mask_prob, mask_span, min_spans
         self.unmasked_weight = unmasked_weight
         self.feature_penalty = feature_penalty
-        self.skips_parameters = (
-            encoder.transformer.layer_drop > 0 or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.transformer.layer_drop > 0 or getattr(encoder.frontend, "grad_mult", 1.0) == 0
 
     def forward(self, batch: Batch) -> Loss:
         """The loss in nats, summed over hidden tokens, and over visible ones where they have a weight.
@@ -158,7 +156,7 @@ class HuBERT(nn.Module):
         pass
 
     def _logits(self, key: str, x: Tensor) -> list[tuple[str, Tensor]]:
-        """(what the log calls it, (M, V) logits) of each label of a label set; the very first has no name of its own."""
+        """(what the log calls it, (M, V) logits) of each label of a label set; the very first has no name."""
         heads = self.heads[key]
         first = key == next(iter(self.heads))
         assert isinstance(heads, nn.ModuleList)

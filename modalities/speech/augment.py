@@ -35,7 +35,9 @@ def crop_extent(seconds_before: np.ndarray, *, seconds: float) -> np.ndarray:
     return np.minimum(seconds_before, seconds)
 
 
-def random_span(whole: float, rng: np.random.Generator, *, seconds: float, step_ms: float = 20.0) -> tuple[float, float]:
+def random_span(
+    whole: float, rng: np.random.Generator, *, seconds: float, step_ms: float = 20.0
+) -> tuple[float, float]:
     """A piece of at most `seconds` from anywhere, read instead of the whole: (start, duration) in seconds.
 
     Unlike `random_crop` it is known where the piece lies, so units are cut as the sound is. It starts at a whole number

@@ -34,7 +34,9 @@ class MFCC(nn.Module):
         cosine = torch.cos(math.pi / BANDS * (torch.arange(BANDS)[:, None] + 0.5) * order) * math.sqrt(2 / BANDS)
         cosine[:, 0] /= math.sqrt(2)
         self.cosine: Tensor
-        self.register_buffer("cosine", cosine * (1 + _LIFTER / 2 * torch.sin(math.pi * order / _LIFTER)), persistent=False)
+        self.register_buffer(
+            "cosine", cosine * (1 + _LIFTER / 2 * torch.sin(math.pi * order / _LIFTER)), persistent=False
+        )
 
     def forward(self, waves: Tensor, lengths: Tensor) -> Tensor:
         """(B, L) samples, of which (B,) `lengths` are real -> (B, T, 39), zero past each clip's frames."""

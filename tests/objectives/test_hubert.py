@@ -50,7 +50,9 @@ def clips(samples: list[int], first: int = 0, codes: int = 7) -> Batch:
     return Batch({"speech": Raw(data, torch.tensor(samples), ids, 1000)}, seeds, units={"units": label_set(units)})
 
 
-def tokens_of(lengths: list[int], *, axes: tuple[str, ...] = ("t",), rest: int = 1, step_ms: float | None = 20) -> Tokens:
+def tokens_of(
+    lengths: list[int], *, axes: tuple[str, ...] = ("t",), rest: int = 1, step_ms: float | None = 20
+) -> Tokens:
     size = max(lengths)
     grid = (size // rest, rest) if rest > 1 else (size,)
     coords = torch.zeros(1, size, len(axes), dtype=torch.int64)

@@ -117,9 +117,7 @@ def test_every_hidden_state_is_the_same(form: str) -> None:
     torch.testing.assert_close(found.x[valid], wanted.last_hidden_state[valid], rtol=1e-4, atol=1e-5)
     # the last one of theirs is after the final norm where there is one
     for layer in (1, 2):
-        torch.testing.assert_close(
-            found.layers[layer][valid], wanted.hidden_states[layer][valid], rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(found.layers[layer][valid], wanted.hidden_states[layer][valid], rtol=1e-4, atol=1e-5)
     assert wanted.last_hidden_state[valid].std() > 0.1
     assert masked.any()
 
