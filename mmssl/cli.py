@@ -360,6 +360,72 @@ def convert(
     print(f"{folder}: {convert(source, folder, to=to)}")
 
 
+@command("mmssl units train.jsonl valid.jsonl --features mfcc --codes 100 --out units/mfcc100")
+def units(
+    manifests: Annotated[
+        list[Path],
+        typer.Argument(metavar="MANIFEST", help="Clusters are of the first; all get units.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the codebook, units and manifests.", show_default=False)],
+    codes: Annotated[int, typer.Option(help="Clusters.", show_default=False)],
+    features: Annotated[
+        Literal["mfcc", "logmel"] | None, typer.Option(help="Cluster these, every 10 ms of sound.", show_default=False)
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Cluster the tokens of this run or exported encoder.", show_default=False)
+    ] = None,
+    layer: Annotated[int, typer.Option(help="With --model: -1 is the output, i the output of block i.")] = -1,
+    key: Annotated[str, typer.Option(help="Of the rows, for the place of their units.")] = "units",
+    frames: Annotated[int, typer.Option(help="Tokens that k-means is fitted on.")] = 1_000_000,
+    rate: Annotated[int, typer.Option(help="With --features: samples per second.")] = 16_000,
+    modality: Annotated[Literal["speech", "audio"], typer.Option(help="With --features.")] = "speech",
+    seed: Annotated[int, typer.Option(help="Of the sample and of k-means.")] = 0,
+    part: Annotated[str, typer.Option(metavar="N/OF", help="Of several processes that share the work, this one.")] = (
+        "1/1"
+    ),
+    batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
+    device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
+    on_bad_clip: Annotated[
+        Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or name it and leave it out.")
+    ] = "raise",
+) -> None:
+    """Cluster the features of clips, and write the unit of each moment beside the rows of manifests.
+
+    The manifests in the folder are for objectives that predict units. The same command goes on where it was cut off,
+    and with other manifests it uses the codebook that the folder holds.
+    """
+    from mmssl.units import write_units
+
+    number, _, of = part.partition("/")
+    found = write_units(
+        manifests,
+        out,
+        codes=codes,
+        features=features,
+        model=model,
+        layer=layer,
+        key=key,
+        frames=frames,
+        rate=rate,
+        modality=modality,
+        seed=seed,
+        part=(_number("--part", number, int), _number("--part", of, int)),
+        batch_size=batch_size,
+        device=device,
+        on_bad_clip=on_bad_clip,
+        progress=sys.stderr.isatty(),
+    )
+    for manifest, one in zip(manifests, found, strict=True):
+        for name, reason in one.bad.items():
+            print(f"left out: {name}: {reason}", file=sys.stderr)
+        if one.manifest is None:
+            print(f"{manifest}: part {part} is done, and others are not yet")
+        else:
+            print(
+                f"{one.manifest}: {one.clips} clips, {one.units:,} units, {one.perplexity:.1f} of {codes} codes in use"
+            )
+
+
 @command("mmssl recipes image/mae_base > mine.yaml")
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Print this one.", show_default=False)] = None,

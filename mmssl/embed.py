@@ -213,6 +213,39 @@ class Embedder:
         found = [into.result(names, bad) for into in gathered]
         return found[0] if isinstance(layer, int) else found
 
+    def each(
+        self,
+        inputs: Input | Sequence[Input],
+        see: Callable[[int, Tensor, Tokens], None],
+        *,
+        layer: int = -1,
+        batch_size: int = 16,
+        batch_seconds: float = 60.0,
+        on_bad_clip: Literal["raise", "skip"] = "raise",
+    ) -> dict[str, str]:
+        """Show the tokens of one clip after the other and keep none: for more clips than memory has room for.
+
+        Args:
+            inputs, layer, batch_size, batch_seconds, on_bad_clip: see `embed`.
+            see: gets a clip's place among the inputs, its (N, D) tokens on the encoder's device, and the tokens that
+                the frontend made of its batch. Clips do not come in their order.
+
+        Returns:
+            name -> reason of the clips that could not be read, which `see` never gets.
+        """
+        [asked] = self._layers(layer)
+        clips = find_clips(inputs, self.config, self.encoder, rate=None)
+
+        def compute(batch: Batch, places: list[int]) -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                given = self.encoder.tokens(batch.raw.to(self.device))
+                encoded = self.encoder(given, layers=[asked] if asked >= 0 else [])
+            x = (encoded.x if asked < 0 else encoded.layers[asked])[:, encoded.n_prefix :]
+            for row, (place, length) in enumerate(zip(places, given.lengths.tolist(), strict=True)):
+                see(place, x[row, :length].float(), given)
+
+        return self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, False, all_may_be_bad=True)[1]
+
     def predict(
         self,
         inputs: Input | Sequence[Input],
@@ -341,6 +374,8 @@ class Embedder:
         batch_seconds: float,
         on_bad_clip: str,
         progress: bool,
+        *,
+        all_may_be_bad: bool = False,
     ) -> tuple[list[str], dict[str, str]]:
         """Call `compute` on groups of clips that were read ahead; ids in order, and the reasons of bad clips."""
         if batch_size < 1 or batch_seconds <= 0:
@@ -348,7 +383,7 @@ class Embedder:
         if on_bad_clip not in ("raise", "skip"):
             raise ValueError(f"on_bad_clip={on_bad_clip!r}: choose raise or skip")
         names, bad, left_out = [""] * len(clips), {}, 0
-        with closing(windows(clips, batch_size)) as ahead, _bar(len(clips), progress) as advance:
+        with closing(windows(clips, batch_size)) as ahead, bar("embedding", len(clips), shown=progress) as advance:
             for window in ahead:
                 good = []
                 for item in window:
@@ -370,7 +405,7 @@ class Embedder:
                     compute(collate_samples(samples), [item.place for item in group])
                     advance(len(group))
                 advance(len(window) - len(good))
-        if left_out == len(clips):
+        if left_out == len(clips) and not all_may_be_bad:
             first = next(iter(bad))
             raise ValueError(f"none of the {len(clips)} clips can be read; the first is {first} ({bad[first]})")
         return names, bad
@@ -464,7 +499,7 @@ class _Gathered:
 
 
 @contextmanager
-def _bar(count: int, shown: bool) -> Iterator[Callable[[int], None]]:
+def bar(what: str, count: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error, and how to move it."""
     if not shown:
         yield lambda done: None
@@ -472,7 +507,7 @@ def _bar(count: int, shown: bool) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    look = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    look = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*look, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=count)
         yield lambda done: progress.advance(task, done)

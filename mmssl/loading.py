@@ -16,6 +16,7 @@ from mmssl.data.batching import BatchPlan
 from mmssl.data.dataset import ATTEMPTS, ManifestDataset
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import CharVocabulary, Classes
+from mmssl.data.units import read_units
 from mmssl.encoder import Encoder
 from mmssl.modalities import MODALITIES
 from mmssl.objectives import LABELLED
@@ -161,11 +162,14 @@ def build_dataset(
         steps,
         fits={name: lengths},
         label=labeler(config),
+        units=unit_sets(config["objective"]),
         seed=recipe.values["trainer"]["seed"],
         on_bad_clip=data.on_bad_clip,
         max_bad_share=data.max_bad_share,
         cache=data.cache,
     )
+    if dataset.units:
+        _check_units(recipe, dataset)
     if "h" in frontend.axes and data.batch_size != 1 and not _one_size(recipe, side):
         _check_sizes(recipe, manifest, side)
         dataset.fits = {name: partial(_fits, lengths, _first_size(dataset, name))}
@@ -266,6 +270,41 @@ def labeler(config: Config) -> Callable[[dict[str, Any]], Any] | None:
         return partial(label_of, key, CharVocabulary(config["vocabulary"]).encode)
     classes = Classes(config["classes"])
     return partial(label_of, key, classes.encode_all if config["objective"].get("multi_label") else classes.encode)
+
+
+def unit_sets(objective: Config) -> dict[str, list[int]]:
+    """Key of a row -> how many codes there are of each label in the label set that it names; empty where none is."""
+    sets = {**(objective.get("units") or {}), **(objective.get("topics") or {})}
+    return {key: [codes] if isinstance(codes, int) else list(codes) for key, codes in sets.items()}
+
+
+def _check_units(recipe: Recipe, dataset: ManifestDataset) -> None:
+    """See that the first row has its units, and that augmentation leaves every token where its unit is.
+
+    Raises:
+        RecipeError: a step moves tokens.
+        ValueError: the row's units cannot be read.
+    """
+    kind, augment = MODALITIES[recipe.values["modality"]], recipe.values["augment"]
+    train, held_out = (
+        [step for step in augment[side] if step["name"] not in (*kind.spans, "gain", "noise")]
+        for side in ("train", "eval")
+    )
+    moves = next((step["name"] for step in train + held_out if step["name"] in kind.durations), None)
+    if moves is not None or train != held_out:
+        what = moves or " and ".join(step["name"] for step in train + held_out)
+        instead = "random_span instead" if kind.spans else "the same steps for train and eval, as units were written"
+        raise recipe.error("augment.train", f"augment.train: {what} moves clips away from their units; use {instead}")
+    row = dataset.manifest[0]
+    try:
+        for key, codes in dataset.units.items():
+            if key not in row:
+                raise ValueError(
+                    f"no {key!r}; the row has {', '.join(sorted(row))}, and `mmssl units` writes such keys"
+                )
+            read_units(row[key], codes)
+    except ValueError as error:
+        raise ValueError(f"{dataset.manifest.place(0)}: {error}") from None
 
 
 def check_labels(label: Callable[[dict[str, Any]], Any], manifest: Manifest) -> None:

@@ -59,6 +59,26 @@ class Raw:
 
 
 @dataclass(frozen=True)
+class Units:
+    """Discrete labels along the clips of a batch, one label set: k-means units, the codes of a codec, a topic.
+
+    values: (B, S, G) int64, G labels (codebooks) at each step; zero past each length.
+    lengths: (B,) int64 on the CPU, steps.
+    rate: steps per second; None for one step a token in their order, or one step for all of the clip.
+    starts: (B,) float64 on the CPU, seconds from the beginning of the first step to that of the clip: where a part of
+        a recording is read, it may begin within a step.
+    """
+
+    values: Tensor
+    lengths: Tensor
+    rate: float | None
+    starts: Tensor
+
+    def to(self, device: torch.device | str) -> Units:
+        return replace(self, values=self.values.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
 class Batch:
     """What an objective gets: the inputs by modality, and what is known about each clip.
 
@@ -67,12 +87,14 @@ class Batch:
         or another number of ranks changes no mask.
     labels: (B,) int64 classes | (B, S) int64 characters, or several classes, padded with 0 | None.
     label_lengths: (B,) int64 on the CPU, for (B, S) labels.
+    units: key of a row -> the label set that it names, for objectives that ask for some.
     """
 
     inputs: Mapping[str, Raw]
     seeds: Tensor
     labels: Tensor | None = None
     label_lengths: Tensor | None = None
+    units: Mapping[str, Units] = field(default_factory=dict)
 
     @property
     def raw(self) -> Raw:
@@ -90,6 +112,7 @@ class Batch:
             self,
             inputs={name: raw.to(device) for name, raw in self.inputs.items()},
             labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            units={key: units.to(device) for key, units in self.units.items()},
         )
 
     def __len__(self) -> int:

@@ -38,6 +38,7 @@ ARROWS = {
     "clips": [*PARTS, "encoder", "modalities", "data", "loading"],
     "embed": [*PARTS, "encoder", "data", "evaluation", "assemble", "clips", "convert"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
+    "units": [*PARTS, "modalities", "data", "embed", "training.checkpoint"],
     "normalization": ["recipe", "types", "modalities", "data", "loading", "assemble"],
 }
 FREE = {"__init__", "__main__", "cli", "recipes"}  # the front door may use every room; recipes hold no code

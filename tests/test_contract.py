@@ -17,7 +17,7 @@ from mmssl.nn.masking import random_mask, span_mask
 from mmssl.nn.positions import Convolutional, NoPositions, SinCos
 from mmssl.nn.transformer import Transformer
 from mmssl.objectives import OBJECTIVES
-from mmssl.types import Batch, Raw
+from mmssl.types import Batch, Raw, Units
 
 DIM = 16
 LENGTHS = [1600, 900, 1210, 640]
@@ -78,6 +78,8 @@ CLIPS = {
 SOURCES = [f"{name}/{frontend}" for name, modality in MODALITIES.items() for frontend in modality.frontends]
 SETTINGS = {
     "wav2vec2": {"negatives": 5, "codes": 8, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
+    "hubert": {"units": {"units": 5}, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
+    "best_rq": {"codes": 8, "code_dim": 4, "mask_span": 2},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     "jepa": {
         "blocks": [[2, 0.2, 0.3], [1, 0.5, 0.5]],
@@ -170,6 +172,18 @@ def objective(name, source):
     return OBJECTIVES[name](body, **settings)
 
 
+def units(name, source, raw):
+    """For HuBERT: of each clip its own, by its id, one for each step in time or, without a time, for each token."""
+    if name != "hubert":
+        return {}
+    tokens = encoder(source).tokens(raw)
+    timed = tokens.step_ms is not None
+    steps = tokens.lengths // (torch.tensor(tokens.grid[1:]).prod().int() if timed else 1)
+    values = torch.stack([(3 * int(id[1:]) + torch.arange(int(steps.max())) // 2) % 5 for id in raw.ids])
+    rate = 1000 / tokens.step_ms if timed else None
+    return {"units": Units(values[..., None], steps, rate, torch.zeros(len(raw), dtype=torch.float64))}
+
+
 def batch(name, source, raw=None, seed=0):
     torch.manual_seed(seed)
     raw = raw or CLIPS[source][0]()
@@ -179,7 +193,8 @@ def batch(name, source, raw=None, seed=0):
     if OBJECTIVES[name].label == "text":
         labels = torch.tensor([[1, 2, 3], [2, 4, 0], [3, 3, 1], [1, 0, 0]])
         sizes = torch.tensor([3, 2, 3, 1])
-    return Batch({source.split("/")[0]: raw}, seeds=torch.arange(len(raw)) + 10, labels=labels, label_lengths=sizes)
+    seeds = torch.arange(len(raw)) + 10
+    return Batch({source.split("/")[0]: raw}, seeds, labels, sizes, units(name, source, raw))
 
 
 PAIRS = [pair for pair in product(OBJECTIVES, SOURCES) if pair not in REFUSED]
@@ -245,11 +260,13 @@ def test_permuting_the_batch_permutes_the_result(name, source):
     first = batch(name, source)
     order = torch.tensor([2, 0, 3, 1])
     raw = first.raw
+    moved = Raw(raw.data[order], raw.lengths[order], [raw.ids[i] for i in order], raw.rate)
     second = Batch(
-        {source: Raw(raw.data[order], raw.lengths[order], [raw.ids[i] for i in order], raw.rate)},
+        {source: moved},
         seeds=first.seeds[order],
         labels=None if first.labels is None else first.labels[order],
         label_lengths=None if first.label_lengths is None else first.label_lengths[order],
+        units=units(name, source, moved),
     )
     one, two = model(first), model(second)
     assert one.count == two.count
@@ -389,6 +406,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(name, source):
                 seeds=whole.seeds[rows],
                 labels=None if whole.labels is None else whole.labels[rows],
                 label_lengths=None if whole.label_lengths is None else whole.label_lengths[rows],
+                units=units(name, source, cut(whole.raw, row)),
             )
         )
     one, many = gradient([whole]), gradient(parts)

@@ -91,7 +91,7 @@ def test_the_installed_command_works_from_any_folder(installed: Path) -> None:
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
-    names = {"PIL": "pillow", "yaml": "PyYAML"}
+    names = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn"}
     imported = {
         node.module.partition(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.partition(".")[0]
         for folder in MAPPED

@@ -39,6 +39,8 @@ TOY = {
 SPEECH = {"positions.kernel": 4, "frontend.bands": 8, "data.max_seconds": "null"}
 RUNS = {
     "wav2vec2": ("small/wav2vec2_speech", SPEECH | {"objective.dim": 8, "objective.codes": 8}),
+    "hubert": ("small/hubert_speech", SPEECH | {"objective.dim": 8, "objective.units": "{units: 3}"}),
+    "best_rq": ("small/best_rq_speech", SPEECH | {"objective.codes": 8}),
     "ctc": ("small/ctc_speech", SPEECH),
     "mae": (
         "small/mae_image",
@@ -99,8 +101,9 @@ def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp
             "bad": [*files["train"][:3], broken, *files["train"][3:5]],
             "valid": files["test"],
         }.items():
+            units = {"rate": 50, "values": [step // 4 % 3 for step in range(36)]}
             rows = [
-                {key: str(path), "seconds": 0.7, "label": f"{n % 2}", "text": f"{'ab' * (n % 3)}a"}
+                {key: str(path), "seconds": 0.7, "label": f"{n % 2}", "text": f"{'ab' * (n % 3)}a", "units": units}
                 for n, path in enumerate(paths)
             ]
             write_manifest(tmp_path / f"{kind}_{name}.jsonl", rows)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmssl.data.dataset import BadClips, ManifestDataset, Sample
-from mmssl.types import BadClip, Batch, Raw
+from mmssl.types import BadClip, Batch, Raw, Units
 
 AHEAD = 2  # micro-batches that the thread, or each worker, reads before they are asked for
 
@@ -253,7 +253,28 @@ def collate_samples(samples: list[Sample]) -> Batch:
         inputs[name] = Raw(data, lengths, ids, samples[0].rates[name])
     labels, label_lengths = _labels(samples)
     seeds = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
-    return Batch(inputs, seeds, labels, label_lengths)
+    units = {key: _pad_units(key, samples) for key in samples[0].units}
+    return Batch(inputs, seeds, labels, label_lengths, units)
+
+
+def _pad_units(key: str, samples: list[Sample]) -> Units:
+    found = [sample.units[key] for sample in samples]
+    for sample, units in zip(samples, found, strict=True):
+        if units.rate != found[0].rate:
+            raise ValueError(
+                f"{key}: {samples[0].id} has {_per_second(found[0].rate)} and {sample.id} has "
+                f"{_per_second(units.rate)}; write the units of all clips in the same way"
+            )
+    return Units(
+        torch.nn.utils.rnn.pad_sequence([units.values[0] for units in found], batch_first=True),
+        torch.cat([units.lengths for units in found]),
+        found[0].rate,
+        torch.cat([units.starts for units in found]),
+    )
+
+
+def _per_second(rate: float | None) -> str:
+    return "a unit for each token" if rate is None else f"{rate:g} units a second"
 
 
 def _pad_waves(clips: list[Tensor]) -> tuple[Tensor, Tensor]:

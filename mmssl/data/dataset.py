@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmssl.data.manifest import Manifest, read_slice
-from mmssl.types import BadClip, Raw
+from mmssl.data.units import cut_units, read_units
+from mmssl.types import BadClip, Raw, Units
 
 Label = int | list[int] | None
 ATTEMPTS = 20  # substitutes tried for one bad clip; so many in a row do not happen below a share worth going on with
@@ -31,6 +32,7 @@ class Sample:
     rates: modality -> units along time per second, None where there is no time.
     seed: a function of run seed, epoch and id; masks are drawn from it.
     bad: what was met on the way to this clip and could not be read.
+    units: key of the row -> its label set, a batch of one.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Sample:
     label: Label
     seed: int
     bad: list[dict[str, Any]] = field(default_factory=list)
+    units: dict[str, Units] = field(default_factory=dict)
 
 
 class ManifestDataset(Dataset[Sample]):
@@ -57,6 +60,8 @@ class ManifestDataset(Dataset[Sample]):
         fits: modality -> (one clip after augmentation) -> anything; a ValueError of it makes the clip a bad one, and so
             does one of `augments`.
         label: row -> label; a ValueError of it makes the clip a bad one.
+        units: key of a row -> how many codes there are of each label in the label set that it names; a ValueError of
+            it makes the clip a bad one.
         seed: of the run.
         on_bad_clip: "raise" stops at the first one; "skip" puts another clip, always the same one, in its place.
         max_bad_share: of the manifest's clips, beyond which "skip" stops too.
@@ -79,6 +84,7 @@ class ManifestDataset(Dataset[Sample]):
         rates: Mapping[str, float | None] | None = None,
         fits: Mapping[str, Callable[[Raw], object]] | None = None,
         label: Callable[[dict[str, Any]], Label] | None = None,
+        units: Mapping[str, Sequence[int]] | None = None,
         seed: int = 0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
         max_bad_share: float = 0.01,
@@ -103,6 +109,7 @@ class ManifestDataset(Dataset[Sample]):
         self.rates = {name: (rates or {}).get(name) for name in media}
         self.fits = dict(fits or {})
         self.label = label
+        self.units = dict(units or {})
         self.seed = seed
         self.on_bad_clip = on_bad_clip
         self.max_bad_share = max_bad_share
@@ -130,7 +137,7 @@ class ManifestDataset(Dataset[Sample]):
                 last = error
                 place = _hash(self.seed, epoch, index, attempt) % len(self.manifest)
                 continue
-            return Sample(sample.id, sample.inputs, sample.rates, sample.label, sample.seed, bad)
+            return Sample(sample.id, sample.inputs, sample.rates, sample.label, sample.seed, bad, sample.units)
         raise BadClip(last.path, f"{last.reason}; and so were {ATTEMPTS - 1} clips taken at random in its place")
 
     def read(self, index: int, epoch: int) -> Sample:
@@ -143,7 +150,7 @@ class ManifestDataset(Dataset[Sample]):
         seed = _hash(self.seed, epoch, row["id"])
         # spawned from the seed, not equal to it: masks are drawn from the seed too
         generator = np.random.default_rng([seed, 1])
-        raw = self._raw(index, row, generator)
+        raw, start = self._raw(index, row, generator)
         inputs = {}
         for name, clip in raw.items():
             try:
@@ -154,9 +161,10 @@ class ManifestDataset(Dataset[Sample]):
                 raise BadClip(row["id"], str(error).removeprefix(f"{row['id']}: ")) from None
         try:
             label = None if self.label is None else self.label(row)
+            units = {key: self._units(row, key, start, raw) for key in self.units}
         except ValueError as error:
             raise BadClip(row["id"], str(error)) from None
-        return Sample(row["id"], inputs, self.rates, label, seed)
+        return Sample(row["id"], inputs, self.rates, label, seed, units=units)
 
     def refusal(self, index: int, error: BadClip) -> BadClip:
         """The error of a run that stops at a bad clip: with the place of its row, and the way out."""
@@ -175,35 +183,54 @@ class ManifestDataset(Dataset[Sample]):
             "manifest": str(self.manifest.path),
         }
 
-    def _raw(self, index: int, row: dict[str, Any], generator: np.random.Generator) -> dict[str, Tensor]:
+    def _units(self, row: dict[str, Any], key: str, start: float, raw: dict[str, Tensor]) -> Units:
+        """The label set that a key of a row names, of the part that was read."""
+        if key not in row:
+            raise ValueError(f"the row has no {key!r}, which this objective predicts; `mmssl units` writes it")
+        units = read_units(row[key], self.units[key])
+        seconds = [_steps(clip) / rate for name, clip in raw.items() if (rate := self.rates[name]) is not None]
+        return cut_units(units, start, max(seconds, default=0.0))
+
+    def _raw(self, index: int, row: dict[str, Any], generator: np.random.Generator) -> tuple[dict[str, Tensor], float]:
+        """The clip, and the second at which the part of it that a span chose begins."""
         if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        raw = {}
+            return self._cache[index], 0.0
+        raw, starts = {}, [0.0]
         for name, key in self.media.items():
             value = row[key]
             parts = value if isinstance(value, list) else [value]
             if name in self.spans and len(parts) > 1:
                 raise BadClip(row["id"], "a span is drawn from one file, and this clip has several; give each its row")
-            clips = [self._read_part(name, row, part, generator) for part in parts]
+            clips = [self._read_part(name, row, part, generator, starts) for part in parts]
             raw[name] = clips[0] if len(clips) == 1 else _joined(row["id"], clips)
             self._check_length(name, row, raw[name])
         if self._cache is not None:
             self._cache[index] = raw
-        return raw
+        return raw, starts[-1]
 
-    def _read_part(self, name: str, row: dict[str, Any], part: Any, generator: np.random.Generator) -> Tensor:
+    def _read_part(
+        self, name: str, row: dict[str, Any], part: Any, generator: np.random.Generator, starts: list[float]
+    ) -> Tensor:
         place = part if isinstance(part, dict) else {**row, "path": part}
         path = place["path"]
         segment: dict[str, Any] = {key: float(place[key]) for key in ("start", "duration") if key in place}
         segment |= {key: place[key] for key in self.hints.get(name, ()) if key in place}
         if name in self.spans:
-            segment["span"] = partial(self.spans[name], rng=generator)
+            segment["span"] = partial(self._draw, name, generator, starts)
         if "offset" not in place:
             return self.readers[name](path, **segment)
         try:
             return self.readers[name](read_slice(path, int(place["offset"]), place.get("size")), **segment)
         except BadClip as error:
             raise BadClip(f"{path}#{place['offset']}", error.reason) from None
+
+    def _draw(
+        self, name: str, generator: np.random.Generator, starts: list[float], seconds: float
+    ) -> tuple[float, float]:
+        """A span of a file of so many seconds; notes where it starts."""
+        start, duration = self.spans[name](seconds, rng=generator)
+        starts.append(start)
+        return start, duration
 
     def _check_length(self, name: str, row: dict[str, Any], clip: Tensor) -> None:
         """A clip much longer than its row says would break the bound that the batch was planned by."""

@@ -43,7 +43,7 @@ class Manifest(Sequence[Row]):
     190 bytes take 6 s of one core to check; from `INDEX_FROM` rows on, what was found is kept in `<name>.index` beside
     the manifest and mapped into memory the next time (1 ms), as long as the manifest's size and date stay the same.
 
-    Rows come with the paths of their media joined to the manifest's folder, and with an `id`.
+    Rows come with the paths of their media and units joined to the manifest's folder, and with an `id`.
 
     Raises:
         ValueError: no such file, no rows, or a line that is not a JSON object or does not say where a clip lies, by its
@@ -133,17 +133,17 @@ class Manifest(Sequence[Row]):
         except ValueError:
             raise ValueError(f"{self.path}: changed since it was opened, no row starts at byte {offset} now") from None
         row["id"] = str(row["id"]) if "id" in row else _default_id(row)
-        for key in MEDIA:
-            if key in row:
-                row[key] = _map_paths(row[key], lambda name: os.path.join(self.path.parent, name))
+        for key, value in row.items():
+            if _has_path(key, value):
+                row[key] = _map_paths(value, lambda name: os.path.join(self.path.parent, name))
         return row
 
 
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows, all or nothing, and say how many.
 
-    Paths of media are seen from the working directory, as everywhere in Python and as `Manifest` gives them. Those
-    inside the manifest's own folder are written relative to it, so that the folder can move, and others in full.
+    Paths of media and units are seen from the working directory, as everywhere in Python and as `Manifest` gives them.
+    Those inside the manifest's own folder are written relative to it, so that the folder can move, and others in full.
 
     Raises:
         ValueError: there are no rows.
@@ -158,9 +158,9 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
         with open(unfinished, "w", encoding="utf-8", newline="\n") as handle:
             for row in rows:
                 local = dict(row)
-                for key in MEDIA:
-                    if key in local:
-                        local[key] = _map_paths(local[key], lambda name: os.path.abspath(name).removeprefix(root))
+                for key, value in row.items():
+                    if _has_path(key, value):
+                        local[key] = _map_paths(value, lambda name: os.path.abspath(name).removeprefix(root))
                 handle.write(_json_line(local))
                 count += 1
         if not count:
@@ -219,6 +219,11 @@ def check_shares(shares: Mapping[str, float]) -> None:
         raise ValueError(f"splits: the shares {written} must all be above 0")
     if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
         raise ValueError(f"splits: the shares {written} add up to {sum(shares.values()):g}, not to 1")
+
+
+def _has_path(key: str, value: Any) -> bool:
+    """Whether a key of a row names a file: one of media, or any other by an object with a path (see `data.units`)."""
+    return key in MEDIA or (isinstance(value, dict) and "path" in value)
 
 
 def _map_paths(value: Any, change: Callable[[str], str]) -> Any:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -149,6 +150,44 @@ class KMeansQuantizer(nn.Module):
             # the difference is zero to the bit, so equal codes give equal vectors
             vectors = chosen.detach() + (split - split.detach())
         return vectors.flatten(1), codes, drawn + self.commitment * committed
+
+
+class RandomQuantizer(nn.Module):
+    """The nearest of random codewords to a random projection: codes that nothing trains.
+
+    Source: Chiu et al. 2022, BEST-RQ (arXiv:2202.01855), section 3.1: a Xavier-uniform projection, normal codewords,
+    and the code of the nearest one after both are brought to length 1. Several codebooks at once are those of Zhang et
+    al. 2023 (USM, arXiv:2303.01037).
+
+    Projection and codewords are buffers: saved, and never trained.
+
+    Args:
+        dim_in: width of the vectors to quantize.
+        groups: G codebooks, each with a projection of its own.
+        codes: V codewords in each.
+        dim: width of a codeword.
+        seed: of the random numbers.
+    """
+
+    def __init__(self, *, dim_in: int, groups: int, codes: int, dim: int, seed: int) -> None:
+        super().__init__()
+        self.groups, self.codes = groups, codes
+        generator = torch.Generator("cpu").manual_seed(seed)
+        bound = math.sqrt(6 / (dim_in + dim))
+        self.projection: Tensor
+        self.codebook: Tensor
+        uniform = torch.rand(groups, dim_in, dim, generator=generator, device="cpu")
+        normal = torch.randn(groups, codes, dim, generator=generator, device="cpu")
+        self.register_buffer("projection", (2 * uniform - 1) * bound)
+        self.register_buffer("codebook", F.normalize(normal, dim=-1))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, dim_in) -> (M, G) int64 codes, found in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            # of vectors of length 1 the nearest has the largest product, and the length of x does not change which
+            projected = torch.einsum("mc,gcd->gmd", x.float(), self.projection)
+            return torch.bmm(projected, self.codebook.transpose(1, 2)).argmax(-1).t()
 
 
 def perplexity(probabilities: Tensor) -> Tensor:

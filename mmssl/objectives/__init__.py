@@ -3,6 +3,7 @@
 from torch import nn
 
 from mmssl.objectives.apc import APC
+from mmssl.objectives.best_rq import BestRQ
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.cpc import CPC
 from mmssl.objectives.ctc import CTC
@@ -10,6 +11,7 @@ from mmssl.objectives.data2vec import Data2Vec
 from mmssl.objectives.data2vec2 import Data2Vec2
 from mmssl.objectives.dbot import DBOT
 from mmssl.objectives.denoise import Denoise
+from mmssl.objectives.hubert import HuBERT
 from mmssl.objectives.jepa import JEPA
 from mmssl.objectives.mae import MAE
 from mmssl.objectives.mp3 import MP3
@@ -22,6 +24,8 @@ from mmssl.objectives.wav2vec2 import Wav2Vec2
 
 OBJECTIVES: dict[str, type[nn.Module]] = {
     "wav2vec2": Wav2Vec2,
+    "hubert": HuBERT,
+    "best_rq": BestRQ,
     "mae": MAE,
     "tera": TERA,
     "apc": APC,

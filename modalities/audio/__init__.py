@@ -15,5 +15,6 @@ AUDIO = Modality(
     probe=SPEECH.probe,
     augments=SPEECH.augments | {"roll": augment.roll},
     durations=SPEECH.durations,
+    spans=SPEECH.spans,
     targets=TARGETS,
 )

@@ -24,6 +24,8 @@ SPEECH = Modality(
         "random_crop": augment.crop_extent,
         "center_crop": augment.crop_extent,
         "speed": augment.speed_extent,
+        "random_span": augment.span_extent,
     },
+    spans={"random_span": augment.random_span},
     targets=TARGETS,
 )

@@ -38,6 +38,26 @@ def crop_extent(seconds_before: np.ndarray, *, seconds: float, **settings: objec
     return np.minimum(seconds_before, seconds)
 
 
+def random_span(
+    whole: float, rng: np.random.Generator, *, seconds: float, step_ms: float = 20.0
+) -> tuple[float, float]:
+    """A piece of at most `seconds` from anywhere, read instead of the whole: (start, duration) in seconds.
+
+    Unlike `random_crop` it is known where the piece lies, so units are cut as the sound is. It starts at a whole number
+    of steps: made the step of the tokens, the piece's tokens are tokens of the whole clip.
+    """
+    if not (seconds > 0 and step_ms > 0):
+        raise ValueError(f"random_span: seconds and step_ms must be above 0, got {seconds} and {step_ms}")
+    duration = min(seconds, whole)
+    steps = int((whole - duration) * 1000 / step_ms + 1e-6)
+    return int(rng.integers(steps + 1)) * step_ms / 1000, duration
+
+
+def span_extent(seconds_before: np.ndarray, *, seconds: float, step_ms: float = 20.0) -> np.ndarray:
+    """(clips,) seconds before `random_span` -> after it."""
+    return np.minimum(seconds_before, np.float32(seconds))
+
+
 def gain(x: Tensor, rng: np.random.Generator, *, decibels: float) -> Tensor:
     """Louder or softer by up to `decibels`."""
     if decibels < 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +24,14 @@ _UNKNOWN = 1 << 62  # frames: libsndfile says 2^63 - 1 where a header leaves the
 _SEEKS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC"}
 
 
-def read(source: str | Path | BinaryIO, *, rate: int, start: float = 0.0, duration: float | None = None) -> Tensor:
+def read(
+    source: str | Path | BinaryIO,
+    *,
+    rate: int,
+    start: float = 0.0,
+    duration: float | None = None,
+    span: Callable[[float], tuple[float, float]] | None = None,
+) -> Tensor:
     """A mono waveform at `rate`, from wav, flac, ogg, opus, aiff (soundfile) or mp3, m4a, webm, mp4 ... (PyAV).
 
     Channels are averaged. n samples at another rate become ceil(n * rate / own rate), as torchaudio and librosa count
@@ -34,6 +41,7 @@ def read(source: str | Path | BinaryIO, *, rate: int, start: float = 0.0, durati
     Args:
         source: a path, or a seekable binary file.
         start, duration: seconds. In wav, flac, aiff, au and caf only that part is decoded, elsewhere all up to its end.
+        span: (seconds of that) -> (start, duration): which part of it is wanted, chosen once its true length is known.
 
     Returns:
         (T,) float32, T >= 1, in [-1, 1] as far as the file is: floating point files may go beyond, and are left so.
@@ -47,6 +55,10 @@ def read(source: str | Path | BinaryIO, *, rate: int, start: float = 0.0, durati
         wave, own_rate, _ = _decode(file, name, start, duration)
     if not len(wave):
         raise BadClip(name, "holds no samples")
+    if span is not None:
+        first, seconds = span(len(wave) / own_rate)
+        begin = min(round(first * own_rate), len(wave) - 1)
+        wave = wave[begin : begin + max(1, round(seconds * own_rate))].copy()
     finite = np.isfinite(wave)
     if not finite.all():
         bad = int((~finite).sum())

@@ -1,0 +1,240 @@
+"""`mmssl units` from files to the rows that name their units."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import mmssl.units
+from mmssl.assemble import pretrain
+from mmssl.cli import app
+from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.data.units import read_units
+from mmssl.embed import load
+from mmssl.modalities.speech.mfcc import MFCC
+from mmssl.modalities.speech.reader import read
+from mmssl.recipe import load as load_recipe
+from mmssl.training.checkpoint import read_tensors
+from mmssl.units import Written, _spread, write_units
+
+MFCC_UNITS = {"codes": 4, "features": "mfcc", "rate": 8000, "frames": 10_000}
+
+
+@pytest.fixture(scope="module")
+def manifests(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Ten clips and four, as train.jsonl and valid.jsonl."""
+    folder = tmp_path_factory.mktemp("manifests")
+    files = sorted(sounds.rglob("*.wav"))
+    files = [*files[1::3], *files[2::3], *files[::3]]  # low and high ones in both
+    for name, part in (("train", files[:10]), ("valid", files[10:14])):
+        write_manifest(folder / f"{name}.jsonl", [{"audio": str(path), "seconds": 0.7} for path in part])
+    return [folder / "train.jsonl", folder / "valid.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def written(manifests: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Written]]:
+    out = tmp_path_factory.mktemp("units") / "mfcc"
+    return out, write_units(manifests, out, **MFCC_UNITS)  # type: ignore[arg-type]
+
+
+def units_of(row: dict[str, object], codes: int = 4) -> list[int]:
+    found: list[int] = read_units(row["units"], [codes]).values[0, :, 0].tolist()
+    return found
+
+
+def test_every_frame_has_its_nearest_center(written: tuple[Path, list[Written]]) -> None:
+    out, found = written
+    centers = read_tensors(out / "codebook.safetensors")["centers"]
+    assert centers.shape == (4, 39)
+    mfcc = MFCC(rate=8000)
+    total = 0
+    for one, name in zip(found, ("train", "valid"), strict=True):
+        assert one.manifest == out / f"{name}.jsonl"
+        for row in Manifest(one.manifest):
+            wave = read(row["audio"], rate=8000)
+            [x] = mfcc(wave[None], torch.tensor([len(wave)]))
+            # as the definition has it, by distances
+            assert units_of(row) == torch.cdist(x, centers).argmin(1).tolist()
+            assert read_units(row["units"], [4]).rate == 100.0
+            total += len(x)
+    assert sum(one.units for one in found) == total
+    assert [one.clips for one in found] == [10, 4]
+    assert all(1 < one.perplexity <= 4 for one in found)
+
+
+def test_a_step_of_lloyds_algorithm_over_all_frames_brings_hardly_anything(written: tuple[Path, list[Written]]) -> None:
+    out, _ = written
+    mfcc, frames = MFCC(rate=8000), []
+    for row in Manifest(out / "train.jsonl"):
+        wave = read(row["audio"], rate=8000)
+        frames.append(mfcc(wave[None], torch.tensor([len(wave)]))[0])
+    x = torch.cat(frames)
+    centers = read_tensors(out / "codebook.safetensors")["centers"]
+    before, nearest = torch.cdist(x, centers).square().min(1)
+    means = torch.stack([x[nearest == code].mean(0) for code in range(4)])
+    after = torch.cdist(x, means).square().amin(1)
+    assert before.sum() < 1.02 * after.sum()
+    assert before.sum() < 0.8 * (x - x.mean(0)).square().sum()
+
+
+def test_nothing_is_pickled_and_nothing_is_left_over(written: tuple[Path, list[Written]]) -> None:
+    out, _ = written
+    assert sorted(path.name for path in out.iterdir()) == [
+        "codebook.json", "codebook.safetensors", "train.00000.safetensors", "train.jsonl",
+        "valid.00000.safetensors", "valid.jsonl",
+    ]  # fmt: skip
+
+
+def test_shards_and_parts_change_no_unit(
+    manifests: list[Path], written: tuple[Path, list[Written]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmssl.units, "SHARD", 3)
+    [first] = write_units(manifests[:1], tmp_path / "u", part=(1, 2), **MFCC_UNITS)  # type: ignore[arg-type]
+    assert first.manifest is None
+    [second] = write_units(manifests[:1], tmp_path / "u", part=(2, 2), **MFCC_UNITS)  # type: ignore[arg-type]
+    assert second.manifest is not None
+    assert len(list((tmp_path / "u").glob("train.0*.safetensors"))) == 4
+    before, after = Manifest(written[0] / "train.jsonl"), Manifest(second.manifest)
+    assert [row["id"] for row in after] == [row["id"] for row in before]
+    assert [units_of(row) for row in after] == [units_of(row) for row in before]
+
+
+def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(
+    manifests: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmssl.units, "SHARD", 3)
+    out = tmp_path / "u"
+    [whole] = write_units(manifests[:1], out, **MFCC_UNITS)  # type: ignore[arg-type]
+    expected = (out / "train.jsonl").read_bytes()
+    kept, lost, torn = (out / f"train.0000{number}.safetensors" for number in (0, 1, 2))
+    dates = kept.stat().st_mtime_ns, torn.stat().st_mtime_ns
+    (out / "train.jsonl").unlink()
+    lost.unlink()
+    torn.write_bytes(torn.read_bytes()[:40])
+    seen: list[int] = []
+    each = mmssl.units.Embedder.each
+
+    def counted(self, inputs, see, **settings):
+        seen.append(len(inputs))
+        return each(self, inputs, see, **settings)
+
+    monkeypatch.setattr(mmssl.units.Embedder, "each", counted)
+    [again] = write_units(manifests[:1], out, **MFCC_UNITS)  # type: ignore[arg-type]
+    assert again == whole
+    assert (out / "train.jsonl").read_bytes() == expected
+    assert seen == [3, 3]  # two shards of four; no sample is drawn again
+    assert kept.stat().st_mtime_ns == dates[0]
+
+
+def test_shards_of_other_clips_are_written_again(manifests: list[Path], tmp_path: Path) -> None:
+    moved = tmp_path / "m" / "train.jsonl"
+    rows = list(Manifest(manifests[0]))
+    write_manifest(moved, rows)
+    write_units([moved], tmp_path / "u", **MFCC_UNITS)  # type: ignore[arg-type]
+    write_manifest(moved, [{**row, "id": f"new {row['id']}"} for row in reversed(rows)])
+    write_units([moved], tmp_path / "u", **MFCC_UNITS)  # type: ignore[arg-type]
+    for row in Manifest(tmp_path / "u" / "train.jsonl"):
+        samples = len(read(row["audio"], rate=8000))
+        assert len(units_of(row)) == (samples - 200) // 80 + 1
+
+
+def test_a_bad_clip_is_left_out_and_named(manifests: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"no sound")
+    rows = list(Manifest(manifests[1]))
+    write_manifest(tmp_path / "bad.jsonl", [rows[0], {"id": "b", "audio": str(broken), "seconds": 1.0}, *rows[1:]])
+    given = [tmp_path / "bad.jsonl"]
+    with pytest.raises(ValueError, match="broken.wav"):
+        write_units(given, tmp_path / "u", **MFCC_UNITS)  # type: ignore[arg-type]
+    [found] = write_units(given, tmp_path / "u", on_bad_clip="skip", **MFCC_UNITS)  # type: ignore[arg-type]
+    assert list(found.bad) == ["b"]
+    assert found.manifest is not None
+    assert [row["id"] for row in Manifest(found.manifest)] == [row["id"] for row in rows]
+    write_manifest(tmp_path / "all.jsonl", [{"id": "b", "audio": str(broken), "seconds": 1.0}])
+    with pytest.raises(ValueError, match="none of its clips can be read"):
+        write_units([tmp_path / "all.jsonl"], tmp_path / "v", on_bad_clip="skip", **MFCC_UNITS)  # type: ignore[arg-type]
+
+
+def test_the_chain_of_two_iterations(
+    manifests: list[Path], tmp_path: Path, written: tuple[Path, list[Written]]
+) -> None:
+    """Units of MFCC, HuBERT, units of its first block, HuBERT again; and those units are what `embed` gives."""
+    out, _ = written
+    toy = [
+        "transformer.dim=16", "transformer.depth=2", "transformer.heads=2", "positions.kernel=7", "positions.groups=2",
+        "frontend.bands=8", "objective.dim=8", "trainer.steps=2", "trainer.eval_every=2", "data.workers=0",
+    ]  # fmt: skip
+
+    def hubert(units: Path, codes: int, run: str) -> Path:
+        data = [f"data.train={units / 'train.jsonl'}", f"data.valid={units / 'valid.jsonl'}"]
+        recipe = load_recipe("small/hubert_speech", [*toy, *data, f"objective.units.units={codes}"])
+        return pretrain(recipe, tmp_path / run)
+
+    first = hubert(out, 4, "first")
+    found = write_units(manifests, tmp_path / "layer1", codes=3, model=first, layer=1, frames=200)
+    second = hubert(tmp_path / "layer1", 3, "second")
+    assert '"accuracy"' in (second / "log.jsonl").read_text()
+
+    centers = read_tensors(tmp_path / "layer1" / "codebook.safetensors")["centers"]
+    embedded = load(first).embed(manifests[1], layer=1)
+    assert found[1].manifest is not None
+    for row, x, valid in zip(Manifest(found[1].manifest), embedded.tokens, embedded.valid, strict=True):
+        assert units_of(row, 3) == torch.cdist(x[valid], centers).argmin(1).tolist()
+        assert read_units(row["units"], [3]).rate == 50.0
+
+
+def test_each_place_is_looked_at_once_and_the_first_lie_all_over() -> None:
+    for count in (1, 2, 7, 1000, 1024):
+        places = np.concatenate(list(_spread(count, seed=3)))
+        assert sorted(places.tolist()) == list(range(count))
+    first = np.sort(next(_spread(100_000, seed=0)))
+    assert len(first) == 200
+    assert np.diff(first).max() < 3 * 100_000 / 200
+
+
+def test_what_does_not_go_together_is_refused(
+    manifests: list[Path], written: tuple[Path, list[Written]], tmp_path: Path
+) -> None:
+    out, _ = written
+    refused = [
+        ({"features": "mfcc", "model": out}, "either features"),
+        ({}, "either features"),
+        ({"features": "mfcc", "codes": 1}, "codes=1: from 2 to 65536"),
+        ({"features": "mfcc", "part": (3, 2)}, "part=3/2"),
+        ({"features": "mfcc", "part": (2, 2)}, "holds no codebook yet"),
+        ({"features": "mfcc", "codes": 5000, "rate": 8000}, "fewer than codes=5000"),
+        ({"features": "pitch"}, "choose mfcc or logmel"),
+    ]
+    for number, (settings, said) in enumerate(refused):
+        with pytest.raises(ValueError, match=said):
+            write_units(manifests, tmp_path / str(number), **{"codes": 4, **settings})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="was made with codes=4, and not 5"):
+        write_units(manifests, out, **{**MFCC_UNITS, "codes": 5})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="would be written over"):
+        write_units(manifests, manifests[0].parent, **MFCC_UNITS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="each with a name of its own"):
+        write_units([manifests[0], manifests[0]], out, **MFCC_UNITS)  # type: ignore[arg-type]
+
+
+def test_the_command_says_what_it_wrote(manifests: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "u"
+    given = ["units", *map(str, manifests), "--features", "logmel", "--rate", "8000", "--codes", "3", "--out", str(out)]
+    done = CliRunner().invoke(app, [*given, "--frames", "300"])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"{out / 'train.jsonl'}: 10 clips, ")
+    assert lines[1].endswith(" of 3 codes in use")
+    assert json.loads((out / "codebook.json").read_text())["features"] == "logmel"
+
+
+def test_a_crop_that_loses_its_place_is_refused_before_training(written: tuple[Path, list[Written]]) -> None:
+    out, _ = written
+    data = [f"data.train={out / 'train.jsonl'}", "objective.units.units=4"]
+    crop = "augment={train: [{name: random_crop, seconds: 1}]}"
+    with pytest.raises(ValueError, match="random_crop moves clips away from their units; use random_span"):
+        pretrain(load_recipe("small/hubert_speech", [*data, crop]), out / "never")
+    with pytest.raises(ValueError, match="train.jsonl:1: no 'other'; the row has"):
+        pretrain(load_recipe("small/hubert_speech", [data[0], "objective.units={other: 4}"]), out / "never2")
