@@ -16,6 +16,7 @@ from mmssl.nn.block_masks import block_mask
 from mmssl.nn.positions import SinCos, StackedConvolutional
 from mmssl.nn.transformer import Transformer
 from mmssl.objectives.data2vec import Data2Vec
+from mmssl.training.health import diagnose
 from mmssl.types import Batch, Raw
 
 LAYERS = [[8, 10, 5], [8, 4, 4], [8, 2, 2]]
@@ -182,6 +183,23 @@ def test_a_constant_target_prediction_or_feature_shows_in_its_own_metric() -> No
     broken = speech()
     torch.nn.init.zeros_(broken.encoder.frontend.norm.weight)
     assert spreads(broken)["feature_std"] < 1e-6
+
+
+@pytest.mark.parametrize(("lr", "named"), [(1e-3, set()), (0.3, {"constant_prediction"})])
+def test_a_rate_far_too_high_is_named_once_the_run_is_old_enough(lr: float, named: set[str]) -> None:
+    objective, batch = speech(), sounds((800, 600, 700))
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
+    history = []
+    for step in range(1, 26):
+        loss = objective(Batch(batch.inputs, batch.seeds + step))
+        (loss.total / loss.count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.after_step(step)
+        metrics = {name: float(value) / count for name, (value, count) in loss.metrics.items()}
+        # each stands for a line of many updates: verdicts wait for some hundred
+        history.append({"step": 100 * step, "loss": metrics["loss"], "grad_norm": 1.0, "metrics": metrics})
+    assert set(diagnose(history)) == named
 
 
 def test_fixed_positions_have_nothing_to_copy() -> None:
