@@ -367,18 +367,22 @@ def units(
         typer.Argument(metavar="MANIFEST", help="Clusters are of the first; all get units.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the codebook, units and manifests.", show_default=False)],
-    codes: Annotated[int, typer.Option(help="Clusters.", show_default=False)],
+    codes: Annotated[int | None, typer.Option(help="Clusters.", show_default=False)] = None,
     features: Annotated[
         Literal["mfcc", "logmel"] | None, typer.Option(help="Cluster these, every 10 ms of sound.", show_default=False)
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Cluster the tokens of this run or exported encoder.", show_default=False)
     ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="Write the codes of this EnCodec: a folder or a name.", show_default=False)
+    ] = None,
+    bandwidth: Annotated[float, typer.Option(help="With --codec: kbit per second.")] = 6.0,
     layer: Annotated[int, typer.Option(help="With --model: -1 is the output, i the output of block i.")] = -1,
     key: Annotated[str, typer.Option(help="Of the rows, for the place of their units.")] = "units",
     frames: Annotated[int, typer.Option(help="Tokens that k-means is fitted on.")] = 1_000_000,
     rate: Annotated[int, typer.Option(help="With --features: samples per second.")] = 16_000,
-    modality: Annotated[Literal["speech", "audio"], typer.Option(help="With --features.")] = "speech",
+    modality: Annotated[Literal["speech", "audio"], typer.Option(help="With --features and --codec.")] = "speech",
     seed: Annotated[int, typer.Option(help="Of the sample and of k-means.")] = 0,
     part: Annotated[str, typer.Option(metavar="N/OF", help="Of several processes that share the work, this one.")] = (
         "1/1"
@@ -396,12 +400,14 @@ def units(
     """
     from mmssl.units import write_units
 
-    number, _, of = part.partition("/")
+    number, _, parts = part.partition("/")
     found = write_units(
         manifests,
         out,
         codes=codes,
         features=features,
+        codec=codec,
+        bandwidth=bandwidth,
         model=model,
         layer=layer,
         key=key,
@@ -409,7 +415,7 @@ def units(
         rate=rate,
         modality=modality,
         seed=seed,
-        part=(_number("--part", number, int), _number("--part", of, int)),
+        part=(_number("--part", number, int), _number("--part", parts, int)),
         batch_size=batch_size,
         device=device,
         on_bad_clip=on_bad_clip,
@@ -421,9 +427,8 @@ def units(
         if one.manifest is None:
             print(f"{manifest}: part {part} is done, and others are not yet")
         else:
-            print(
-                f"{one.manifest}: {one.clips} clips, {one.units:,} units, {one.perplexity:.1f} of {codes} codes in use"
-            )
+            of = "" if codes is None else f"of {codes} "
+            print(f"{one.manifest}: {one.clips} clips, {one.units:,} units, {one.perplexity:.1f} {of}codes in use")
 
 
 @command("mmssl recipes image/mae_base > mine.yaml")

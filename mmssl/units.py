@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -40,7 +40,7 @@ class Written:
 
     manifest: the rows with their units; None while other parts are still to be written.
     clips, units: how many there are.
-    perplexity: how many codes are in use, as if all were used alike.
+    perplexity: how many codes (of the first codebook) are in use, as if all were used alike.
     bad: name -> reason of the clips that could not be read and have no row, of those met this time.
     """
 
@@ -91,12 +91,68 @@ class Spectral(nn.Module):
         return Encoded(tokens.x, tokens.lengths, dict.fromkeys(layers, tokens.x), n_prefix=0)
 
 
+class Codec(nn.Module):
+    """In place of an encoder and its frontend: the codes of EnCodec, as numbers, one token a step of the codec.
+
+    Source: Defossez et al. 2022 (arXiv:2210.13438), by transformers' class. Clips go through it one by one, so that a
+    clip's codes are its own.
+
+    Args:
+        path: a folder, or a name of the hub, with weights as safetensors.
+        bandwidth: kbit per second, of those that the codec knows; it says how many codebooks there are.
+    """
+
+    depth = 0
+    min_length = 1
+
+    def __init__(self, path: str | Path, *, bandwidth: float) -> None:
+        super().__init__()
+        try:
+            from transformers import EncodecModel
+        except ImportError:
+            raise ValueError("codec: needs transformers; pip install 'mmssl[codec]'") from None
+        self.codec: Any = EncodecModel.from_pretrained(path, use_safetensors=True)
+        config = self.codec.config
+        if config.chunk_length_s is not None or config.audio_channels != 1:
+            raise ValueError(
+                f"codec={path}: only codecs of one channel without chunks are read; take the one of 24 kHz"
+            )
+        if bandwidth not in config.target_bandwidths:
+            raise ValueError(f"bandwidth={bandwidth:g}: {path} knows {config.target_bandwidths}")
+        self.bandwidth, self.hop = bandwidth, math.prod(config.upsampling_ratios)
+        self.codes = int(config.codebook_size)
+        self.step_ms = 1000 * self.hop / config.sampling_rate
+        self.reader_settings = {"rate": int(config.sampling_rate)}
+
+    @property
+    def frontend(self) -> Codec:
+        return self
+
+    def lengths(self, raw: Raw) -> Tensor:
+        return torch.div(raw.lengths + self.hop - 1, self.hop, rounding_mode="floor")
+
+    def tokens(self, raw: Raw) -> Tokens:
+        lengths = self.lengths(raw)
+        x = []
+        for wave, samples in zip(raw.data, raw.lengths.tolist(), strict=True):
+            [[codes]] = self.codec.encode(wave[None, None, :samples], bandwidth=self.bandwidth).audio_codes
+            x.append(codes.t().float())
+        padded = nn.utils.rnn.pad_sequence(x, batch_first=True)
+        coords = torch.arange(padded.shape[1], device=padded.device)[None, :, None].expand(len(padded), -1, -1)
+        return Tokens(padded, lengths, coords, ("t",), (padded.shape[1],), step_ms=self.step_ms, span_ms=self.step_ms)
+
+    def forward(self, tokens: Tokens, *, layers: Sequence[int] = ()) -> Encoded:
+        return Encoded(tokens.x, tokens.lengths, dict.fromkeys(layers, tokens.x), n_prefix=0)
+
+
 def write_units(
     manifests: Sequence[str | Path | Manifest],
     out: str | Path,
     *,
-    codes: int,
+    codes: int | None = None,
     features: Features | None = None,
+    codec: str | Path | None = None,
+    bandwidth: float = 6.0,
     model: str | Path | None = None,
     layer: int = -1,
     key: str = "units",
@@ -124,12 +180,14 @@ def write_units(
     Args:
         manifests: k-means is fitted on the first; all get units.
         out: the folder.
-        codes: clusters.
+        codes: clusters; a codec has codes of its own.
         features: "mfcc" (39 numbers) or "logmel" (80), every 10 ms; or
+        codec, bandwidth: nothing is clustered, and the units are the codes of EnCodec, see `Codec`; or
         model, layer: the output of block `layer` of an encoder, as `Embedder.embed` counts them.
         key: of the rows.
         frames: tokens that k-means is fitted on; they lie in a file in the meantime.
-        rate, modality: how `features` are read: samples per second, "speech" or "audio".
+        rate, modality: how `features` and what a codec reads are read: samples per second (a codec has its own),
+            "speech" or "audio".
         seed: of the sample and of k-means.
         part: (n, of): write each of-th shard only, from the n-th on, so that several processes share the work. The last
             one to be ready writes the manifests.
@@ -144,27 +202,41 @@ def write_units(
     names = [manifest.path.stem for manifest in opened]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"manifests: {', '.join(names) or 'none'}; give at least one, each with a name of its own")
-    if (features is None) == (model is None):
-        raise ValueError("features: say what is clustered, either features (mfcc, logmel) or a model and its layer")
-    if not 2 <= codes <= LARGEST:
+    if [features, codec, model].count(None) != 2:
+        raise ValueError(
+            "features: say what is clustered, either features (mfcc, logmel) or a model and its layer; or give a codec"
+        )
+    if (codes is None) != (codec is not None):
+        raise ValueError(
+            f"codes={codes}: how many clusters there are is for features and models, and a codec has its own"
+        )
+    if codes is not None and not 2 <= codes <= LARGEST:
         raise ValueError(f"codes={codes}: from 2 to {LARGEST} clusters can be told apart")
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part={part[0]}/{part[1]}: parts are numbered from 1 to how many there are")
     folder = Path(out)
     if any(manifest.path.parent.resolve() == folder.resolve() for manifest in opened):
         raise ValueError(f"out={out}: the manifests there would be written over; give another folder")
-    embedder = (
-        load(model, device=device)
-        if model is not None
-        else Embedder(
-            Spectral(features or "mfcc", rate=rate),  # type: ignore[arg-type]
-            {"modality": modality, "augment_eval": []},
-            device=device,
-            name=str(features),
-        )
-    )
+    if model is not None:
+        embedder = load(model, device=device)
+    else:
+        made: Any = Codec(codec, bandwidth=bandwidth) if codec is not None else Spectral(features or "mfcc", rate=rate)
+        embedder = Embedder(made, {"modality": modality, "augment_eval": []}, device=device, name=str(features))
     settings: dict[str, Any] = {"layer": layer, "batch_size": batch_size, "on_bad_clip": on_bad_clip}
     folder.mkdir(parents=True, exist_ok=True)
+    if codec is not None:
+        stamp = f"{codec} at {bandwidth:g}"
+        return [
+            _finish(
+                manifest,
+                folder,
+                key,
+                stamp,
+                _write_shards(embedder, manifest, folder, _as_they_are, stamp, part, settings, progress),
+            )
+            for manifest in opened
+        ]
+    assert codes is not None
     said = {"features": features, "model": None if model is None else str(model), "layer": layer, "codes": codes}
     said |= {"rate": rate, "modality": modality} if model is None else {}
     centers = _codebook(folder, said)
@@ -180,7 +252,7 @@ def write_units(
     found = []
     for manifest in opened:
         bad = _write_shards(embedder, manifest, folder, nearest, stamp, part, settings, progress)
-        found.append(_finish(manifest, folder, key, codes, stamp, bad))
+        found.append(_finish(manifest, folder, key, stamp, bad))
     return found
 
 
@@ -192,11 +264,16 @@ class _Nearest:
         self.half = self.centers.square().sum(0) / 2
 
     def __call__(self, x: Tensor) -> np.ndarray:
-        """(N, D) -> (N,) uint16."""
+        """(N, D) -> (N, 1) uint16."""
         if x.shape[1] != len(self.centers):
             raise ValueError(f"the codebook is of {len(self.centers)} numbers a token, and these have {x.shape[1]}")
         # the square of a distance, less what is the same for all centers, halved
-        return (x @ self.centers - self.half).argmax(1).cpu().numpy().astype(np.uint16)
+        return (x @ self.centers - self.half).argmax(1, keepdim=True).cpu().numpy().astype(np.uint16)
+
+
+def _as_they_are(x: Tensor) -> np.ndarray:
+    """Codes of a codec, (N, G) float32 -> uint16."""
+    return x.cpu().numpy().astype(np.uint16)
 
 
 def _codebook(folder: Path, said: dict[str, Any]) -> Tensor | None:
@@ -316,7 +393,7 @@ def _write_shards(
     embedder: Embedder,
     manifest: Manifest,
     folder: Path,
-    nearest: _Nearest,
+    nearest: Callable[[Tensor], np.ndarray],
     stamp: str,
     part: tuple[int, int],
     settings: dict[str, Any],
@@ -344,22 +421,22 @@ def _write_shards(
             advance(len(left_out))
             bad |= left_out
             lengths = np.array([len(units[place]) if place in units else -1 for place in range(len(rows))])
-            joined = np.concatenate([np.empty(0, np.uint16), *(units[place] for place in sorted(units))])
-            write_shard(path, joined[:, None], rate=next(iter(rates), None), lengths=lengths, of=of)
+            joined = [units[place] for place in sorted(units)] or [np.empty((0, 1), np.uint16)]
+            write_shard(path, np.concatenate(joined), rate=next(iter(rates), None), lengths=lengths, of=of)
     return bad
 
 
-def _finish(manifest: Manifest, folder: Path, key: str, codes: int, stamp: str, bad: dict[str, str]) -> Written:
+def _finish(manifest: Manifest, folder: Path, key: str, stamp: str, bad: dict[str, str]) -> Written:
     """Write the rows with their units once all shards are there."""
     from safetensors import safe_open
 
     shards = _shards(manifest, folder)
-    used, clips = np.zeros(codes, np.int64), 0
+    used, clips = np.zeros(LARGEST, np.int64), 0
     complete = all(_is_of(path, _stamp(rows, stamp)) for path, rows in shards)
     for path, _ in shards if complete else []:
         clips += int((read_lengths(path) >= 0).sum())
         with safe_open(path, "np") as shard:
-            used += np.bincount(shard.get_tensor("units")[:, 0], minlength=codes)
+            used += np.bincount(shard.get_tensor("units")[:, 0], minlength=LARGEST)
     if not complete:
         return Written(None, 0, 0, 0.0, bad)
 

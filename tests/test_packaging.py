@@ -100,6 +100,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
         if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module)
         for alias in node.names
     }
-    declared = re.findall(r"^([A-Za-z][\w-]*)", setup()["options"]["install_requires"], re.MULTILINE)
+    wanted = setup()["options"]["install_requires"] + setup()["options.extras_require"]["codec"]
+    declared = re.findall(r"^([A-Za-z][\w-]*)", wanted, re.MULTILINE)
     ours = imported - set(sys.stdlib_module_names) - {"mmssl"}
     assert {names.get(name, name) for name in ours} == set(declared)

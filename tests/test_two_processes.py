@@ -37,15 +37,28 @@ TOY = {
     "trainer.threads": 1,
 }
 SPEECH = {"positions.kernel": 4, "frontend.bands": 8, "data.max_seconds": "null"}
+FRAMES = {"frontend.bands": 8, "data.max_seconds": "null"}
+AHEAD = FRAMES | {"objective.steps": 2, "objective.negatives": 4}
+DECODER = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
 RUNS = {
     "wav2vec2": ("small/wav2vec2_speech", SPEECH | {"objective.dim": 8, "objective.codes": 8}),
     "hubert": ("small/hubert_speech", SPEECH | {"objective.dim": 8, "objective.units": "{units: 3}"}),
     "best_rq": ("small/best_rq_speech", SPEECH | {"objective.codes": 8}),
     "ctc": ("small/ctc_speech", SPEECH),
-    "mae": (
-        "small/mae_image",
-        {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2},
+    "tera": ("small/tera_speech", FRAMES),
+    "apc": ("small/apc_speech", FRAMES),
+    "npc": (
+        "small/tera_speech",
+        FRAMES | {"objective": "{name: npc, kernel: 9, context_dim: 8}", "transformer.window": 1},
     ),
+    "cpc": ("small/cpc_speech", AHEAD),
+    "wav2vec": ("small/cpc_speech", AHEAD | {"objective.name": "wav2vec"}),
+    "vq_wav2vec": ("small/cpc_speech", AHEAD | {"objective.name": "vq_wav2vec", "objective.codes": 8}),
+    "mp3": ("small/mp3_speech", FRAMES),
+    "mae": ("small/mae_image", DECODER),
+    "siam_mae": ("small/mae_image", DECODER | {"objective.name": "siam_mae", "objective.views": "crops"}),
+    "denoise": ("small/denoise_image", DECODER),
+    "dbot": ("small/dbot_image", DECODER),
     "data2vec": ("small/data2vec_speech", SPEECH | {"objective.top_k": 2}),
     "data2vec2": (
         "small/data2vec2_image",

@@ -238,3 +238,35 @@ def test_a_crop_that_loses_its_place_is_refused_before_training(written: tuple[P
         pretrain(load_recipe("small/hubert_speech", [*data, crop]), out / "never")
     with pytest.raises(ValueError, match="train.jsonl:1: no 'other'; the row has"):
         pretrain(load_recipe("small/hubert_speech", [data[0], "objective.units={other: 4}"]), out / "never2")
+
+
+def test_the_codes_of_a_codec_are_those_of_its_own_class(manifests: list[Path], tmp_path: Path) -> None:
+    """EnCodec at random weights, two codebooks; a clip's codes are the same alone and beside others."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.EncodecConfig(
+        target_bandwidths=[1.0], sampling_rate=8000, num_filters=2, num_residual_layers=1, hidden_size=8,
+        upsampling_ratios=[8, 5], codebook_size=32, codebook_dim=8, num_lstm_layers=1,
+    )  # fmt: skip
+    codec = transformers.EncodecModel(config).eval()
+    # all zero in a new one, where every code is the first: so what the encoder says of a clip, all along it
+    with torch.no_grad():
+        said = codec.encoder(read(Manifest(manifests[1])[0]["audio"], rate=8000)[None, None])[0].t()
+    for layer in codec.quantizer.layers:
+        layer.codebook.embed.copy_(said[:: len(said) // 32][:32])
+    codec.save_pretrained(tmp_path / "codec")
+    [found] = write_units(manifests[1:], tmp_path / "u", codec=tmp_path / "codec", bandwidth=1.0)
+    assert found.manifest is not None
+    for row in Manifest(found.manifest):
+        wave = read(row["audio"], rate=8000)
+        with torch.no_grad():
+            codes = codec.encode(wave[None, None], bandwidth=1.0).audio_codes[0, 0].t()
+        units = read_units(row["units"], [32] * codes.shape[1])
+        assert units.rate == 200.0
+        assert torch.equal(units.values[0], codes)
+        assert codes.shape == (-(-len(wave) // 40), codec.quantizer.get_num_quantizers_for_bandwidth(1.0))
+    assert found.perplexity > 1.5
+    with pytest.raises(ValueError, match="bandwidth=3: .* knows"):
+        write_units(manifests[1:], tmp_path / "v", codec=tmp_path / "codec", bandwidth=3.0)
+    with pytest.raises(ValueError, match="a codec has its own"):
+        write_units(manifests[1:], tmp_path / "v", codec=tmp_path / "codec", codes=3)
