@@ -49,7 +49,7 @@ RUNS = {
     "apc": ("small/apc_speech", FRAMES),
     "npc": (
         "small/tera_speech",
-        FRAMES | {"objective": "{name: npc, kernel: 9, context_dim: 8}", "transformer.window": 1},
+        FRAMES | {"objective": "{name: npc, target: features, kernel: 9, context_dim: 8}", "transformer.window": 1},
     ),
     "cpc": ("small/cpc_speech", AHEAD),
     "wav2vec": ("small/cpc_speech", AHEAD | {"objective.name": "wav2vec"}),
