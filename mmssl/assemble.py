@@ -343,7 +343,9 @@ def _claim(run: Path, recipe: Recipe) -> bool:
             problem = f"{run}: this is a file; give a folder with --out"
         elif (run / "recipe.yaml").is_file():
             resume = True
-            before = dict(leaves(parse((run / "recipe.yaml").read_text(encoding="utf-8"), source="recipe.yaml").values))
+            saved = parse((run / "recipe.yaml").read_text(encoding="utf-8"), source=str(run / "recipe.yaml"))
+            # resolved again: a setting that is newer than the run was at its default
+            before = dict(leaves(resolve(saved).values))
             now = dict(leaves(recipe.values))
             differing = [key for key in before | now if key not in PRACTICAL and before.get(key) != now.get(key)]
             if differing:

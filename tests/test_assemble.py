@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -188,6 +189,20 @@ def test_a_stopped_run_can_be_used_and_goes_on_with_other_practical_settings(
     half = (cut / "encoder.safetensors").read_bytes()
     train("small/mae_image", cut, command)
     assert half != (cut / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_with_settings_that_are_newer_than_it(image_rows: Callable[..., Path], tmp_path: Path) -> None:
+    folder = train(mae(image_rows, "transformer.activation=gelu"), tmp_path / "run")
+    saved = folder / "recipe.yaml"
+    text = saved.read_text(encoding="utf-8")
+    older = re.sub(r"(?m)^ +activation: gelu\n", "", text)
+    assert older != text
+    saved.write_text(older, encoding="utf-8")
+    data = load(saved).get("data.train")
+    assert train(mae(image_rows, f"data.train={data}"), folder) == folder
+    saved.write_text(older, encoding="utf-8")
+    with pytest.raises(RecipeError, match="another run, in which transformer.activation is 'gelu' and"):
+        train(mae(image_rows, f"data.train={data}", "transformer.activation=quick_gelu"), folder)
 
 
 def test_a_folder_without_a_checkpoint_is_begun_again_by_the_same_command_alone(
