@@ -24,7 +24,7 @@ from mmssl.data.batching import Loader, one_pass
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import CharVocabulary, Classes
 from mmssl.encoder import Encoder
-from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, label_of
+from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, cut_captions, label_of
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Modality
 from mmssl.nn.positions import POSITIONS
@@ -63,6 +63,8 @@ PRACTICAL = {
 
 Config = Mapping[str, Any]
 Span = Callable[..., tuple[float, float]]
+# what the program gives a frontend
+GIVEN = ("dim", "tokenizer")
 
 # what an objective asks for in its constructor and no recipe can say; (config, encoder) -> value
 PROVIDED: dict[str, Callable[[Config, Encoder], Any]] = {
@@ -88,10 +90,12 @@ def resolve(recipe: Recipe) -> Recipe:
     if init is not None:
         recipe = _with_encoder(recipe, _init_config(recipe, str(init)))
     values: dict[str, Any] = {"modality": recipe.get("modality")}
-    values["frontend"] = _named(recipe, "frontend", modality.frontends, given=["dim"])
+    values["tokenizer"] = _tokenizer(recipe, modality)
+    values["frontend"] = _named(recipe, "frontend", modality.frontends, given=GIVEN)
     values["positions"] = _named(recipe, "positions", POSITIONS, given=["dim"])
     values["transformer"] = recipe.settings("transformer", Transformer)
     values["encoder"] = recipe.settings("encoder", Encoder, given=["frontend", "transformer", "positions"])
+    refuse(modality, str(recipe.get("objective.name")), recipe)
     named = {"target": modality.targets, "views": modality.views}
     given = ["encoder", *(name for name in PROVIDED if name not in named)]
     values["objective"] = _named(recipe, "objective", OBJECTIVES, given=given, named=named)
@@ -118,7 +122,9 @@ def build_encoder(config: Config) -> Encoder:
 
 def build_frontend(config: Config, *, dim: int) -> Frontend:
     """The frontend alone, for tokens of width `dim`."""
-    made: Frontend = _make(MODALITIES[config["modality"]].frontends, config["frontend"], dim=dim)
+    kind = MODALITIES[config["modality"]]
+    given = {"tokenizer": config["tokenizer"]} if kind.tokenizers else {}
+    made: Frontend = _make(kind.frontends, config["frontend"], dim=dim, **given)
     return made
 
 
@@ -161,7 +167,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     data = recipe.values["data"]
     recipe.placed(lambda: DataSettings(**data))
     manifest = Manifest(data["train"])
-    config = export_config(recipe, manifest)
+    config = export_config(recipe, manifest, run)
     torch.manual_seed(settings.seed)
     encoder = recipe.placed(lambda: build_encoder(config))
     if recipe.values["init"] is not None:
@@ -176,6 +182,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         rank=distributed.rank(),
         world=distributed.world_size(),
         bad_clips=bad_clips,
+        note=cut_captions(manifest, encoder.frontend),
     )
     evaluate = None
     if data["valid"] is not None:
@@ -237,10 +244,13 @@ def finetune(recipe: Recipe, run: Path | None = None) -> Path:
     return train(recipe, run)
 
 
-def export_config(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
+def export_config(recipe: Recipe, manifest: Manifest, run: Path | None = None) -> dict[str, Any]:
     """What config.json holds: all that is needed to build the encoder and the objective again.
 
-    Classes and characters are those of the training manifest.
+    Classes and characters are those of the training manifest, and so is a tokenizer that is learned.
+
+    Args:
+        run: folder of a run that may go on; its tokenizer stays the same.
     """
     values = recipe.values
     key = LABELLED.get(values["objective"]["name"])
@@ -252,7 +262,54 @@ def export_config(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
         "objective": values["objective"],
         "classes": Classes.from_labels(_flat(labels, values["objective"])).names if key == "label" else None,
         "vocabulary": CharVocabulary.from_texts(labels).symbols if key == "text" else None,
+        **({} if (tokenizer := learn_tokenizer(recipe, manifest, run)) is None else {"tokenizer": tokenizer}),
     }
+
+
+def refuse(modality: Modality, objective: str, recipe: Recipe | None = None) -> None:
+    """See that an objective makes sense for a modality.
+
+    Raises:
+        ValueError: it does not; with a recipe a RecipeError.
+    """
+    if objective in modality.refuses:
+        sentence = f"objective {objective} is not for {modality.name}: it {modality.refuses[objective]}"
+        raise ValueError(sentence) if recipe is None else recipe.error("objective.name", sentence)
+
+
+def learn_tokenizer(recipe: Recipe, manifest: Manifest, run: Path | None = None) -> str | None:
+    """The tokenizer of a run, as JSON: that of `init`, that which the run has already, or a new one.
+
+    The main process makes it, so that all have the same.
+
+    Raises:
+        RecipeError: settings that cannot be used.
+        ValueError: a row without a caption.
+    """
+    if recipe.values["tokenizer"] is None:
+        init = recipe.values["init"]
+        return None if init is None else _init_config(recipe, init).get("tokenizer")
+    made = ""
+    if distributed.is_main():
+        kept = None if run is None else run / checkpoint.TOKENIZER
+        if kept is not None and kept.is_file():
+            made = kept.read_text(encoding="utf-8")
+        else:
+            table = MODALITIES[recipe.values["modality"]].tokenizers
+            texts = manifest.values("text")
+            made = recipe.placed(lambda: _make(table, recipe.values["tokenizer"], texts=texts))
+    return distributed.broadcast_text(made)
+
+
+def _tokenizer(recipe: Recipe, modality: Modality) -> dict[str, Any] | None:
+    """The section `tokenizer`, checked; None for a modality that has none, and where the encoder brings its own."""
+    if not modality.tokenizers:
+        if recipe.get("tokenizer") is not None:
+            raise recipe.error("tokenizer", f"tokenizer: {modality.name} is read without one; leave the section out")
+        return None
+    if recipe.get("init") is not None:
+        return None
+    return _named(recipe, "tokenizer", modality.tokenizers, given=["texts"])
 
 
 def _make(table: Mapping[str, Callable[..., Any]], section: Mapping[str, Any], **given: Any) -> Any:

@@ -99,13 +99,17 @@ def embed(
     model: Model,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="CLIP", help="Files, folders, patterns in quotes, or manifests.", show_default=False),
+        typer.Argument(
+            metavar="CLIP",
+            help="Files, folders, patterns in quotes, or manifests; for an encoder of text, sentences in quotes.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="File to write, for numpy.load.")] = Path("embeddings.npz"),
     layer: Annotated[
         str, typer.Option(help="-1 is the output, 0 the input of the first block, i the output of block i; or all.")
     ] = "-1",
-    pool: Annotated[str, typer.Option(help="mean, class, slices:4, grid:2x2; +std adds deviations.")] = "mean",
+    pool: Annotated[str, typer.Option(help="mean, class, last, slices:4, grid:2x2; +std adds deviations.")] = "mean",
     tokens: Annotated[bool, typer.Option("--tokens", help="Keep every token, not only one vector a clip.")] = False,
     batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of products.")] = "float32",
@@ -162,7 +166,7 @@ def evaluate(
     layer: Annotated[str, typer.Option(help="select tries all on --valid; or one as for embed, or several: 4,6.")] = (
         "select"
     ),
-    pool: Annotated[str, typer.Option(help="mean, class, slices:4, grid:2x2; +std adds deviations.")] = "mean",
+    pool: Annotated[str, typer.Option(help="mean, class, last, slices:4, grid:2x2; +std adds deviations.")] = "mean",
     label: Annotated[str, typer.Option(help="Key of a row that holds its class.")] = "label",
     by: Annotated[
         str | None, typer.Option(help="Without --valid: choose by leaving out each value of this key in turn: speaker.")
@@ -286,6 +290,11 @@ def manifest(
     if modality not in MODALITIES:
         raise ValueError(f"--modality {modality}: one of {', '.join(MODALITIES)}")
     kind = MODALITIES[modality]
+    if kind.probe is None:
+        raise ValueError(
+            f"--modality {modality}: a caption has no file of its own; list the files that captions describe, and take "
+            "these from a table with --tsv"
+        )
     try:
         found = scan(
             folder,

@@ -34,7 +34,7 @@ WINDOW_GROUPS = 16
 WINDOW_VALUES = 2**24
 # what an array of each media is
 _AXES = {"audio": "(samples,)", "image": "(channels, height, width)", "video": "(channels, frames, height, width)"}
-KINDS = "path, glob, folder, manifest, binary file, array and tensor"
+KINDS = "path, glob, folder, manifest, caption, binary file, array and tensor"
 
 
 def find_clips(
@@ -72,6 +72,9 @@ def find_clips(
         if isinstance(item, Manifest) or (isinstance(item, (str, Path)) and str(item).endswith(".jsonl")):
             manifest = item if isinstance(item, Manifest) else Manifest(item)
             clips.add(clips_of(manifest, modality, frontend, config["augment_eval"]))
+        elif kind.media == "text":
+            for caption in _captions(item, f"input {place}"):
+                clips.add((caption, partial(ready, read, caption)))
         elif isinstance(item, (str, Path)):
             for path in _expand(str(item), kind.suffixes, modality):
                 clips.add((path, partial(ready, read_part, path)))
@@ -252,6 +255,24 @@ def groups(items: Sequence[Item], batch_size: int, batch_seconds: float) -> Iter
         group.append(item)
     if group:
         yield group
+
+
+def _captions(item: object, name: str) -> list[str]:
+    """The captions of an input for an encoder of text: a string is one, and a .txt file has one a line.
+
+    Raises:
+        ValueError: another kind of input, or a file that cannot be read.
+    """
+    if isinstance(item, str) and not (item.endswith(".txt") and os.path.isfile(item)):
+        return [item]
+    if not isinstance(item, (str, Path)):
+        raise ValueError(f"{name}: {type(item).__name__} is no caption; give text, a .txt file or a manifest")
+    try:
+        lines = Path(item).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "not UTF-8"
+        raise ValueError(f"{item}: {reason}; give a text file with a caption in each line") from None
+    return [line for line in lines if line.strip()]
 
 
 def _expand(text: str, suffixes: Collection[str], modality: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -22,6 +23,8 @@ from mmssl.encoder import Encoder
 from mmssl.evaluation.speech import best_path, prefix_beam
 from mmssl.nn.pooling import Pool
 from mmssl.types import BadClip, Batch, Embeddings, Tokens, valid_mask
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -175,7 +178,8 @@ class Embedder:
         Args:
             inputs: one of these or a sequence of them: a path; a glob pattern; a folder (all files of the modality
                 below it); a manifest (.jsonl); an open binary file; an array or tensor: (L,) samples, (C, H, W)
-                pixels in [0, 1], or (C, T, H, W) of frames, or with one axis more several such clips.
+                pixels in [0, 1], or (C, T, H, W) of frames, or with one axis more several such clips. For an encoder of
+                text a string is a caption, unless it names a manifest or a .txt file with a caption in each line.
             layer: -1 the encoder's output, after its final norm where it has one; 0 the input of the first block; i the
                 output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass.
             pool: how tokens become the scene, see `Pool.named`.
@@ -383,6 +387,8 @@ class Embedder:
         if on_bad_clip not in ("raise", "skip"):
             raise ValueError(f"on_bad_clip={on_bad_clip!r}: choose raise or skip")
         names, bad, left_out = [""] * len(clips), {}, 0
+        tokenizer = clips.frontend.reader_settings.get("tokenizer")
+        before = 0 if tokenizer is None else tokenizer.cut
         with closing(windows(clips, batch_size)) as ahead, bar("embedding", len(clips), shown=progress) as advance:
             for window in ahead:
                 good = []
@@ -405,6 +411,13 @@ class Embedder:
                     compute(collate_samples(samples), [item.place for item in group])
                     advance(len(group))
                 advance(len(window) - len(good))
+        if tokenizer is not None and tokenizer.cut > before:
+            log.warning(
+                "%d of %d captions are longer than the context of %d tokens, and were cut",
+                tokenizer.cut - before,
+                len(clips),
+                tokenizer.context,
+            )
         if left_out == len(clips) and not all_may_be_bad:
             first = next(iter(bad))
             raise ValueError(f"none of the {len(clips)} clips can be read; the first is {first} ({bad[first]})")

@@ -239,7 +239,8 @@ def build_plan(recipe: Recipe, manifest: Manifest, *, side: Literal["train", "ev
     """
     data, training = recipe.placed(lambda: DataSettings(**recipe.values["data"])), side == "train"
     modality = recipe.values["modality"]
-    by_length = MODALITIES[modality].media != "image" and (data.bucket or data.max_seconds is not None)
+    # pictures have no length, and captions are short; neither states seconds
+    by_length = MODALITIES[modality].media in ("audio", "video") and (data.bucket or data.max_seconds is not None)
     if data.batch_size is None and (data.max_seconds is None or not by_length):
         raise recipe.error(
             "data", "micro-batches have no bound: set data.batch_size, or data.max_seconds for sound and video"
@@ -259,6 +260,18 @@ def build_plan(recipe: Recipe, manifest: Manifest, *, side: Literal["train", "ev
         )
     except ValueError as error:  # the rest was seen to above
         raise recipe.error("data.max_seconds", f"data.max_seconds={data.max_seconds}: {error}") from None
+
+
+def cut_captions(manifest: Manifest, frontend: Frontend) -> str:
+    """How many captions of a manifest are longer than their context, in a sentence; empty where none is."""
+    tokenizer = frontend.reader_settings.get("tokenizer")
+    if tokenizer is None:
+        return ""
+    cut, seen = tokenizer.count_cut(row["text"] for row in manifest if "text" in row)
+    if not cut:
+        return ""
+    which = f"{seen} captions" if seen >= len(manifest) else f"the first {seen} captions"
+    return f"{manifest.path}: {cut} of {which} are longer than frontend.context={tokenizer.context}, and are cut"
 
 
 def labeler(config: Config) -> Callable[[dict[str, Any]], Any] | None:

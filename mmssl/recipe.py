@@ -29,6 +29,7 @@ Made = TypeVar("Made")
 
 SECTIONS = (
     "modality",
+    "tokenizer",
     "frontend",
     "positions",
     "transformer",

@@ -36,8 +36,8 @@ def valid_mask(lengths: Tensor, size: int, device: torch.device | str = "cpu") -
 class Raw:
     """What a reader gives: one modality of a batch.
 
-    data: (B, L) waveform | (B, C, H, W) | (B, C, T, H, W) | (B, L) ids; float32, pictures in [0, 1].
-    lengths: (B,) int64 on the CPU, real units along time (samples, frames); 1 for pictures.
+    data: (B, L) waveform | (B, C, H, W) | (B, C, T, H, W), float32, pictures in [0, 1] | (B, L) int64 ids.
+    lengths: (B,) int64 on the CPU, real units along time (samples, frames, ids); 1 for pictures.
     ids: a key for each clip.
     rate: units along time per second, where there is a time.
     seeds: (B,) int64 on the CPU, from which a frontend draws what it does to clips in training; None where it is to do

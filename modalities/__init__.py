@@ -10,6 +10,7 @@ from mmssl.modalities.audio import AUDIO
 from mmssl.modalities.image import IMAGE
 from mmssl.modalities.modality import Modality
 from mmssl.modalities.speech import SPEECH
+from mmssl.modalities.text import TEXT
 from mmssl.modalities.video import VIDEO
 
-MODALITIES: dict[str, Modality] = {"speech": SPEECH, "audio": AUDIO, "image": IMAGE, "video": VIDEO}
+MODALITIES: dict[str, Modality] = {"speech": SPEECH, "audio": AUDIO, "image": IMAGE, "video": VIDEO, "text": TEXT}

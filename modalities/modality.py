@@ -32,7 +32,7 @@ class Target:
 class Modality:
     """One row of the table `MODALITIES`.
 
-    media: the manifest key that names its files: speech and sound are both "audio".
+    media: the manifest key that names its files: speech and sound are both "audio"; or holds what it reads: "text".
     suffixes: of the files that `mmssl manifest` looks for.
     frontends, augments, targets: what a recipe may name.
     durations: of the augmentations and spans that change how long a clip is: (clips,) seconds, and their settings ->
@@ -40,11 +40,15 @@ class Modality:
     sizes: of the augmentations that change how large a picture is: (clips, 2) height and width, and their settings ->
         the same afterwards.
     read: (source, **frontend.reader_settings) -> the raw clip.
-    probe: source -> what a manifest row says of a file; "remark", where there is one, is for the user instead.
+    probe: source -> what a manifest row says of a file; "remark", where there is one, is for the user instead. None
+        where there is no file.
     hints: keys of that which `read` takes too.
     spans: what a recipe may name as the first of its augmentations, to be read instead of the whole clip:
         (seconds, generator, **settings) -> (start, duration).
     views: two views of each clip, for an objective that compares them: (raw, frontend) -> (seen, to be told from it).
+    tokenizers: what a recipe may name to make tokens of what is read: (texts, **settings) -> JSON, which its frontends
+        take.
+    refuses: objective -> why it makes no sense here.
     """
 
     name: str
@@ -52,7 +56,7 @@ class Modality:
     suffixes: frozenset[str]
     frontends: dict[str, type[Frontend]]
     read: Callable[..., Tensor]
-    probe: Callable[..., dict[str, Any]]
+    probe: Callable[..., dict[str, Any]] | None
     augments: dict[str, Callable[..., Tensor]]
     targets: dict[str, Target]
     durations: dict[str, Callable[..., np.ndarray]] = field(default_factory=dict)
@@ -60,3 +64,5 @@ class Modality:
     hints: tuple[str, ...] = ()
     spans: dict[str, Callable[..., tuple[float, float]]] = field(default_factory=dict)
     views: dict[str, Callable[[Raw, Frontend], tuple[Raw, Raw]]] = field(default_factory=dict)
+    tokenizers: dict[str, Callable[..., str]] = field(default_factory=dict)
+    refuses: dict[str, str] = field(default_factory=dict)

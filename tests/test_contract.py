@@ -11,8 +11,10 @@ from itertools import product
 import pytest
 import torch
 
+from mmssl.assemble import refuse
 from mmssl.encoder import Encoder
 from mmssl.modalities import MODALITIES
+from mmssl.modalities.text.tokenizer import byte_bpe
 from mmssl.nn.masking import random_mask, span_mask
 from mmssl.nn.positions import Convolutional, NoPositions, SinCos
 from mmssl.nn.transformer import Transformer
@@ -43,6 +45,13 @@ def video(lengths=(8, 4, 7, 5), fill=0.0):
     return Raw(clips, torch.tensor(lengths), [f"v{i}" for i in range(len(lengths))], 5.0)
 
 
+def text(lengths=(9, 4, 7, 5), fill=0):
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(2, 256, real.shape)
+    garbage = 2**40 if fill == torch.inf else int(fill)
+    return Raw(torch.where(real, ids, garbage), torch.tensor(lengths), [f"t{i}" for i in range(len(lengths))])
+
+
 def over_time(data):
     """(B, T, ...), of clips that have a time."""
     return data.transpose(1, 2) if data.ndim == 5 else data
@@ -51,7 +60,7 @@ def over_time(data):
 def cut(raw, row):
     """A clip of a batch without its padding."""
     rows = slice(row, row + 1)
-    data = raw.data[rows] if raw.rate is None else over_time(over_time(raw.data)[rows, : raw.lengths[row]])
+    data = raw.data[rows] if raw.data.ndim == 4 else over_time(over_time(raw.data)[rows, : raw.lengths[row]])
     return Raw(data, raw.lengths[rows], raw.ids[rows], raw.rate)
 
 
@@ -74,6 +83,7 @@ CLIPS = {
     ),
     "image/patches": (image, {"size": [4, 4]}, lambda: SinCos(DIM)),
     "video/tubes": (video, {"size": [2, 4, 4], "rate": 5}, lambda: SinCos(DIM)),
+    "text/tokens": (text, {"tokenizer": byte_bpe([""], entries=258)}, lambda: SinCos(DIM)),
 }
 SOURCES = [f"{name}/{frontend}" for name, modality in MODALITIES.items() for frontend in modality.frontends]
 SETTINGS = {
@@ -142,6 +152,7 @@ REFUSED = {
     ("siam_mae", "speech/waveform"): "there are none for Waveform",
     ("siam_mae", "speech/logmel"): "there are none for LogMel",
     ("siam_mae", "audio/spectrogram"): "there are none for SpectrogramPatches",
+    **{(name, "text/tokens"): f"{name} is not for text: it" for name in MODALITIES["text"].refuses},
 }
 
 
@@ -156,8 +167,9 @@ def encoder(source, transformer=None, **settings):
 
 
 def objective(name, source):
-    body, settings = encoder(source, BODIES.get(name), prefix=2), dict(SETTINGS[name])
     modality = source.split("/")[0]
+    refuse(MODALITIES[modality], name)
+    body, settings = encoder(source, BODIES.get(name), prefix=2), dict(SETTINGS[name])
     if name == "siam_mae":
         settings["views"] = next(iter(MODALITIES[modality].views.values()), None)
     if name == "dbot":
@@ -202,6 +214,7 @@ PAIRS = [pair for pair in product(OBJECTIVES, SOURCES) if pair not in REFUSED]
 TIMED = [source for source in SOURCES if "t" in MODALITIES[source.split("/")[0]].frontends[source.split("/")[1]].axes]
 each_source = pytest.mark.parametrize("source", SOURCES)
 each_timed_source = pytest.mark.parametrize("source", TIMED)
+each_clocked_source = pytest.mark.parametrize("source", [source for source in TIMED if CLIPS[source][0]().rate])
 each_pair = pytest.mark.parametrize(("name", "source"), PAIRS)
 
 
@@ -236,7 +249,7 @@ def test_a_clip_alone_equals_the_same_clip_in_a_ragged_batch(source, prefix):
 @pytest.mark.parametrize(("name", "source"), [pair for pair in PAIRS if pair[1] in TIMED])
 @pytest.mark.parametrize("fill", [3.0, torch.inf])
 def test_what_padding_holds_changes_neither_loss_nor_gradient(name, source, fill):
-    losses, gradients = [], []
+    losses, gradients, modality = [], [], source.split("/")[0]
     for padding in (0.0, fill):
         torch.manual_seed(1)
         raw = CLIPS[source][0](fill=padding)
@@ -248,7 +261,7 @@ def test_what_padding_holds_changes_neither_loss_nor_gradient(name, source, fill
         steps = over_time(raw.data)
         padded = torch.arange(steps.shape[1]) >= raw.lengths[:, None]
         assert padded.any()
-        assert (steps[padded] == padding).all()
+        assert (steps[padded] == (2**40 if modality == "text" and padding == torch.inf else padding)).all()
     assert torch.equal(losses[0], losses[1])
     assert losses[0].isfinite()
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -302,7 +315,7 @@ def test_lengths_are_what_a_clip_without_padding_gives(source):
         assert frontend(clips([n])).x.shape[1] == tokens
 
 
-@each_timed_source
+@each_clocked_source
 def test_a_token_sees_the_time_that_it_names_and_no_other(source):
     clips, settings, _ = CLIPS[source]
     modality, name = source.split("/")

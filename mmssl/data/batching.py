@@ -155,6 +155,7 @@ class Loader:
             size of an epoch is known only once it is planned, so going on in the hundredth would plan all before it.
             It moves along with `consumed`, and is one number for all ranks too.
         bad_clips: the file to name bad clips in.
+        note: what is to be said of the clips before one is read.
 
     Raises (from iterating):
         BadClip, ValueError: as the dataset and `BadClips` say.
@@ -172,8 +173,10 @@ class Loader:
         consumed: int = 0,
         epoch_start: tuple[int, int] = (0, 0),
         bad_clips: str | Path | None = None,
+        note: str = "",
     ) -> None:
         _check(dataset, plan, rank, world)
+        self.note = note
         self.dataset = dataset
         self.plan = plan
         self.collate = collate or collate_samples
@@ -201,8 +204,8 @@ class Loader:
 
     @property
     def remark(self) -> str:
-        """What is to be said of the clips that could not be read; empty where there are none."""
-        return self.bad.remark
+        """What is to be said of the clips, and of those that could not be read; empty where that is nothing."""
+        return "; ".join(part for part in (self.note, self.bad.remark) if part)
 
 
 def one_pass(
@@ -237,7 +240,7 @@ def one_pass(
 
 
 def collate_samples(samples: list[Sample]) -> Batch:
-    """One batch: waveforms and video padded with zeros to the longest, pictures stacked, labels padded with 0.
+    """One batch: waveforms, ids and video padded with zeros to the longest, pictures stacked, labels padded with 0.
 
     Raises:
         ValueError: pictures or frames of several sizes, or labels of some clips only.
@@ -279,7 +282,7 @@ def _per_second(rate: float | None) -> str:
 
 def _pad_waves(clips: list[Tensor]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(clip) for clip in clips], dtype=torch.int64)
-    data = torch.zeros(len(clips), int(lengths.max()))
+    data = clips[0].new_zeros(len(clips), int(lengths.max()))
     for row, clip in zip(data, clips, strict=True):
         row[: len(clip)] = clip
     return data, lengths

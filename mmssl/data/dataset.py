@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmssl.data.manifest import Manifest, read_slice
+from mmssl.data.manifest import MEDIA, Manifest, read_slice
 from mmssl.data.units import cut_units, read_units
 from mmssl.types import BadClip, Raw, Units
 
@@ -28,7 +28,7 @@ ATTEMPTS = 20  # substitutes tried for one bad clip; so many in a row do not hap
 class Sample:
     """One clip.
 
-    inputs: modality -> (L,) waveform | (C, H, W) picture | (C, T, H, W) video.
+    inputs: modality -> (L,) waveform or ids | (C, H, W) picture | (C, T, H, W) video.
     rates: modality -> units along time per second, None where there is no time.
     seed: a function of run seed, epoch and id; masks are drawn from it.
     bad: what was met on the way to this clip and could not be read.
@@ -50,8 +50,9 @@ class ManifestDataset(Dataset[Sample]):
     An item is asked for as (row, epoch).
 
     Args:
-        media: modality -> the key of a row that names its file.
-        readers: modality -> (path or binary file, **{start, duration} where the row has them) -> the raw clip.
+        media: modality -> the key of a row that names its file, or holds what it reads: a "text".
+        readers: modality -> (path or binary file, **{start, duration} where the row has them; or text) -> the raw
+            clip.
         hints: modality -> further keys of a row that its reader takes.
         spans: modality -> (seconds, rng=generator) -> (start, duration): the part of a clip that is read, where it is
             not all of it. Its reader takes that function, with its generator, as `span`.
@@ -198,6 +199,9 @@ class ManifestDataset(Dataset[Sample]):
         raw, starts = {}, [0.0]
         for name, key in self.media.items():
             value = row[key]
+            if key not in MEDIA:
+                raw[name] = self._read_text(name, row["id"], value)
+                continue
             parts = value if isinstance(value, list) else [value]
             if name in self.spans and len(parts) > 1:
                 raise BadClip(row["id"], "a span is drawn from one file, and this clip has several; give each its row")
@@ -207,6 +211,12 @@ class ManifestDataset(Dataset[Sample]):
         if self._cache is not None:
             self._cache[index] = raw
         return raw, starts[-1]
+
+    def _read_text(self, name: str, id: str, value: Any) -> Tensor:
+        try:
+            return self.readers[name](value)
+        except BadClip as error:
+            raise BadClip(id, error.reason) from None
 
     def _read_part(
         self, name: str, row: dict[str, Any], part: Any, generator: np.random.Generator, starts: list[float]

@@ -24,6 +24,7 @@ from mmssl.types import BadClip
 Row = dict[str, Any]
 
 MEDIA = ("audio", "image", "video")  # the keys of a row whose values are files
+READ = (*MEDIA, "text")  # the keys whose values a modality may read
 INDEX_FROM = 200_000  # rows: reading fewer takes a second or so, and a file beside each small manifest is clutter
 # key -> what it must be, its types, its least value
 _PLACES: dict[str, tuple[str, type[Any] | UnionType, float]] = {
@@ -32,8 +33,8 @@ _PLACES: dict[str, tuple[str, type[Any] | UnionType, float]] = {
     "offset": ("a number of bytes", int, 0),
     "size": ("a number of bytes", int, 0),
 }
-# media: bit i is set where the row has the key MEDIA[i]
-_INDEX = np.dtype([("offset", "<i8"), ("seconds", "<f4"), ("media", "u1")])
+# read: bit i is set where the row has the key READ[i]
+_INDEX = np.dtype([("offset", "<i8"), ("seconds", "<f4"), ("read", "u1")])
 
 
 class Manifest(Sequence[Row]):
@@ -97,12 +98,12 @@ class Manifest(Sequence[Row]):
             yield row[key]
 
     def require(self, media: str, reader: str) -> None:
-        """See that every row names a file of a medium.
+        """See that every row has a key of `READ`.
 
         Raises:
-            ValueError: a row names none; `reader` is who wants to read it.
+            ValueError: a row has it not; `reader` is who wants to read it.
         """
-        lacking = np.flatnonzero(self._index["media"] & (1 << MEDIA.index(media)) == 0)
+        lacking = np.flatnonzero(self._index["read"] & (1 << READ.index(media)) == 0)
         if len(lacking):
             row = self[int(lacking[0])]
             raise ValueError(
@@ -239,7 +240,7 @@ def _map_paths(value: Any, change: Callable[[str], str]) -> Any:
 
 def _default_id(row: Row) -> str:
     """The path as written, with what tells apart two clips of one file."""
-    value = next((row[key] for key in MEDIA if key in row), None)
+    value = next((row[key] for key in READ if key in row), None)
     part = value[0] if isinstance(value, list) and value else value
     part = part if isinstance(part, dict) else {**row, "path": part}
     name = str(part.get("path"))
@@ -285,7 +286,7 @@ def _read_index(path: Path) -> np.ndarray:
 
 
 def _make_index(path: Path) -> np.ndarray:
-    offsets, seconds, media = array("q"), array("f"), array("B")
+    offsets, seconds, read = array("q"), array("f"), array("B")
     offset = 0
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):
@@ -296,17 +297,17 @@ def _make_index(path: Path) -> np.ndarray:
                     raise ValueError(f"{path}:{number}: {error}") from None
                 offsets.append(offset)
                 seconds.append(stated)
-                media.append(bits)
+                read.append(bits)
             offset += len(line)
     if not offsets:
         raise ValueError(f"{path}: the manifest has no rows")
     index = np.empty(len(offsets), _INDEX)
-    index["offset"], index["seconds"], index["media"] = offsets, seconds, media
+    index["offset"], index["seconds"], index["read"] = offsets, seconds, read
     return index
 
 
 def _checked(line: bytes) -> tuple[float, int]:
-    """The seconds and the media of a row.
+    """The seconds of a row, and which keys of `READ` it has.
 
     Raises:
         ValueError: it is none; the caller knows its place.
@@ -327,10 +328,10 @@ def _checked(line: bytes) -> tuple[float, int]:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0 or math.isinf(seconds):
         raise ValueError(f"'seconds' must be a number above 0, got {seconds!r}")
     bits = 0
-    for bit, key in enumerate(MEDIA):
+    for bit, key in enumerate(READ):
         if key in row:
             bits |= 1 << bit
-            if type(row[key]) is not str or not row[key]:
+            if key in MEDIA and (type(row[key]) is not str or not row[key]):
                 _check_media(key, row[key])
     return seconds, bits
 

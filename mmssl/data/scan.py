@@ -237,7 +237,7 @@ def _probe(
 # row key -> names of columns that mean it
 _COLUMNS = {
     "file": ("file", "path", "audio", "image", "video", "filename", "file_name", "wav", "clip"),
-    "text": ("text", "sentence", "transcript", "transcription"),
+    "text": ("text", "sentence", "transcript", "transcription", "caption"),
     "label": ("label", "class", "category"),
     "split": ("split", "subset"),
     "speaker": ("speaker", "speaker_id", "client_id"),

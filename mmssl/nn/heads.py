@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -39,6 +40,15 @@ def first_pool(x: Tensor, lengths: Tensor, n_prefix: int = 0) -> Tensor:
             "pooling='class': this encoder has no class token (encoder.prefix=0), use 'mean' or 'attention'"
         )
     return x[:, 0]
+
+
+def last_pool(x: Tensor, lengths: Tensor, n_prefix: int = 0) -> Tensor:
+    """The last real token, which in a causal Transformer has seen all others: (B, prefix + N, D) -> (B, D)."""
+    rows = torch.arange(len(x), device=x.device)
+    return x[rows, (lengths - 1).to(x.device, non_blocking=True)]
+
+
+POOLS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"mean": mean_pool, "class": first_pool, "last": last_pool}
 
 
 class AttentionPool(nn.Module):

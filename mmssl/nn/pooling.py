@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmssl.nn.heads import first_pool, mean_pool
+from mmssl.nn.heads import first_pool, last_pool, mean_pool
 from mmssl.types import Encoded, Tokens, valid_mask
 
-NAMES = "mean, class, slices:4, grid:2x2, or one of them but class with +std"
+NAMES = "mean, class, last, slices:4, grid:2x2, or one of them but class and last with +std"
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,15 @@ class Pool:
     def named(cls, name: str) -> Pool:
         """A pooling by its name.
 
-        "mean" of all tokens; "class", the class token; "slices:4", the means of four equal slices of time;
-        "grid:2x2", the means of 2 by 2 regions of a picture (down x across). "+std" behind a mean adds the deviations.
+        "mean" of all tokens; "class", the class token; "last", the last token, which of a caption is its end;
+        "slices:4", the means of four equal slices of time; "grid:2x2", the means of 2 by 2 regions of a picture (down x
+        across). "+std" behind a mean adds the deviations.
 
         Raises:
             ValueError: there is none of that name.
         """
-        found = re.fullmatch(r"(mean|class|slices:([1-9]\d*)|grid:([1-9]\d*)x([1-9]\d*))(\+std)?", name)
-        if found is None or (found[1] == "class" and found[5]):
+        found = re.fullmatch(r"(mean|class|last|slices:([1-9]\d*)|grid:([1-9]\d*)x([1-9]\d*))(\+std)?", name)
+        if found is None or (found[1] in ("class", "last") and found[5]):
             raise ValueError(f"pool={name!r}: choose {NAMES}")
         parts = tuple(int(part) for part in found.groups()[1:4] if part is not None)
         return cls(name, found[1].partition(":")[0], parts, found[5] is not None)
@@ -63,6 +64,8 @@ class Pool:
                     "pool='class': this encoder has no class token (encoder.prefix=0), choose another pool"
                 )
             return first_pool(x, encoded.lengths, encoded.n_prefix)
+        if self.kind == "last":
+            return last_pool(x, encoded.lengths, encoded.n_prefix)
         if self.kind == "mean" and not self.std:
             return mean_pool(x, encoded.lengths, encoded.n_prefix)
         x = x[:, encoded.n_prefix :]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
-from mmssl.nn.heads import AttentionPool, ClassifierHead, first_pool, mean_pool
+from mmssl.nn.heads import POOLS, AttentionPool, ClassifierHead
 from mmssl.nn.masking import axis_mask
 from mmssl.nn.spread import token_spread
 from mmssl.types import Batch, Hide, Loss, Raw, valid_mask
@@ -32,8 +32,8 @@ class Classify(nn.Module):
 
     Args:
         n_classes: labels are 0 to n_classes - 1.
-        pooling: "mean" of the tokens, the "class" token (the encoder's first prefix vector), or "attention" with
-            `pool_heads` heads. All over real tokens only.
+        pooling: "mean" of the tokens, the "class" token (the encoder's first prefix vector), the "last" token, or
+            "attention" with `pool_heads` heads. All over real tokens only.
         label_smoothing: share of the target spread evenly over the classes.
         mixup: alpha of the Beta distribution that the share is drawn from; 0 mixes nothing. Clip i is mixed with clip
             B - 1 - i of its micro-batch.
@@ -52,7 +52,7 @@ class Classify(nn.Module):
         encoder: Encoder,
         *,
         n_classes: int,
-        pooling: Literal["mean", "class", "attention"] = "mean",
+        pooling: Literal["mean", "class", "last", "attention"] = "mean",
         pool_heads: int = 8,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
@@ -68,8 +68,8 @@ class Classify(nn.Module):
             raise ValueError(
                 f"n_classes={n_classes}: there must be at least two classes to tell apart; check the labels"
             )
-        if pooling not in ("mean", "class", "attention"):
-            raise ValueError(f"objective.pooling={pooling!r}: choose one of mean, class, attention")
+        if pooling not in ("attention", *POOLS):
+            raise ValueError(f"objective.pooling={pooling!r}: choose one of attention, {', '.join(POOLS)}")
         if pooling == "class" and encoder.n_prefix == 0:
             raise ValueError(
                 "objective.pooling=class: this encoder has no class token (encoder.prefix=0); choose mean or attention"
@@ -104,7 +104,7 @@ class Classify(nn.Module):
         if pooling == "attention":
             self.pool = AttentionPool(encoder.dim, pool_heads)
         else:
-            self.pool = mean_pool if pooling == "mean" else first_pool
+            self.pool = POOLS[pooling]
         self.head = ClassifierHead(encoder.dim, n_classes, norm=head_norm, dropout=head_dropout, std=head_std)
         if freeze_encoder:
             encoder.requires_grad_(False)
@@ -215,6 +215,8 @@ def mix(raw: Raw, seeds: Tensor, *, alpha: float) -> tuple[Raw, Tensor]:
     draws = [np.random.default_rng(seed & (2**63 - 1)).beta(alpha, alpha) for seed in seeds.tolist()]
     own = torch.tensor(draws, dtype=torch.float32)
     data = raw.data
+    if not data.is_floating_point():
+        raise ValueError(f"objective.mixup={alpha:g}: ids of tokens cannot be mixed; set it to 0")
     overlap = torch.minimum(raw.lengths, raw.lengths.flip(0))
     ones = [1] * (data.ndim - 1)
     weight = own.to(data.device, data.dtype).view(-1, *ones)

@@ -30,6 +30,7 @@ from mmssl import distributed
 FORMAT = 1
 # of what `export_encoder` writes
 ENCODER_FORMAT = 1
+TOKENIZER = "tokenizer.json"
 
 
 def save(
@@ -151,7 +152,7 @@ def load(
 def export_encoder(
     run: Path, encoder: nn.Module, config: Mapping[str, Any], *, objective: nn.Module | None = None
 ) -> None:
-    """Write what is needed to use an encoder: `encoder.safetensors` and `config.json`.
+    """Write what is needed to use an encoder: `encoder.safetensors`, `config.json` and, for text, `tokenizer.json`.
 
     All processes call it together, and the main one writes.
 
@@ -168,8 +169,16 @@ def export_encoder(
 def write_encoder(
     run: Path, config: Mapping[str, Any], encoder: Mapping[str, Tensor], objective: Mapping[str, Tensor]
 ) -> None:
-    """The same of tensors; without those of an objective there is no file of it."""
+    """The same of tensors; without those of an objective there is no file of it.
+
+    A tokenizer, JSON too, has a file of its own, which other programs open: `tokenizer.json`.
+    """
     run.mkdir(parents=True, exist_ok=True)
+    config = dict(config)
+    tokenizer = config.pop("tokenizer", None)
+    if tokenizer is not None:
+        _write_text(run / "tokenizer.json.tmp", tokenizer)
+        os.replace(run / "tokenizer.json.tmp", run / TOKENIZER)
     files = {"encoder.safetensors": encoder}
     if objective:
         files["objective.safetensors"] = objective
@@ -209,6 +218,8 @@ def read_config(run: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: this is no description of an encoder; copy or export it again")
     if config.get("format") != ENCODER_FORMAT:
         raise ValueError(f"{path}: format {config.get('format')!r}, but this version of mmssl reads {ENCODER_FORMAT}")
+    if (run / TOKENIZER).is_file():
+        config["tokenizer"] = (run / TOKENIZER).read_text(encoding="utf-8")
     return config
 
 

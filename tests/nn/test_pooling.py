@@ -81,9 +81,9 @@ def test_prefix_is_no_token_and_its_first_is_the_class() -> None:
         pooled("class", in_a_grid(2, 2))
 
 
-@pytest.mark.parametrize("name", ["max", "slices", "slices:0", "grid:2", "class+std", "mean+", ""])
+@pytest.mark.parametrize("name", ["max", "slices", "slices:0", "grid:2", "class+std", "last+std", "mean+", ""])
 def test_a_pooling_that_does_not_exist_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="choose mean, class, slices"):
+    with pytest.raises(ValueError, match="choose mean, class, last, slices"):
         Pool.named(name)
 
 
@@ -92,3 +92,8 @@ def test_a_pooling_of_other_axes_is_refused() -> None:
         pooled("slices:2", in_a_grid(2, 2))
     with pytest.raises(ValueError, match="needs tokens along h, w"):
         pooled("grid:2x2", along_time(3))
+
+
+def test_the_last_real_token_is_the_clips_own() -> None:
+    encoded, tokens = along_time(3, 1)
+    assert torch.equal(pooled("last", (encoded, tokens)), torch.stack([encoded.x[0, 2], encoded.x[1, 0]]))

@@ -75,7 +75,7 @@ def gradient(objective: Classify, batches: list[Batch]) -> Tensor:
 BOTH = pytest.mark.parametrize(
     ("build", "make"), [(image_classifier, images), (speech_classifier, sounds)], ids=["image", "speech"]
 )
-POOLINGS = pytest.mark.parametrize("pooling", ["mean", "class", "attention"])
+POOLINGS = pytest.mark.parametrize("pooling", ["mean", "class", "last", "attention"])
 
 
 @POOLINGS
@@ -229,7 +229,7 @@ def test_the_loss_is_taken_in_float32_under_bfloat16() -> None:
     ("settings", "sentence"),
     [
         ({"pooling": "class", "prefix": 0}, "no class token .encoder.prefix=0.; choose mean or attention"),
-        ({"pooling": "max"}, "objective.pooling='max': choose one of mean, class, attention"),
+        ({"pooling": "max"}, "objective.pooling='max': choose one of attention, mean, class, last"),
         ({"head_norm": "batch"}, "objective.head_norm='batch': choose layer or none"),
         ({"pooling": "attention", "pool_heads": 3}, "must divide dim=16"),
     ],
@@ -321,3 +321,9 @@ def test_a_masked_step_sees_the_tokens_that_the_mask_leaves_and_evaluation_sees_
 def test_a_mask_that_makes_no_sense_is_refused(mask: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="a share from 0 to below 1 for an axis of the tokens, h, w"):
         image_classifier(mask=mask)
+
+
+def test_ids_are_not_mixed() -> None:
+    raw = Raw(torch.tensor([[3, 4], [5, 6]]), torch.tensor([2, 2]), ["a", "b"])
+    with pytest.raises(ValueError, match=r"objective.mixup=0.8: ids of tokens cannot be mixed"):
+        mix(raw, torch.tensor([3, 4]), alpha=0.8)
