@@ -64,7 +64,7 @@ def clips_a_second(rows: list[dict[str, Any]], decoder: str, workers: int, batch
         path = Path(folder) / "clips.jsonl"
         write_manifest(path, [{**row, "decoder": decoder} for row in rows])
         manifest = Manifest(path)
-        dataset = clips_of(manifest, "video", Tubes(dim=1), STEPS)
+        dataset = clips_of(manifest, {"video": Tubes(dim=1)}, {"video": STEPS})
         plan = BatchPlan(np.ones(len(manifest)), batch_size=batch_size, bucket=False)
         loaded = iter(Loader(dataset, plan, workers=workers))
         for _ in range(1 + AHEAD * max(1, workers)):

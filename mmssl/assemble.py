@@ -19,18 +19,18 @@ import torch
 from torch import nn
 
 from mmssl import distributed
-from mmssl.convert.folder import find, is_transformers, open_encoder, read_transformers
+from mmssl.convert.folder import Exported, find, is_transformers, open_encoder, read_transformers
 from mmssl.data.batching import Loader, one_pass
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import CharVocabulary, Classes
-from mmssl.encoder import Encoder
+from mmssl.encoder import Encoder, Encoders
 from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, cut_captions, label_of
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Modality
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
-from mmssl.objectives import LABELLED, OBJECTIVES
-from mmssl.recipe import SECTIONS, Recipe, RecipeError, leaves, load, parse
+from mmssl.objectives import LABELLED, OBJECTIVES, PAIRED
+from mmssl.recipe import OWN, SECTIONS, Recipe, RecipeError, leaves, load, members, parse
 from mmssl.training import checkpoint
 from mmssl.training.loop import train as train_loop
 from mmssl.training.optimizer import build_optimizer
@@ -63,11 +63,12 @@ PRACTICAL = {
 
 Config = Mapping[str, Any]
 Span = Callable[..., tuple[float, float]]
+_SEVERAL = "write them as modality: {image: {...}, text: {...}}"
 # what the program gives a frontend
 GIVEN = ("dim", "tokenizer")
 
 # what an objective asks for in its constructor and no recipe can say; (config, encoder) -> value
-PROVIDED: dict[str, Callable[[Config, Encoder], Any]] = {
+PROVIDED: dict[str, Callable[[Config, Any], Any]] = {
     "target": lambda config, encoder: _target(config).values,
     "target_dim": lambda config, encoder: _target(config).dim(encoder.frontend),
     "target_learned": lambda config, encoder: _target(config).learned and encoder.frontend.learned,
@@ -85,36 +86,128 @@ def resolve(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: a setting that is missing, unknown, or of the wrong type.
     """
-    modality = recipe.choice("modality", MODALITIES)
+    named: dict[str, Mapping[str, Any]] = {}
+    if isinstance(recipe.get("modality"), Mapping):
+        values = _several(recipe)
+    else:
+        modality = recipe.choice("modality", MODALITIES)
+        if recipe.get("init") is not None:
+            recipe = _with_encoder(recipe, _init_config(recipe, str(recipe.get("init"))))
+        objective = recipe.get("objective.name")
+        if objective in PAIRED:
+            raise recipe.error("objective.name", f"{objective} brings several modalities together; {_SEVERAL}")
+        if recipe.get("backbone") is not None:
+            raise recipe.error("backbone", f"backbone: is of several modalities; leave it out, or {_SEVERAL}")
+        refuse(modality, str(objective), recipe)
+        values = {"modality": modality.name, "tokenizer": _tokenizer(recipe, modality), **_own(recipe, modality)}
+        named = {"target": modality.targets, "views": modality.views}
     init = recipe.get("init")
-    if init is not None:
-        recipe = _with_encoder(recipe, _init_config(recipe, str(init)))
-    values: dict[str, Any] = {"modality": recipe.get("modality")}
-    values["tokenizer"] = _tokenizer(recipe, modality)
-    values["frontend"] = _named(recipe, "frontend", modality.frontends, given=GIVEN)
-    values["positions"] = _named(recipe, "positions", POSITIONS, given=["dim"])
-    values["transformer"] = recipe.settings("transformer", Transformer)
-    values["encoder"] = recipe.settings("encoder", Encoder, given=["frontend", "transformer", "positions"])
-    refuse(modality, str(recipe.get("objective.name")), recipe)
-    named = {"target": modality.targets, "views": modality.views}
     given = ["encoder", *(name for name in PROVIDED if name not in named)]
     values["objective"] = _named(recipe, "objective", OBJECTIVES, given=given, named=named)
-    values["augment"] = _augments(recipe, modality)
     values["data"] = recipe.settings("data", DataSettings)
     values["optimizer"] = recipe.settings("optimizer", build_optimizer, given=["objective"])
     values["schedule"] = _named(recipe, "schedule", SCHEDULES, given=["step", "steps"])
     values["trainer"] = recipe.settings("trainer", TrainSettings)
+    if "backbone" in values and values["trainer"]["accumulate"] > 1:
+        raise recipe.error(
+            "trainer.accumulate",
+            f"trainer.accumulate={values['trainer']['accumulate']}: {recipe.get('objective.name')} tells the pairs of "
+            "a micro-batch apart, so several would have another loss than one; set it to 1, and data.batch_size as "
+            "high as memory goes, or use more processes",
+        )
     values["init"] = None if init is None else str(init)
-    return replace(recipe, values={name: values[name] for name in SECTIONS})
+    return replace(recipe, values={name: values[name] for name in SECTIONS if name in values})
 
 
-def build_encoder(config: Config) -> Encoder:
-    """An encoder with new weights, from the sections `modality`, `frontend`, `positions`, `transformer`, `encoder`.
+def _own(recipe: Recipe, modality: Modality, at: str = "") -> dict[str, Any]:
+    """The sections that make the encoder of one modality, checked; `at` is what stands before their keys."""
+    return {
+        "frontend": _named(recipe, f"{at}frontend", modality.frontends, given=GIVEN),
+        "positions": _named(recipe, f"{at}positions", POSITIONS, given=["dim"]),
+        "transformer": recipe.settings(f"{at}transformer", Transformer),
+        "encoder": recipe.settings(f"{at}encoder", Encoder, given=["frontend", "transformer", "positions"]),
+        "augment": _augments(recipe, modality, at),
+    }
+
+
+def _several(recipe: Recipe) -> dict[str, Any]:
+    """The sections that make the encoders of several modalities, checked.
+
+    With `backbone: shared` the section `transformer` is that of all; with "separate" each modality has its own, and one
+    that writes none takes that of the recipe.
+    """
+    names = list(recipe.get("modality"))
+    for name in names:
+        if name not in MODALITIES:
+            raise recipe.unknown(f"modality.{name}", MODALITIES)
+        sections = recipe.get(f"modality.{name}")
+        if not isinstance(sections, Mapping):
+            raise recipe.error(f"modality.{name}", f"'modality.{name}' should be a mapping of {', '.join(OWN)}")
+        for section in sections:
+            if section not in OWN:
+                raise recipe.unknown(f"modality.{name}.{section}", OWN)
+    media = [MODALITIES[name].media for name in names]
+    if len(media) < 2 or len(set(media)) < len(media):
+        raise recipe.error("modality", f"modality: needs two or more that read different keys of a row (got {media})")
+    objective = recipe.get("objective.name")
+    recipe.choice("objective.name", OBJECTIVES)
+    if objective not in PAIRED:
+        what = f"{objective} learns from one modality, and these are {' and '.join(names)}"
+        raise recipe.error("objective.name", f"{what}; choose {' or '.join(PAIRED)}")
+    for section in OWN:
+        if section != "transformer" and recipe.get(section) is not None:
+            raise recipe.error(
+                section, f"'{section}' stands below each modality here, as modality.{names[0]}.{section}"
+            )
+    if recipe.get("init") is not None:
+        raise recipe.error("init", f"init: holds one encoder, and these are {' and '.join(names)}; leave it out")
+    backbone = recipe.get("backbone", "separate")
+    if backbone not in ("separate", "shared"):
+        raise recipe.error("backbone", f"backbone: should be 'separate' or 'shared' (got {backbone!r})")
+    if recipe.get("transformer") is not None and all(recipe.get(f"modality.{name}.transformer") for name in names):
+        raise recipe.error("transformer", "transformer: each modality has its own here; leave this one out")
+    values: dict[str, Any] = {"backbone": backbone, "tokenizer": None, "modality": {}}
+    if backbone == "shared":
+        values["transformer"] = recipe.settings("transformer", Transformer)
+    for name in names:
+        modality, at = MODALITIES[name], f"modality.{name}."
+        if modality.tokenizers:
+            values["tokenizer"] = _tokenizer(recipe, modality)
+        own = recipe
+        if backbone == "shared" and recipe.get(f"{at}transformer") is not None:
+            raise recipe.error(f"{at}transformer", f"'{at}transformer': is shared; write it once, as 'transformer'")
+        if recipe.get(f"{at}transformer") is None:
+            sections = {**recipe.values["modality"][name], "transformer": recipe.get("transformer")}
+            own = replace(recipe, values={**recipe.values, "modality": {name: sections}})
+        found = _own(own, modality, at)
+        values["modality"][name] = {key: found[key] for key in OWN if key != "transformer" or backbone == "separate"}
+    if values["tokenizer"] is None and recipe.get("tokenizer") is not None:
+        raise recipe.error("tokenizer", f"tokenizer: {' and '.join(names)} are read without one; leave the section out")
+    return values
+
+
+def build_encoders(config: Config) -> Encoder | Encoders:
+    """The encoder of a config with new weights, or where it is for several modalities all of them.
 
     Raises:
         ValueError: settings that do not fit together.
     """
-    transformer = Transformer(**config["transformer"])
+    if isinstance(config["modality"], str):
+        return build_encoder(config)
+    trunk = Transformer(**config["transformer"]) if config["backbone"] == "shared" else None
+    return Encoders({name: build_encoder(own, trunk) for name, own in members(config).items()})
+
+
+def build_encoder(config: Config, transformer: Transformer | None = None) -> Encoder:
+    """An encoder with new weights, from the sections `modality`, `frontend`, `positions`, `transformer`, `encoder`.
+
+    Args:
+        transformer: that of another encoder, to be shared.
+
+    Raises:
+        ValueError: settings that do not fit together.
+    """
+    transformer = transformer or Transformer(**config["transformer"])
     frontend = build_frontend(config, dim=transformer.dim)
     positions = _make(POSITIONS, config["positions"], dim=transformer.dim)
     return Encoder(frontend, transformer, positions, **config["encoder"])
@@ -128,8 +221,8 @@ def build_frontend(config: Config, *, dim: int) -> Frontend:
     return made
 
 
-def build_objective(config: Config, encoder: Encoder) -> nn.Module:
-    """An objective with new weights around an encoder, from the section `objective`.
+def build_objective(config: Config, encoder: Encoder | Encoders) -> nn.Module:
+    """An objective with new weights around an encoder, or around several, from the section `objective`.
 
     Raises:
         ValueError: settings that do not fit together, or an encoder that cannot serve this objective.
@@ -169,9 +262,9 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     manifest = Manifest(data["train"])
     config = export_config(recipe, manifest, run)
     torch.manual_seed(settings.seed)
-    encoder = recipe.placed(lambda: build_encoder(config))
+    encoder = recipe.placed(lambda: build_encoders(config))
     if recipe.values["init"] is not None:
-        encoder.load_state_dict(open_encoder(recipe.values["init"]).encoder)
+        encoder.load_state_dict(encoder_of(open_encoder(recipe.values["init"]), config["modality"]).encoder)
     objective = recipe.placed(lambda: build_objective(config, encoder))
     optimizer = recipe.placed(lambda: build_optimizer(objective.to(device), **recipe.values["optimizer"]))
     bad_clips = run / "bad_clips.jsonl"
@@ -182,7 +275,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         rank=distributed.rank(),
         world=distributed.world_size(),
         bad_clips=bad_clips,
-        note=cut_captions(manifest, encoder.frontend),
+        note=cut_captions(manifest, encoder),
     )
     evaluate = None
     if data["valid"] is not None:
@@ -211,7 +304,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         run,
         encoder,
         config,
-        objective=objective if config["objective"]["name"] in LABELLED else None,
+        objective=objective if config["objective"]["name"] in (*LABELLED, *PAIRED) else None,
     )
     train_loop(
         objective,
@@ -255,15 +348,44 @@ def export_config(recipe: Recipe, manifest: Manifest, run: Path | None = None) -
     values = recipe.values
     key = LABELLED.get(values["objective"]["name"])
     labels = iter(()) if key is None else manifest.values(key)
+    if isinstance(values["modality"], str):
+        encoder = {"modality": values["modality"], **_exported(values)}
+    else:
+        encoder = {key: values[key] for key in ("backbone", "transformer") if key in values}
+        encoder["modality"] = {name: _exported(own) for name, own in values["modality"].items()}
     return {
         "format": checkpoint.ENCODER_FORMAT,
-        **{name: values[name] for name in ("modality", *ENCODER)},
-        "augment_eval": values["augment"]["eval"],
+        **encoder,
         "objective": values["objective"],
         "classes": Classes.from_labels(_flat(labels, values["objective"])).names if key == "label" else None,
         "vocabulary": CharVocabulary.from_texts(labels).symbols if key == "text" else None,
         **({} if (tokenizer := learn_tokenizer(recipe, manifest, run)) is None else {"tokenizer": tokenizer}),
     }
+
+
+def _exported(values: Config) -> dict[str, Any]:
+    """What config.json holds of the encoder of one modality."""
+    return {**{name: values[name] for name in ENCODER if name in values}, "augment_eval": values["augment"]["eval"]}
+
+
+def encoder_of(found: Exported, modality: str) -> Exported:
+    """What was exported, as the encoder of one modality: of a run on several, that of this one.
+
+    Raises:
+        ValueError: it is of another.
+    """
+    own = members(found.config)
+    if modality not in own:
+        raise ValueError(f"{found.folder}: holds an encoder of {' and '.join(own)}, and none of {modality}")
+    if isinstance(found.config["modality"], str):
+        return found
+    tensors = {
+        name.removeprefix(f"{modality}."): tensor
+        for name, tensor in found.encoder.items()
+        if name.startswith(f"{modality}.")
+    }
+    nothing = {"format": found.config["format"], "objective": None, "classes": None, "vocabulary": None}
+    return Exported({**nothing, **own[modality]}, tensors, {}, found.folder)
 
 
 def refuse(modality: Modality, objective: str, recipe: Recipe | None = None) -> None:
@@ -283,8 +405,7 @@ def learn_tokenizer(recipe: Recipe, manifest: Manifest, run: Path | None = None)
     The main process makes it, so that all have the same.
 
     Raises:
-        RecipeError: settings that cannot be used.
-        ValueError: a row without a caption.
+        RecipeError: settings that cannot be used, or no captions.
     """
     if recipe.values["tokenizer"] is None:
         init = recipe.values["init"]
@@ -295,8 +416,8 @@ def learn_tokenizer(recipe: Recipe, manifest: Manifest, run: Path | None = None)
         if kept is not None and kept.is_file():
             made = kept.read_text(encoding="utf-8")
         else:
-            table = MODALITIES[recipe.values["modality"]].tokenizers
-            texts = manifest.values("text")
+            table = next(kind.tokenizers for name in members(recipe.values) if (kind := MODALITIES[name]).tokenizers)
+            texts = (row["text"] for row in manifest if "text" in row)
             made = recipe.placed(lambda: _make(table, recipe.values["tokenizer"], texts=texts))
     return distributed.broadcast_text(made)
 
@@ -331,25 +452,26 @@ def _named(
     return {"name": recipe.get(f"{section}.name"), **recipe.settings(section, chosen, given=given, named=named)}
 
 
-def _augments(recipe: Recipe, modality: Modality) -> dict[str, list[dict[str, Any]]]:
-    section = recipe.get("augment") or {}
-    if not isinstance(section, Mapping):
-        raise recipe.error("augment", f"'augment' should be a mapping with train and eval (got {section!r})")
-    for side in section:
+def _augments(recipe: Recipe, modality: Modality, at: str) -> dict[str, list[dict[str, Any]]]:
+    sides = recipe.get(f"{at}augment") or {}
+    if not isinstance(sides, Mapping):
+        raise recipe.error(f"{at}augment", f"'{at}augment' should be a mapping with train and eval (got {sides!r})")
+    for side in sides:
         if side not in ("train", "eval"):
-            raise recipe.unknown(f"augment.{side}", ("train", "eval"))
+            raise recipe.unknown(f"{at}augment.{side}", ("train", "eval"))
     found: dict[str, list[dict[str, Any]]] = {}
     for side in ("train", "eval"):
-        steps = section.get(side) or []
+        steps = sides.get(side) or []
         if not isinstance(steps, list):
-            raise recipe.error(f"augment.{side}", f"'augment.{side}' should be a list of steps (got {steps!r})")
+            section = f"{at}augment.{side}"
+            raise recipe.error(section, f"'{section}' should be a list of steps (got {steps!r})")
         # the rate and the channels are the frontend's
         given = ["x", "whole", "rng", "rate", "channels"]
         found[side] = []
         for place in range(len(steps)):
             # a span says what is read, so nothing can come before it
             table = {**modality.spans, **modality.augments} if place == 0 else modality.augments
-            found[side].append(_named(recipe, f"augment.{side}.{place}", table, given=given))
+            found[side].append(_named(recipe, f"{at}augment.{side}.{place}", table, given=given))
     return found
 
 
@@ -380,10 +502,11 @@ def _with_encoder(recipe: Recipe, config: Config) -> Recipe:
 
 
 def _init_config(recipe: Recipe, init: str) -> dict[str, Any]:
-    """The config of the encoder that `init` names."""
+    """The config of the encoder that `init` names; of a run on several modalities, that of the recipe's."""
     try:
         folder = find(init)
-        return read_transformers(folder).config if is_transformers(folder) else checkpoint.read_config(folder)
+        config = read_transformers(folder).config if is_transformers(folder) else checkpoint.read_config(folder)
+        return dict(members(config).get(str(recipe.get("modality")), config))
     except ValueError as error:
         raise recipe.error("init", f"init={error}") from None
 

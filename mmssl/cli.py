@@ -106,10 +106,19 @@ def embed(
         ),
     ],
     out: Annotated[Path, typer.Option(help="File to write, for numpy.load.")] = Path("embeddings.npz"),
+    modality: Annotated[
+        str | None, typer.Option(help="What the clips are, for a run on several modalities.", show_default=False)
+    ] = None,
     layer: Annotated[
         str, typer.Option(help="-1 is the output, 0 the input of the first block, i the output of block i; or all.")
     ] = "-1",
-    pool: Annotated[str, typer.Option(help="mean, class, last, slices:4, grid:2x2; +std adds deviations.")] = "mean",
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            help="mean, class, last, slices:4, grid:2x2; +std adds deviations; joint: the space of several modalities.",
+            show_default="joint where there is one, else mean",
+        ),
+    ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Keep every token, not only one vector a clip.")] = False,
     batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of products.")] = "float32",
@@ -127,7 +136,7 @@ def embed(
     from mmssl.memory import keep_freed_memory
 
     keep_freed_memory()
-    embedder = load(model, device=device, precision=precision)
+    embedder = load(model, device=device, precision=precision).of(modality)
     layers = (
         list(range(embedder.depth + 1))
         if layer == "all"
@@ -162,6 +171,9 @@ def evaluate(
     train: Annotated[Path | None, typer.Option(help="Manifest to fit on: linear and knn.")] = None,
     valid: Annotated[
         Path | None, typer.Option(help="Manifest to choose layer and settings on.", show_default="a fifth of --train")
+    ] = None,
+    modality: Annotated[
+        str | None, typer.Option(help="What the clips are, for a run on several modalities.", show_default=False)
     ] = None,
     layer: Annotated[str, typer.Option(help="select tries all on --valid; or one as for embed, or several: 4,6.")] = (
         "select"
@@ -210,6 +222,7 @@ def evaluate(
         test=test,
         train=train,
         valid=valid,
+        modality=modality,
         layer="select" if layer == "select" else [_number("--layer", part, int) for part in layer.split(",")],
         pool=pool,
         label=label,
@@ -479,6 +492,11 @@ def _done(run: Path) -> None:
         train, valid = (values["data"][side] for side in ("train", "valid"))
         task = values["objective"]["name"]
         test = valid or "HELD_OUT.jsonl"
+        if isinstance(values["modality"], dict):
+            print(f"{run}: done; what it is good for:")
+            for name in values["modality"]:
+                print(f"  mmssl embed {run} {test} --modality {name} --out {name}.npz")
+            return distributed.shutdown()
         fitted = f"--task {task}" if task in LABELLED else f"--task linear --train {train}"
         print(
             f"{run}: done; what it is good for:\n"

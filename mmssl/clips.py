@@ -71,7 +71,7 @@ def find_clips(
     for place, item in enumerate(listed):
         if isinstance(item, Manifest) or (isinstance(item, (str, Path)) and str(item).endswith(".jsonl")):
             manifest = item if isinstance(item, Manifest) else Manifest(item)
-            clips.add(clips_of(manifest, modality, frontend, config["augment_eval"]))
+            clips.add(clips_of(manifest, {modality: frontend}, {modality: config["augment_eval"]}))
         elif kind.media == "text":
             for caption in _captions(item, f"input {place}"):
                 clips.add((caption, partial(ready, read, caption)))

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -14,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmssl.assemble import build_encoder, build_objective
+from mmssl.assemble import build_encoders, build_objective
 from mmssl.clips import Clips, Input, find_clips, groups, spread_out, windows
 from mmssl.convert.folder import open_encoder
 from mmssl.data.batching import collate_samples
 from mmssl.data.text import CharVocabulary
-from mmssl.encoder import Encoder
+from mmssl.encoder import Encoder, Encoders
 from mmssl.evaluation.speech import best_path, prefix_beam
-from mmssl.nn.pooling import Pool
-from mmssl.types import BadClip, Batch, Embeddings, Tokens, valid_mask
+from mmssl.nn.pooling import NAMES, Pool
+from mmssl.recipe import members
+from mmssl.types import BadClip, Batch, Embeddings, Encoded, Tokens, valid_mask
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def load(path: str | Path, *, device: str = "auto", precision: Precision = "floa
     """
     source = open_encoder(path)
     try:
-        encoder = build_encoder(source.config)
+        encoder = build_encoders(source.config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source.folder / 'config.json'}: no encoder can be built from this: {error!r}") from error
     _check(encoder.state_dict(), source.encoder, source.folder)
@@ -76,23 +78,28 @@ def _check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], place: str 
 class Embedder:
     """An encoder with all that it takes to use it on files.
 
+    One that was trained on pairs has several encoders and a space that they share; `of` gives one of them.
+
     Args:
-        encoder: or anything else with its `tokens`, `forward`, `frontend`, `dim` and `depth`.
+        encoder: or anything else with its `tokens`, `forward`, `frontend`, `dim` and `depth`; or several encoders.
         config: what config.json holds.
         device, precision: see `load`.
-        head: the objective's own weights, for `predict`; empty or None where it was not fine-tuned.
+        head: the objective's own weights, for `predict` and for the space of several encoders; empty or None where it
+            has none.
         name: what protocols call it.
+        joint: of one of several encoders, what it encodes -> (B, J), its clips in the space of all.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Encoder | Encoders,
         config: Mapping[str, Any],
         *,
         device: str = "auto",
         precision: Precision = "float32",
         head: Mapping[str, Tensor] | None = None,
         name: str = "encoder",
+        joint: Callable[[Encoded], Tensor] | None = None,
     ) -> None:
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision={precision!r}: choose float32 or bfloat16")
@@ -100,7 +107,7 @@ class Embedder:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.device = torch.device(device)
-            self.encoder = encoder.to(self.device)
+            self.encoder: Any = encoder.to(self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={device!r}: torch cannot use it here: {str(error).splitlines()[0]}") from None
         if precision == "bfloat16":
@@ -114,29 +121,55 @@ class Embedder:
         self.precision = precision
         self.name = name
         self._head = head
+        self._joint = joint
         self._objective: nn.Module | None = None
 
     @property
     def dim(self) -> int:
         """The width of a token."""
-        return self.encoder.dim
+        return int(self.of().encoder.dim)
 
     @property
     def depth(self) -> int:
         """The number of blocks, and of the last layer."""
-        return self.encoder.depth
+        return int(self.of().encoder.depth)
 
     @property
     def modality(self) -> str:
-        return str(self.config["modality"])
+        return str(self.of().config["modality"])
+
+    @property
+    def modalities(self) -> list[str]:
+        return list(members(self.config))
+
+    def of(self, modality: str | None = None) -> Embedder:
+        """The encoder of one modality, which may be left out where there is one only.
+
+        Raises:
+            ValueError: there is none, or several and it is not said which.
+        """
+        own = members(self.config)
+        if modality is None and len(own) > 1:
+            raise ValueError(f"{self.name}: has encoders of {' and '.join(own)}; say which, by modality (--modality)")
+        if modality is not None and modality not in own:
+            raise ValueError(f"modality={modality!r}: {self.name} has an encoder of {' and '.join(own)}")
+        if len(own) == 1:
+            return self
+        assert modality is not None
+        config = {**own[modality], "objective": None, "classes": None, "vocabulary": None}
+        device, joint = str(self.device), partial(self._with_head().joint, modality)
+        return Embedder(
+            self.encoder[modality], config, device=device, precision=self.precision, name=self.name, joint=joint
+        )
 
     @overload
     def embed(
         self,
         inputs: Input | Sequence[Input],
         *,
+        modality: str | None = ...,
         layer: int = ...,
-        pool: str = ...,
+        pool: str | None = ...,
         rate: float | None = ...,
         tokens: bool = ...,
         batch_size: int = ...,
@@ -150,8 +183,9 @@ class Embedder:
         self,
         inputs: Input | Sequence[Input],
         *,
+        modality: str | None = ...,
         layer: Sequence[int] | Literal["all"],
-        pool: str = ...,
+        pool: str | None = ...,
         rate: float | None = ...,
         tokens: bool = ...,
         batch_size: int = ...,
@@ -164,8 +198,9 @@ class Embedder:
         self,
         inputs: Input | Sequence[Input],
         *,
+        modality: str | None = None,
         layer: int | Sequence[int] | Literal["all"] = -1,
-        pool: str = "mean",
+        pool: str | None = None,
         rate: float | None = None,
         tokens: bool = True,
         batch_size: int = 16,
@@ -180,9 +215,11 @@ class Embedder:
                 below it); a manifest (.jsonl); an open binary file; an array or tensor: (L,) samples, (C, H, W)
                 pixels in [0, 1], or (C, T, H, W) of frames, or with one axis more several such clips. For an encoder of
                 text a string is a caption, unless it names a manifest or a .txt file with a caption in each line.
+            modality: what the inputs are, for an encoder of several.
             layer: -1 the encoder's output, after its final norm where it has one; 0 the input of the first block; i the
                 output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass.
-            pool: how tokens become the scene, see `Pool.named`.
+            pool: how tokens become the scene, see `Pool.named`; "joint" for vectors of length 1 in the space of several
+                modalities, of the output alone. By default "joint" where there is such a space, and else "mean".
             rate: samples per second of arrays, where it is not the encoder's own.
             tokens: keep every token, not only the scenes.
             batch_size: most clips computed at a time.
@@ -198,10 +235,15 @@ class Embedder:
             BadClip: a clip cannot be read, or is shorter than one token.
             ValueError: a layer or pool that this encoder does not have, or nothing to embed.
         """
+        one = self.of(modality)
+        if one is not self:
+            same: dict[str, Any] = {"rate": rate, "tokens": tokens, "batch_size": batch_size, "progress": progress}
+            same |= {"batch_seconds": batch_seconds, "on_bad_clip": on_bad_clip}
+            return one.embed(inputs, layer=layer, pool=pool, **same)
         layers = self._layers(layer)
         clips = find_clips(inputs, self.config, self.encoder, rate=rate)
         gathered = [_Gathered(len(clips), keep=tokens) for _ in layers]
-        pooled = Pool.named(pool)
+        pooled = self._pool(pool, layers)
 
         def compute(batch: Batch, places: list[int]) -> None:
             raw = batch.raw.to(self.device)
@@ -237,7 +279,7 @@ class Embedder:
         Returns:
             name -> reason of the clips that could not be read, which `see` never gets.
         """
-        [asked] = self._layers(layer)
+        [asked] = self.of()._layers(layer)
         clips = find_clips(inputs, self.config, self.encoder, rate=None)
 
         def compute(batch: Batch, places: list[int]) -> None:
@@ -335,6 +377,19 @@ class Embedder:
             parts.append(found)
         return torch.stack(parts).mean(0)
 
+    def _pool(self, pool: str | None, layers: Sequence[int]) -> Callable[[Tensor, Encoded, Tokens], Tensor]:
+        """Layer, what was encoded, and its tokens -> (B, E)."""
+        if pool is None:
+            pool = "mean" if self._joint is None or list(layers) != [-1] else "joint"
+        if pool != "joint":
+            return Pool.named(pool)
+        joint = self._joint
+        if joint is None:
+            raise ValueError(f"pool='joint': {self.name} shares no space with another modality; choose {NAMES}")
+        if list(layers) != [-1]:
+            raise ValueError("pool='joint': only the output (layer -1) is brought into the space of all modalities")
+        return lambda x, encoded, tokens: joint(encoded)
+
     def _layers(self, layer: int | Sequence[int] | Literal["all"]) -> list[int]:
         if layer != "all" and (isinstance(layer, str) or not isinstance(layer, int | Iterable)):
             raise ValueError(f"layer={layer!r}: give a number, several, or 'all'")
@@ -349,17 +404,22 @@ class Embedder:
         return list(asked)
 
     def _fine_tuned(self) -> Any:
+        if not self.of()._head:
+            raise ValueError(
+                f"{self.name}: was pretrained and not fine-tuned, so there is nothing to predict with; "
+                "`mmssl finetune` it first, or use embed"
+            )
+        return self._with_head()
+
+    def _with_head(self) -> Any:
+        """The objective with its own weights."""
         if self._objective is None:
-            if not self._head:
-                raise ValueError(
-                    f"{self.name}: was pretrained and not fine-tuned, so there is nothing to predict with; "
-                    "`mmssl finetune` it first, or use embed"
-                )
             objective = build_objective(self.config, self.encoder)
             # all but the encoder, which is loaded already
             own = {name: tensor for name, tensor in objective.state_dict().items() if not name.startswith("encoder.")}
-            _check(own, self._head, self.name)
-            objective.load_state_dict(self._head, strict=False)
+            head = self._head or {}
+            _check(own, head, self.name)
+            objective.load_state_dict(head, strict=False)
             self._objective = objective.eval().requires_grad_(False).to(self.device)
         return self._objective
 

@@ -5,7 +5,7 @@ This is the one place where the parts meet. It is modality-blind: no loss, no te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -120,6 +120,19 @@ class Encoder(nn.Module):
             attended = torch.nn.functional.pad(~plan.masked, (self.n_prefix, 0), value=True)
         x, kept = self.transformer(x, lengths, layers=layers, point=point, attended=attended)
         return Encoded(x=x, lengths=lengths, layers=kept, n_prefix=self.n_prefix)
+
+
+class Encoders(nn.ModuleDict):
+    """The encoders of several modalities by name, each with its own Transformer or all with the same."""
+
+    def __init__(self, encoders: Mapping[str, Encoder]) -> None:
+        super().__init__(encoders)
+        self.shared = len({id(encoder.transformer) for encoder in encoders.values()}) == 1
+
+    def __getitem__(self, modality: str) -> Encoder:
+        encoder = super().__getitem__(modality)
+        assert isinstance(encoder, Encoder)
+        return encoder
 
 
 def _copies(tokens: Tokens, plan: MaskPlan) -> Tokens:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -17,10 +19,10 @@ from mmssl.data.dataset import ATTEMPTS, ManifestDataset
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import CharVocabulary, Classes
 from mmssl.data.units import read_units
-from mmssl.encoder import Encoder
+from mmssl.encoder import Encoder, Encoders
 from mmssl.modalities import MODALITIES
 from mmssl.objectives import LABELLED
-from mmssl.recipe import Recipe
+from mmssl.recipe import Recipe, members
 from mmssl.types import BadClip, Frontend, Raw
 
 Config = Mapping[str, Any]
@@ -106,61 +108,73 @@ class Augment:
 
 
 def clips_of(
-    manifest: Manifest, modality: str, frontend: Frontend, steps: Sequence[Mapping[str, Any]], **settings: Any
+    manifest: Manifest,
+    frontends: Mapping[str, Frontend],
+    steps: Mapping[str, Sequence[Mapping[str, Any]]],
+    **settings: Any,
 ) -> ManifestDataset:
-    """The clips of a manifest as a frontend reads them, after the steps that a recipe lists.
+    """The clips of a manifest as frontends read them, after the steps that a recipe lists.
 
     Args:
+        frontends, steps: by modality.
         settings: further ones of `ManifestDataset`.
     """
-    kind, span = MODALITIES[modality], build_span(steps, modality, frontend)
+    spans = {name: build_span(steps[name], name, frontend) for name, frontend in frontends.items()}
     return ManifestDataset(
         manifest,
-        media={modality: kind.media},
-        readers={modality: build_reader(modality, frontend)},
-        hints={modality: kind.hints},
-        spans={} if span is None else {modality: span},
-        augments={modality: build_augment(steps, modality, frontend)},
-        rates={modality: frontend.reader_settings.get("rate")},
+        media={name: MODALITIES[name].media for name in frontends},
+        readers={name: build_reader(name, frontend) for name, frontend in frontends.items()},
+        hints={name: MODALITIES[name].hints for name in frontends},
+        spans={name: span for name, span in spans.items() if span is not None},
+        augments={name: build_augment(steps[name], name, frontend) for name, frontend in frontends.items()},
+        rates={name: frontend.reader_settings.get("rate") for name, frontend in frontends.items()},
         **settings,
     )
 
 
 def extents(
-    recipe: Recipe, side: str, table: Mapping[str, Callable[..., np.ndarray]], before: np.ndarray
+    values: Config, side: str, table: Mapping[str, Callable[..., np.ndarray]], before: np.ndarray
 ) -> np.ndarray:
-    """What clips measure after the steps of one side, at most; `table` is the modality's `durations` or `sizes`."""
-    for step in recipe.values["augment"][side]:
+    """What clips measure after the steps of one side, at most.
+
+    Args:
+        values: the sections of one modality.
+        table: the modality's `durations` or `sizes`.
+    """
+    for step in values["augment"][side]:
         if step["name"] in table:
-            before = _step(table, step, {"rate": recipe.values["frontend"].get("rate")})(before)
+            before = _step(table, step, {"rate": values["frontend"].get("rate")})(before)
     return before
 
 
 def build_dataset(
-    recipe: Recipe, config: Config, encoder: Encoder, manifest: Manifest, *, side: Literal["train", "eval"]
+    recipe: Recipe, config: Config, encoder: Encoder | Encoders, manifest: Manifest, *, side: Literal["train", "eval"]
 ) -> ManifestDataset:
     """The clips of a manifest as an objective wants them; `side` chooses the augmentations.
+
+    A row may lack a modality where there are more than two: those that it has still make a pair.
 
     Raises:
         RecipeError: a setting outside its range, or pictures of several sizes that are to lie in one batch.
         ValueError: a row that names no file of the modality.
     """
-    name, frontend = config["modality"], encoder.frontend
+    own = members(recipe.values)
+    frontends = {name: (encoder if isinstance(encoder, Encoder) else encoder[name]).frontend for name in own}
     data = recipe.placed(lambda: DataSettings(**recipe.values["data"]))
-    steps = recipe.values["augment"][side]
-    if data.cache and build_span(steps, name, frontend) is not None:
+    steps = {name: values["augment"][side] for name, values in own.items()}
+    if data.cache and any(build_span(steps[name], name, frontend) for name, frontend in frontends.items()):
         raise recipe.error(
             "data.cache",
             f"data.cache=true would keep one span of each clip, and augment.{side} draws another each time",
         )
-    # a copy without weights: what is sent to loader workers must not lie on a GPU
-    lengths = copy.deepcopy(frontend).to("meta").lengths
+    # copies without weights: what is sent to loader workers must not lie on a GPU
+    lengths = {name: copy.deepcopy(frontend).to("meta").lengths for name, frontend in frontends.items()}
     dataset = clips_of(
         manifest,
-        name,
-        frontend,
+        frontends,
         steps,
-        fits={name: lengths},
+        fits=lengths,
+        optional=list(own) if len(own) > 2 else (),
         label=labeler(config),
         units=unit_sets(config["objective"]),
         seed=recipe.values["trainer"]["seed"],
@@ -170,21 +184,23 @@ def build_dataset(
     )
     if dataset.units:
         _check_units(recipe, dataset)
-    if "h" in frontend.axes and data.batch_size != 1 and not _one_size(recipe, side):
-        _check_sizes(recipe, manifest, side)
-        dataset.fits = {name: partial(_fits, lengths, _first_size(dataset, name))}
+    for name, frontend in frontends.items():
+        if "h" in frontend.axes and data.batch_size != 1 and not _one_size(own[name], side):
+            if len(own) == 1:  # heights and widths of a row are those of its only picture
+                _check_sizes(recipe, manifest, side)
+            dataset.fits[name] = partial(_fits, lengths[name], _first_size(dataset, name))
     return dataset
 
 
-def _one_size(recipe: Recipe, side: str) -> bool:
+def _one_size(values: Config, side: str) -> bool:
     """Whether pictures of whatever size are of the same one after the steps of one side."""
-    one, other = _sizes(recipe, side, [[301, 170], [211, 411]])
+    one, other = _sizes(values, side, [[301, 170], [211, 411]])
     return one == other
 
 
-def _sizes(recipe: Recipe, side: str, before: Sequence[Sequence[int]]) -> list[list[int]]:
+def _sizes(values: Config, side: str, before: Sequence[Sequence[int]]) -> list[list[int]]:
     """Heights and widths after the steps of one side."""
-    return extents(recipe, side, MODALITIES[recipe.values["modality"]].sizes, np.array(before)).tolist()
+    return extents(values, side, MODALITIES[values["modality"]].sizes, np.array(before)).tolist()
 
 
 def _check_sizes(recipe: Recipe, manifest: Manifest, side: str) -> None:
@@ -197,7 +213,7 @@ def _check_sizes(recipe: Recipe, manifest: Manifest, side: str) -> None:
     for place, row in enumerate(manifest):
         if not all(isinstance(row.get(key), int) for key in ("height", "width")):
             continue
-        [size] = _sizes(recipe, side, [[row["height"], row["width"]]])
+        [size] = _sizes(recipe.values, side, [[row["height"], row["width"]]])
         if first is None:
             first, first_id = size, row["id"]
         elif size != first:
@@ -213,9 +229,11 @@ def _first_size(dataset: ManifestDataset, modality: str) -> tuple[int, ...] | No
     """Height and width of the first clip that can be read; None where none of the first few can."""
     for place in range(min(len(dataset), ATTEMPTS)):
         try:
-            return tuple(dataset.read(place, 0).inputs[modality].shape[-2:])
+            found = dataset.read(place, 0).inputs
         except BadClip:
             continue
+        if modality in found:
+            return tuple(found[modality].shape[-2:])
     return None
 
 
@@ -238,16 +256,18 @@ def build_plan(recipe: Recipe, manifest: Manifest, *, side: Literal["train", "ev
         ValueError: a row that does not state its length.
     """
     data, training = recipe.placed(lambda: DataSettings(**recipe.values["data"])), side == "train"
-    modality = recipe.values["modality"]
     # pictures have no length, and captions are short; neither states seconds
-    by_length = MODALITIES[modality].media in ("audio", "video") and (data.bucket or data.max_seconds is not None)
+    timed = {name: own for name, own in members(recipe.values).items() if MODALITIES[name].media in ("audio", "video")}
+    by_length = bool(timed) and (data.bucket or data.max_seconds is not None)
     if data.batch_size is None and (data.max_seconds is None or not by_length):
         raise recipe.error(
             "data", "micro-batches have no bound: set data.batch_size, or data.max_seconds for sound and video"
         )
     lengths = np.ones(len(manifest), np.float32)
     if by_length:
-        lengths = extents(recipe, side, MODALITIES[modality].durations, manifest.lengths())
+        stated = manifest.lengths()
+        each = [extents(own, side, MODALITIES[name].durations, stated) for name, own in timed.items()]
+        lengths = np.stack(each).max(0)
     try:
         return BatchPlan(
             lengths,
@@ -262,9 +282,11 @@ def build_plan(recipe: Recipe, manifest: Manifest, *, side: Literal["train", "ev
         raise recipe.error("data.max_seconds", f"data.max_seconds={data.max_seconds}: {error}") from None
 
 
-def cut_captions(manifest: Manifest, frontend: Frontend) -> str:
+def cut_captions(manifest: Manifest, encoder: Encoder | Encoders) -> str:
     """How many captions of a manifest are longer than their context, in a sentence; empty where none is."""
-    tokenizer = frontend.reader_settings.get("tokenizer")
+    each = [encoder] if isinstance(encoder, Encoder) else [encoder[name] for name in encoder]
+    tokenizers = (one.frontend.reader_settings.get("tokenizer") for one in each)
+    tokenizer = next((found for found in tokenizers if found is not None), None)
     if tokenizer is None:
         return ""
     cut, seen = tokenizer.count_cut(row["text"] for row in manifest if "text" in row)
@@ -278,7 +300,8 @@ def labeler(config: Config) -> Callable[[dict[str, Any]], Any] | None:
     """Row -> its label as the objective wants it; None where it wants none."""
     key = LABELLED.get(config["objective"]["name"])
     if key is None:
-        return None
+        same = config["objective"].get("same")
+        return None if same is None else partial(label_of, same, _digest)
     if key != "label":
         return partial(label_of, key, CharVocabulary(config["vocabulary"]).encode)
     classes = Classes(config["classes"])
@@ -334,6 +357,12 @@ def check_labels(label: Callable[[dict[str, Any]], Any], manifest: Manifest) -> 
                 f"{manifest.place(place)}: {error}; correct data.valid, or set data.on_bad_clip=skip to leave such "
                 "clips out"
             ) from None
+
+
+def _digest(value: Any) -> int:
+    """A whole number for a value of a row: equal for equal values, and hardly ever for others."""
+    text = json.dumps(value, sort_keys=True)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def label_of(key: str, encode: Callable[[Any], Any], row: dict[str, Any]) -> Any:

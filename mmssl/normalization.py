@@ -57,11 +57,16 @@ def input_statistics(recipe: str | Path, clips: str | Path | Manifest, *, progre
 
     manifest = clips if isinstance(clips, Manifest) else Manifest(clips)
     resolved = resolve(load_recipe(recipe, [f"data.train={json.dumps(str(manifest.path))}"]))
-    frontend = build_frontend(resolved.values, dim=1)
     name = resolved.values["modality"]
+    if not isinstance(name, str) or MODALITIES[name].tokenizers:
+        what = name if isinstance(name, str) else " and ".join(name)
+        raise ValueError(
+            f"{recipe}: is for {what}; constants are measured of one modality, of sound, pictures or video"
+        )
+    frontend = build_frontend(resolved.values, dim=1)
     # a span is how training reads a video; the other steps augment it
     spans = [step for step in resolved.values["augment"]["train"] if step["name"] in MODALITIES[name].spans]
-    dataset = clips_of(manifest, name, frontend, spans)
+    dataset = clips_of(manifest, {name: frontend}, {name: spans})
     measured, count, bad = 0, 0, {}
     total = squares = torch.zeros((), dtype=torch.float64)
     places = track(range(len(manifest)), "measuring", console=Console(stderr=True), disable=not progress)

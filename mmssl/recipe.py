@@ -29,6 +29,7 @@ Made = TypeVar("Made")
 
 SECTIONS = (
     "modality",
+    "backbone",
     "tokenizer",
     "frontend",
     "positions",
@@ -42,6 +43,19 @@ SECTIONS = (
     "trainer",
     "init",
 )
+
+
+# sections that a recipe of several modalities has once for each of them, below `modality`
+OWN = ("frontend", "positions", "transformer", "encoder", "augment")
+
+
+def members(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Modality -> the sections that make its encoder, as if it stood alone: of a resolved recipe, or of a config."""
+    chosen = values["modality"]
+    if isinstance(chosen, str):
+        return {chosen: values}
+    shared = {key: values[key] for key in ("tokenizer", "transformer") if key in values}
+    return {name: {**shared, **sections, "modality": name} for name, sections in chosen.items()}
 
 
 class RecipeError(ValueError):
@@ -97,7 +111,7 @@ class Recipe:
         name = self.get(key)
         if name is None:
             raise RecipeError(f"{self.place(key)}: '{key}' is missing; one of: {', '.join(table) or 'none'}")
-        if name not in table:
+        if not isinstance(name, str) or name not in table:
             hint = _did_you_mean(str(name), table)
             raise self.error(key, f"unknown {key} '{name}'.{hint} Known: {', '.join(table)}.")
         return table[name]

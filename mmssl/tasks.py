@@ -37,6 +37,7 @@ def evaluate(
     test: Clips,
     train: Clips | None = None,
     valid: Clips | None = None,
+    modality: str | None = None,
     layer: int | Sequence[int] | Literal["select"] = "select",
     pool: str = "mean",
     label: str = "label",
@@ -67,6 +68,7 @@ def evaluate(
         train, valid, test: manifests. Where something is to be chosen and there is no `valid`, a fifth of the training
             clips is set aside for it, drawn by class; once chosen, what is fitted sees them too, unless `train` is to
             be used with few labels.
+        modality: see `Embedder.embed`.
         layer: see `Embedder.embed`; "select" chooses among all of them, the output after the final norm included.
         pool: see `Pool.named`.
         label: the key of a row that holds its class.
@@ -91,6 +93,7 @@ def evaluate(
         ValueError: something that this task needs is missing, or manifests that do not fit each other.
     """
     embedder = run if isinstance(run, Embedder) else load(run, device=device, precision=precision)
+    embedder = embedder.of(modality)
     if baseline is not None:
         embedder = as_baseline(embedder, baseline, seed=seed)
     settings: dict[str, Any] = {"batch_size": batch_size, "on_bad_clip": on_bad_clip, "progress": progress}

@@ -82,12 +82,14 @@ class Units:
 class Batch:
     """What an objective gets: the inputs by modality, and what is known about each clip.
 
-    inputs: modality name -> Raw, all with the same B.
+    inputs: modality name -> Raw, with the same B but for those in `rows`.
     seeds: (B,) int64 on the CPU, a function of run seed, clip id and epoch: every mask is drawn from it, so resuming
         or another number of ranks changes no mask.
     labels: (B,) int64 classes | (B, S) int64 characters, or several classes, padded with 0 | None.
     label_lengths: (B,) int64 on the CPU, for (B, S) labels.
     units: key of a row -> the label set that it names, for objectives that ask for some.
+    rows: modality -> (M,) int64 on the CPU, ascending: the clips that have it, where not all of them do; `inputs` has
+        these alone. A modality that no clip has is in neither.
     """
 
     inputs: Mapping[str, Raw]
@@ -95,6 +97,7 @@ class Batch:
     labels: Tensor | None = None
     label_lengths: Tensor | None = None
     units: Mapping[str, Units] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def raw(self) -> Raw:
@@ -103,9 +106,17 @@ class Batch:
             raise ValueError(f"batch: expected one modality, got {sorted(self.inputs)}")
         return replace(next(iter(self.inputs.values())), seeds=self.seeds)
 
+    def of(self, modality: str) -> Raw:
+        """The input of one modality, with the seeds of its clips."""
+        rows = self.rows.get(modality)
+        return replace(self.inputs[modality], seeds=self.seeds if rows is None else self.seeds[rows])
+
     @property
     def ids(self) -> list[str]:
-        return next(iter(self.inputs.values())).ids
+        found: dict[int, str] = {}
+        for name, raw in self.inputs.items():
+            found |= zip(self.rows[name].tolist() if name in self.rows else range(len(raw)), raw.ids, strict=True)
+        return [found[row] for row in range(len(self))]
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(

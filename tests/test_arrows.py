@@ -36,7 +36,7 @@ ARROWS = {
         "convert",
     ],
     "clips": [*PARTS, "encoder", "modalities", "data", "loading"],
-    "embed": [*PARTS, "encoder", "data", "evaluation", "assemble", "clips", "convert"],
+    "embed": ["recipe", *PARTS, "encoder", "data", "evaluation", "assemble", "clips", "convert"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
     "units": [*PARTS, "modalities", "data", "embed", "training.checkpoint"],
     "normalization": ["recipe", "types", "modalities", "data", "loading", "assemble"],

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmssl.assemble import build_encoder, build_objective, export_config, finetune, pretrain, resolve
+from mmssl.assemble import build_encoders, build_objective, export_config, finetune, pretrain, resolve
 from mmssl.data.manifest import Manifest, split_rows, write_manifest
 from mmssl.data.scan import scan
 from mmssl.modalities import MODALITIES
@@ -13,6 +13,7 @@ from mmssl.objectives import LABELLED
 from mmssl.recipe import Recipe, header, load, shipped
 
 FOLDER = Path(__file__).parents[1] / "recipes"
+TRUNK = ("transformer.dim", "transformer.depth", "transformer.heads")
 RECIPES = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 
 
@@ -38,10 +39,16 @@ def manifests(sounds: Path, pictures: Path, videos: Path, tmp_path_factory: pyte
     return {name: folder / name for name in MODALITIES}
 
 
+def kind(recipe: Recipe) -> str:
+    """The modality whose files a recipe reads; pictures have words beside them."""
+    modality = recipe.get("modality")
+    return modality if isinstance(modality, str) else next(name for name in modality if name != "text")
+
+
 def toy(name: str, manifests: dict[str, Path]) -> Recipe:
     """The recipe with the sizes of a toy and nothing else changed."""
     written = load(name)
-    folder = manifests[written.get("modality")]
+    folder = manifests[kind(written)]
     sizes = {
         "data.train": folder / "train.jsonl",
         "data.valid": folder / "test.jsonl",
@@ -81,12 +88,18 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
         sizes |= per_name.get(written.get(f"{section}.name"), {})
     if written.get("schedule.warmup") is not None:
         sizes["schedule.warmup"] = 1
+    if written.get("objective.same") is not None:
+        sizes["objective.same"] = "text"
+    for modality, own in written.get("modality").items() if written.get("backbone") else ():
+        if "transformer" in own:
+            small = {key: sizes.pop(key, value) for key, value in zip(TRUNK, (16, 2, 2), strict=True)}
+            sizes |= {f"modality.{modality}.{key}": value for key, value in small.items()}
     return load(name, [f"{key}={value}" for key, value in sizes.items()])
 
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 57
+    assert len(RECIPES) == 59
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -101,12 +114,12 @@ def test_a_recipe_is_one_page_that_says_how_to_run_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_builds_as_written(name: str, manifests: dict[str, Path]) -> None:
-    train = manifests[load(name).get("modality")] / "train.jsonl"
+    train = manifests[kind(load(name))] / "train.jsonl"
     recipe = resolve(load(name, [f"data.train={train}"]))
+    config = export_config(recipe, Manifest(train))
     # the large ones without memory for their weights
     with torch.device("cpu" if name.startswith("small/") else "meta"):
-        config = export_config(recipe, Manifest(train))
-        objective = build_objective(config, build_encoder(config))
+        objective = build_objective(config, build_encoders(config))
     count = sum(parameter.numel() for parameter in objective.parameters())
     # as transformers counts wav2vec 2.0 base for pretraining
     assert count == 95_044_608 if name == "speech/wav2vec2_base" else count > 1_000_000

@@ -13,7 +13,7 @@ import torch
 from mmssl import distributed
 from mmssl.assemble import train
 from mmssl.data.manifest import write_manifest
-from mmssl.objectives import OBJECTIVES
+from mmssl.objectives import OBJECTIVES, PAIRED
 from mmssl.training.checkpoint import read_tensors
 
 TOY = {
@@ -71,24 +71,32 @@ RUNS = {
     ),
     "jepa": ("small/jepa_image", {"objective.predictor_dim": 16, "objective.predictor_heads": 2}),
     "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
+    "clip": ("small/clip_emoji", {"objective.dim": 8, "objective.same": "text", "tokenizer.entries": 258}),
 }
+KINDS = {"emoji": "image"}  # of a recipe's data -> of the files here
 
 
-def commands(folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """Run -> its recipe and settings; each objective once, and once more with a clip that cannot be read."""
+def commands(folder: Path, *, alone: bool = False) -> dict[str, tuple[str, list[str]]]:
+    """Run -> its recipe and settings; each objective once, and once more with a clip that cannot be read.
+
+    On one process alone, those that tell the pairs of a batch apart have the whole of it at once.
+    """
     found = {}
     for name, (recipe, settings) in RUNS.items():
         kind = recipe.rpartition("_")[2]
+        kind = KINDS.get(kind, kind)
         for rows in ("whole", "bad"):
             data = {"data.train": folder / f"{kind}_{rows}.jsonl", "data.valid": folder / f"{kind}_valid.jsonl"}
             skip = {"data.on_bad_clip": "skip"} if rows == "bad" else {}
             every = TOY | settings | data | skip
+            if alone:
+                every |= {"data.batch_size": 4} if name in PAIRED else {"trainer.accumulate": 2}
             found[f"{name}_{rows}"] = recipe, [f"{key}={value}" for key, value in every.items()]
     return found
 
 
-def run_all(folder: Path, out: str, *trainer: str, rows: Sequence[str] = ("whole", "bad")) -> None:
-    for name, (recipe, settings) in commands(folder).items():
+def run_all(folder: Path, out: str, *trainer: str, rows: Sequence[str] = ("whole", "bad"), alone: bool = False) -> None:
+    for name, (recipe, settings) in commands(folder, alone=alone).items():
         if name.rpartition("_")[2] in rows:
             train(recipe, folder / out / name, [*settings, *(f"trainer.{setting}" for setting in trainer)])
 
@@ -110,8 +118,8 @@ def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp
     for kind, key, source in (("speech", "audio", sounds), ("image", "image", pictures)):
         files = {split: sorted(path for path in (source / split).rglob("*.*")) for split in ("train", "test")}
         for name, paths in {
-            "whole": files["train"][:6],
-            "bad": [*files["train"][:3], broken, *files["train"][3:5]],
+            "whole": files["train"][:8],
+            "bad": [*files["train"][:3], broken, *files["train"][3:7]],
             "valid": files["test"],
         }.items():
             units = {"rate": 50, "values": [step // 4 % 3 for step in range(36)]}
@@ -134,7 +142,7 @@ def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp
         )
         for rank in (0, 1)
     ]
-    run_all(tmp_path, "one", "accumulate=2")
+    run_all(tmp_path, "one", alone=True)
     for process in processes:
         said, _ = process.communicate(timeout=480)
         assert process.returncode == 0, said

@@ -242,13 +242,18 @@ def one_pass(
 def collate_samples(samples: list[Sample]) -> Batch:
     """One batch: waveforms, ids and video padded with zeros to the longest, pictures stacked, labels padded with 0.
 
+    Of a modality that some samples lack, the batch has the others' and says which they are.
+
     Raises:
         ValueError: pictures or frames of several sizes, or labels of some clips only.
     """
-    ids = [sample.id for sample in samples]
-    inputs = {}
-    for name in samples[0].inputs:
-        clips = [sample.inputs[name] for sample in samples]
+    inputs, rows = {}, {}
+    for name in dict.fromkeys(name for sample in samples for name in sample.inputs):
+        having = [row for row, sample in enumerate(samples) if name in sample.inputs]
+        if len(having) < len(samples):
+            rows[name] = torch.tensor(having)
+        ids = [samples[row].id for row in having]
+        clips = [samples[row].inputs[name] for row in having]
         if clips[0].ndim == 4:
             data, lengths = _pad_video(name, ids, clips)
         else:
@@ -257,7 +262,7 @@ def collate_samples(samples: list[Sample]) -> Batch:
     labels, label_lengths = _labels(samples)
     seeds = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
     units = {key: _pad_units(key, samples) for key in samples[0].units}
-    return Batch(inputs, seeds, labels, label_lengths, units)
+    return Batch(inputs, seeds, labels, label_lengths, units, rows)
 
 
 def _pad_units(key: str, samples: list[Sample]) -> Units:

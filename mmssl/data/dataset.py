@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -63,6 +63,7 @@ class ManifestDataset(Dataset[Sample]):
         label: row -> label; a ValueError of it makes the clip a bad one.
         units: key of a row -> how many codes there are of each label in the label set that it names; a ValueError of
             it makes the clip a bad one.
+        optional: modalities that a row may lack, as long as it has two.
         seed: of the run.
         on_bad_clip: "raise" stops at the first one; "skip" puts another clip, always the same one, in its place.
         max_bad_share: of the manifest's clips, beyond which "skip" stops too.
@@ -86,6 +87,7 @@ class ManifestDataset(Dataset[Sample]):
         fits: Mapping[str, Callable[[Raw], object]] | None = None,
         label: Callable[[dict[str, Any]], Label] | None = None,
         units: Mapping[str, Sequence[int]] | None = None,
+        optional: Collection[str] = (),
         seed: int = 0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
         max_bad_share: float = 0.01,
@@ -100,7 +102,10 @@ class ManifestDataset(Dataset[Sample]):
                 "data.cache=true: a kept clip would be the same part every time; set it to false, or read clips whole"
             )
         for name, key in media.items():
-            manifest.require(key, name)
+            if name not in optional:
+                manifest.require(key, name)
+        if optional:
+            manifest.require_several(list(media.values()))
         self.manifest = manifest
         self.media = dict(media)
         self.readers = dict(readers)
@@ -198,6 +203,8 @@ class ManifestDataset(Dataset[Sample]):
             return self._cache[index], 0.0
         raw, starts = {}, [0.0]
         for name, key in self.media.items():
+            if key not in row:
+                continue
             value = row[key]
             if key not in MEDIA:
                 raw[name] = self._read_text(name, row["id"], value)

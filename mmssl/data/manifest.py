@@ -110,6 +110,21 @@ class Manifest(Sequence[Row]):
                 f"{self.place(lacking[0])}: no {media!r}, which {reader} reads; the row has {', '.join(sorted(row))}"
             )
 
+    def require_several(self, keys: Sequence[str]) -> None:
+        """See that every row has at least two of these keys of `READ`.
+
+        Raises:
+            ValueError: a row has less.
+        """
+        having = np.stack([self._index["read"] & (1 << READ.index(key)) != 0 for key in keys]).sum(0)
+        lacking = np.flatnonzero(having < 2)
+        if len(lacking):
+            row = self[int(lacking[0])]
+            raise ValueError(
+                f"{self.place(lacking[0])}: a row needs at least two of {', '.join(map(repr, keys))} to learn from; "
+                f"this one has {', '.join(sorted(row))}"
+            )
+
     def place(self, index: int) -> str:
         """Where row `index` stands: the file and its line, counted from 1."""
         with open(self.path, "rb") as handle:

@@ -5,6 +5,7 @@ from torch import nn
 from mmssl.objectives.apc import APC
 from mmssl.objectives.best_rq import BestRQ
 from mmssl.objectives.classify import Classify
+from mmssl.objectives.clip import CLIP
 from mmssl.objectives.cpc import CPC
 from mmssl.objectives.ctc import CTC
 from mmssl.objectives.data2vec import Data2Vec
@@ -40,9 +41,12 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "data2vec": Data2Vec,
     "data2vec2": Data2Vec2,
     "jepa": JEPA,
+    "clip": CLIP,
     "ctc": CTC,
     "classify": Classify,
 }
+# those that bring several modalities together, and take their `Encoders`
+PAIRED = [name for name, objective in OBJECTIVES.items() if getattr(objective, "pairs", False)]
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {
     name: label for name, objective in OBJECTIVES.items() if (label := getattr(objective, "label", None)) is not None

@@ -1,0 +1,273 @@
+"""Pairs from the row to the joint space: what a recipe of several modalities says, reads, trains and embeds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import mmssl
+from mmssl.assemble import build_encoders, export_config, resolve, train
+from mmssl.cli import app
+from mmssl.data.batching import collate_samples
+from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.encoder import Encoder
+from mmssl.loading import build_dataset, build_plan
+from mmssl.recipe import RecipeError, load, members
+from mmssl.types import BadClip, Batch, Raw
+
+RECIPE = """# toy
+modality:
+  image:
+    frontend: {name: patches, size: [4, 4], mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
+    positions: {name: sincos}
+    encoder: {prefix: 1}
+    augment: {train: [{name: flip}]}
+  text:
+    frontend: {name: tokens, context: 12}
+    positions: {name: learned, grid: [12]}
+backbone: separate
+tokenizer: {name: byte_bpe, entries: 300}
+transformer: {dim: 16, depth: 2, heads: 2}
+objective: {name: clip, dim: 8, pool: {image: class, text: last}}
+data: {train: train.jsonl, batch_size: 4}
+optimizer: {lr: 0.003}
+schedule: {name: constant}
+trainer: {steps: 3, log_every: 1, device: cpu, threads: 1}
+"""
+SPEECH = """  speech:
+    frontend: {name: logmel, bands: 8, rate: 8000}
+    positions: {name: sincos}
+backbone"""
+WORDS = ["red heart", "blue box", "green tree", "white moon", "black cat", "red box"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for n in range(len(WORDS)):
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / f"{n}.png")
+    Path("toy.yaml").write_text(RECIPE, encoding="utf-8")
+    write_manifest("train.jsonl", [{"image": f"{n}.png", "text": f"a {text}"} for n, text in enumerate(WORDS)])
+    return tmp_path
+
+
+def dataset(settings=(), side="train"):
+    recipe = resolve(load("toy.yaml", settings))
+    manifest = Manifest(recipe.values["data"]["train"])
+    config = export_config(recipe, manifest)
+    return build_dataset(recipe, config, build_encoders(config), manifest, side=side), recipe, manifest
+
+
+# what a recipe says
+
+
+def test_a_resolved_recipe_is_resolved_to_itself(folder: Path) -> None:
+    for settings in ([], ["backbone=shared"], ["modality.text.transformer={dim: 8, depth: 1, heads: 1}"]):
+        first = resolve(load("toy.yaml", settings))
+        (folder / "again.yaml").write_text(first.dump(), encoding="utf-8")
+        assert resolve(load("again.yaml")).values == first.values
+
+
+def test_one_line_shares_the_trunk(folder: Path) -> None:
+    counts = {}
+    for backbone in ("separate", "shared"):
+        recipe = resolve(load("toy.yaml", [f"backbone={backbone}"]))
+        encoders = build_encoders(export_config(recipe, Manifest("train.jsonl")))
+        assert not isinstance(encoders, Encoder)
+        assert encoders.shared == (backbone == "shared")
+        counts[backbone] = sum(p.numel() for p in encoders.parameters())
+        trunk = sum(p.numel() for p in encoders["image"].transformer.parameters())
+    assert counts["separate"] - counts["shared"] == trunk
+
+
+def test_a_modality_takes_the_recipes_transformer_where_it_writes_none(folder: Path) -> None:
+    recipe = resolve(load("toy.yaml", ["modality.text.transformer={dim: 8, depth: 1, heads: 1, causal: true}"]))
+    own = members(recipe.values)
+    assert own["image"]["transformer"]["dim"] == 16
+    assert own["text"]["transformer"]["causal"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["modality.image.frontend.sze=3"], "unknown key 'modality.image.frontend.sze'. Did you mean .*size"),
+        (["modality.image.init=x"], "unknown key 'modality.image.init'"),
+        (["modality.pictures={}"], "unknown key 'modality.pictures'"),
+        (["modality.text=null"], "'modality.text' should be a mapping of frontend, positions, transformer, encoder"),
+        (["modality.text={}"], "'modality.text.frontend.name' is missing; one of: tokens"),
+        (["augment={}"], "'augment' stands below each modality here, as modality.image.augment"),
+        (["init=runs/mae"], "init: holds one encoder, and these are image and text; leave it out"),
+        (["backbone=joined"], "backbone: should be 'separate' or 'shared' .got 'joined'."),
+        (["backbone=shared", "modality.text.transformer={dim: 8}"], "is shared; write it once, as 'transformer'"),
+        (
+            ["objective={name: classify}"],
+            "classify learns from one modality, and these are image and text; choose clip",
+        ),
+        (["trainer.accumulate=2"], "trainer.accumulate=2: clip tells the pairs of a micro-batch apart"),
+        (["modality=image"], "clip brings several modalities together; write them as modality: {image: {...}"),
+        (["objective.pool={image: max, text: last}"], "objective.pool: .*'mean', 'class' or 'last'"),
+        (["tokenizer=null"], "'tokenizer.name' is missing"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(folder: Path, settings: list[str], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        resolve(load("toy.yaml", settings))
+
+
+def test_two_modalities_that_read_the_same_key_are_no_pair(folder: Path) -> None:
+    text = RECIPE.replace("  text:\n", "  audio:\n").replace("  image:\n", "  speech:\n")
+    Path("toy.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match="modality: needs two or more that read different keys"):
+        resolve(load("toy.yaml"))
+
+
+# what it reads
+
+
+def test_a_batch_of_pairs_is_one_dictionary(folder: Path) -> None:
+    clips, recipe, manifest = dataset()
+    plan = build_plan(recipe, manifest, side="eval")
+    batch = collate_samples([clips.read(int(i), 0) for i in plan.batch(0, 0)])
+    assert list(batch.inputs) == ["image", "text"]
+    assert batch.inputs["image"].data.shape == (4, 3, 8, 8)
+    assert batch.inputs["text"].data.dtype == torch.int64
+    assert batch.inputs["text"].ids == batch.inputs["image"].ids == batch.ids
+    assert not batch.rows
+    assert torch.equal(batch.of("text").seeds, batch.seeds)
+    with pytest.raises(ValueError, match=r"expected one modality, got \['image', 'text'\]"):
+        _ = batch.raw
+
+
+def test_of_two_modalities_a_row_has_both(folder: Path) -> None:
+    write_manifest("train.jsonl", [{"image": "0.png", "text": "a"}, {"image": "1.png"}])
+    with pytest.raises(ValueError, match=r"train.jsonl:2: no 'text', which text reads; the row has id, image"):
+        dataset()
+
+
+def test_of_three_modalities_a_row_may_lack_one(folder: Path) -> None:
+    import soundfile
+
+    soundfile.write("a.wav", np.random.default_rng(0).normal(0, 0.1, 4000), 8000)
+    Path("toy.yaml").write_text(
+        RECIPE.replace("backbone", SPEECH, 1).replace("text: last}", "text: last, speech: mean}")
+    )
+    rows = [
+        {"image": "0.png", "text": "a"},
+        {"audio": "a.wav", "seconds": 0.5, "text": "b"},
+        {"audio": "a.wav", "seconds": 0.5, "image": "2.png", "text": "c"},
+        {"audio": "a.wav", "seconds": 0.5, "image": "2.png", "id": "last"},
+    ]
+    write_manifest("train.jsonl", rows)
+    clips, *_ = dataset(["data.bucket=false"])
+    batch = collate_samples([clips.read(i, 0) for i in range(4)])
+    assert {name: rows.tolist() for name, rows in batch.rows.items()} == {
+        "image": [0, 2, 3],
+        "text": [0, 1, 2],
+        "speech": [1, 2, 3],
+    }
+    assert batch.ids == ["0.png", "a.wav", "a.wav", "last"]
+    assert torch.equal(batch.of("speech").seeds, batch.seeds[1:])
+    assert len(batch.inputs["speech"]) == 3
+    run = train("toy.yaml", "run", ["data.bucket=false"])
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
+    write_manifest("train.jsonl", [*rows, {"text": "alone"}])
+    with pytest.raises(
+        ValueError, match="train.jsonl:5: a row needs at least two of 'image', 'text', 'audio' to learn"
+    ):
+        dataset(["data.bucket=false"])
+
+
+def test_a_broken_half_follows_the_policy(folder: Path) -> None:
+    Path("5.png").write_bytes(b"no picture")
+    with pytest.raises(BadClip, match=r"not a picture that Pillow can read \(at .*train.jsonl:6\)"):
+        train("toy.yaml", "one")
+    run = train("toy.yaml", "two", ["data.on_bad_clip=skip", "data.max_bad_share=0.5"])
+    [bad] = (run / "bad_clips.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(bad)["path"].endswith("5.png")
+
+
+def test_pairs_that_agree_in_a_key_are_known_in_the_batch(folder: Path) -> None:
+    rows = [{"image": f"{n}.png", "text": WORDS[n], "name": name} for n, name in enumerate(["x", "y", "x", [1], [1]])]
+    write_manifest("train.jsonl", rows)
+    clips, *_ = dataset(["objective.same=name"])
+    labels = collate_samples([clips.read(i, 0) for i in range(5)]).labels
+    assert labels is not None
+    assert (labels[:, None] == labels).int().tolist() == [
+        [1, 0, 1, 0, 0],
+        [0, 1, 0, 0, 0],
+        [1, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1],
+        [0, 0, 0, 1, 1],
+    ]
+    with pytest.raises(BadClip, match="the row has no 'concept'"):
+        dataset(["objective.same=concept"])[0].read(0, 0)
+
+
+def test_the_ids_of_a_batch_are_put_together_from_what_each_modality_has() -> None:
+    def some(*ids: str) -> Raw:
+        return Raw(torch.zeros(len(ids), 1), torch.ones(len(ids), dtype=torch.int64), list(ids))
+
+    rows = {"image": torch.tensor([0, 2]), "text": torch.tensor([1, 2])}
+    batch = Batch({"image": some("a", "c"), "text": some("b", "c")}, torch.tensor([7, 8, 9]), rows=rows)
+    assert batch.ids == ["a", "b", "c"]
+    assert batch.of("text").seeds is not None
+    assert batch.of("text").seeds.tolist() == [8, 9]
+    assert batch.to("cpu").rows is rows
+
+
+# what it gives
+
+
+@pytest.mark.parametrize("backbone", ["separate", "shared"])
+def test_a_run_embeds_both_sides_into_one_space(folder: Path, backbone: str) -> None:
+    run = train("toy.yaml", "run", [f"backbone={backbone}", "data.valid=train.jsonl", "trainer.eval_every=3"])
+    assert train("toy.yaml", "run", [f"backbone={backbone}", "data.valid=train.jsonl", "trainer.eval_every=3"]) == run
+    encoder = mmssl.load(run, device="cpu")
+    assert encoder.modalities == ["image", "text"]
+    pictures = encoder.embed(["0.png", "1.png"], modality="image")
+    captions = encoder.embed(["a red heart", "a blue box"], modality="text")
+    for out in (pictures, captions):
+        assert out.scene.shape == (2, 8)
+        assert torch.allclose(out.scene.norm(dim=1), torch.ones(2), atol=1e-6)
+    # a manifest of pairs is read by either side
+    again = encoder.embed("train.jsonl", modality="text")
+    assert torch.allclose(again.scene[:2], captions.scene, atol=1e-5)
+    one = encoder.of("image")
+    assert one.depth == 2
+    assert one.embed("0.png", pool="mean").scene.shape == (1, 16)
+    assert len(one.embed("0.png", layer="all")) == 3
+    with pytest.raises(ValueError, match="has encoders of image and text; say which, by modality"):
+        encoder.embed("0.png")
+    with pytest.raises(ValueError, match="modality='video': run has an encoder of image and text"):
+        encoder.embed("0.png", modality="video")
+    with pytest.raises(ValueError, match=r"only the output \(layer -1\) is brought into the space"):
+        encoder.embed("0.png", modality="image", layer=1, pool="joint")
+    half = mmssl.load(run, device="cpu", precision="bfloat16").embed(["0.png", "1.png"], modality="image")
+    assert torch.allclose(half.scene, pictures.scene, atol=0.05)
+
+
+def test_the_command_embeds_one_side(folder: Path) -> None:
+    train("toy.yaml", "run")
+    done = CliRunner().invoke(app, ["embed", "run", "a red heart", "--modality", "text", "--out", "a.npz"])
+    assert done.exit_code == 0, done.output
+    assert "1 clips, width 8" in done.output
+    done = CliRunner().invoke(app, ["embed", "run", "0.png"])
+    assert done.exit_code == 2
+
+
+def test_one_side_of_a_run_is_fine_tuned(folder: Path) -> None:
+    run = train("toy.yaml", "run")
+    rows = [{"image": f"{n}.png", "label": str(n % 2)} for n in range(4)]
+    write_manifest("labels.jsonl", rows)
+    text = RECIPE.partition("modality:")[0] + RECIPE.partition("data:")[1] + RECIPE.partition("data:")[2]
+    Path("tune.yaml").write_text(f"{text}modality: image\nobjective: {{name: classify}}\n", encoding="utf-8")
+    settings = [f"init={run}", "data.train=labels.jsonl", "optimizer.lr=1e-12", "optimizer.weight_decay=0"]
+    tuned = mmssl.load(train("tune.yaml", "tuned", settings), device="cpu")
+    before = mmssl.load(run, device="cpu").embed("0.png", modality="image", pool="mean").scene
+    assert torch.allclose(tuned.embed("0.png").scene, before, atol=1e-4)
+    assert tuned.predict(["0.png"])[0] in ("0", "1")
