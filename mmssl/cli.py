@@ -165,8 +165,11 @@ def evaluate(
     model: Model,
     test: Annotated[Path, typer.Option(help="Manifest of the clips to measure on.", show_default=False)],
     task: Annotated[
-        Literal["linear", "knn", "classify", "ctc"],
-        typer.Option(help="linear, knn: fitted on frozen features; classify, ctc: what a fine-tuned run says."),
+        Literal["linear", "knn", "classify", "ctc", "retrieval", "zero-shot"],
+        typer.Option(
+            help="linear, knn: fitted on frozen features; classify, ctc: what a fine-tuned run says; retrieval, "
+            "zero-shot: of a run on several modalities."
+        ),
     ] = "linear",
     train: Annotated[Path | None, typer.Option(help="Manifest to fit on: linear and knn.")] = None,
     valid: Annotated[
@@ -174,6 +177,9 @@ def evaluate(
     ] = None,
     modality: Annotated[
         str | None, typer.Option(help="What the clips are, for a run on several modalities.", show_default=False)
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="zero-shot: a file with the names of classes and templates.", show_default=False)
     ] = None,
     layer: Annotated[str, typer.Option(help="select tries all on --valid; or one as for embed, or several: 4,6.")] = (
         "select"
@@ -223,6 +229,7 @@ def evaluate(
         train=train,
         valid=valid,
         modality=modality,
+        classes=classes,
         layer="select" if layer == "select" else [_number("--layer", part, int) for part in layer.split(",")],
         pool=pool,
         label=label,
@@ -493,7 +500,7 @@ def _done(run: Path) -> None:
         task = values["objective"]["name"]
         test = valid or "HELD_OUT.jsonl"
         if isinstance(values["modality"], dict):
-            print(f"{run}: done; what it is good for:")
+            print(f"{run}: done; what it is good for:\n  mmssl evaluate {run} --task retrieval --test {test}")
             for name in values["modality"]:
                 print(f"  mmssl embed {run} {test} --modality {name} --out {name}.npz")
             return distributed.shutdown()

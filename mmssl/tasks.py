@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.assemble import build_encoder
+from mmssl.crossmodal import retrieval, zero_shot
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import Classes
 from mmssl.embed import Embedder, Precision, load
@@ -26,7 +27,7 @@ from mmssl.modalities import MODALITIES
 from mmssl.types import Encoded, Raw, Tokens
 
 Clips = str | Path | Manifest
-Task = Literal["linear", "knn", "classify", "ctc"]
+Task = Literal["linear", "knn", "classify", "ctc", "retrieval", "zero-shot"]
 Baseline = Literal["random", "pixels", "logmel"]
 
 
@@ -38,6 +39,7 @@ def evaluate(
     train: Clips | None = None,
     valid: Clips | None = None,
     modality: str | None = None,
+    classes: str | Path | None = None,
     layer: int | Sequence[int] | Literal["select"] = "select",
     pool: str = "mean",
     label: str = "label",
@@ -61,7 +63,8 @@ def evaluate(
 
     "linear" and "knn" fit a logistic regression or a nearest-neighbor classifier on frozen features of `train`; layer
     and settings are chosen on `valid`, and `test` is touched once. "classify" and "ctc" measure what a fine-tuned run
-    says of the clips of `test`, and fit nothing.
+    says of the clips of `test`, and fit nothing. "retrieval" and "zero-shot" measure a run on several modalities, see
+    `mmssl.crossmodal`, and fit nothing either.
 
     Args:
         run: see `mmssl.load`; or an `Embedder`.
@@ -69,6 +72,7 @@ def evaluate(
             clips is set aside for it, drawn by class; once chosen, what is fitted sees them too, unless `train` is to
             be used with few labels.
         modality: see `Embedder.embed`.
+        classes: of "zero-shot", see `mmssl.crossmodal.read_prompts`.
         layer: see `Embedder.embed`; "select" chooses among all of them, the output after the final norm included.
         pool: see `Pool.named`.
         label: the key of a row that holds its class.
@@ -87,12 +91,23 @@ def evaluate(
 
     Returns:
         {"accuracy": Score}; {"wer": Score, "cer": Score} for "ctc"; {"map": Score}, the mean average precision, for
-        "classify" where clips have several classes.
+        "classify" where clips have several classes; {"image_to_text_at_1": Score, ...} for "retrieval".
 
     Raises:
         ValueError: something that this task needs is missing, or manifests that do not fit each other.
     """
     embedder = run if isinstance(run, Embedder) else load(run, device=device, precision=precision)
+    if task in ("retrieval", "zero-shot"):
+        if baseline is not None:
+            raise ValueError(
+                f"baseline={baseline}: {task} goes by a space of several modalities; leave the baseline out"
+            )
+        common: dict[str, Any] = {"batch_size": batch_size, "on_bad_clip": on_bad_clip, "progress": progress}
+        if task == "retrieval":
+            return retrieval(embedder, _manifest(test), **common)
+        if classes is None:
+            raise ValueError("task=zero-shot: give a file with the names of classes (classes, --classes)")
+        return zero_shot(embedder, _manifest(test), classes=classes, modality=modality, label=label, **common)
     embedder = embedder.of(modality)
     if baseline is not None:
         embedder = as_baseline(embedder, baseline, seed=seed)
@@ -104,7 +119,7 @@ def evaluate(
             raise ValueError(f"baseline={baseline}: {task} measures what a fine-tuned run says; leave the baseline out")
         return _fine_tuned(embedder, task, _manifest(test), label, beam, spans, settings)
     if task not in ("linear", "knn"):
-        raise ValueError(f"task={task!r}: choose linear, knn, classify or ctc")
+        raise ValueError(f"task={task!r}: choose linear, knn, classify, ctc, retrieval or zero-shot")
     if train is None:
         raise ValueError(f"task={task}: is fitted on labelled clips, give their manifest as train")
     if by is not None and valid is not None:
@@ -116,11 +131,11 @@ def evaluate(
     else:
         layers = [layer] if isinstance(layer, int) else [int(i) for i in layer]
     few = labels_per_class is not None or label_share is not None
-    classes = Classes.from_labels(_manifest(train).values(label))
+    known = Classes.from_labels(_manifest(train).values(label))
 
     def collect(clips: Clips, by: str | None = None) -> tuple[Split, int]:
         return labelled(
-            embedder, _manifest(clips), classes=classes, label=label, by=by, layers=layers, pool=pool, **settings
+            embedder, _manifest(clips), classes=known, label=label, by=by, layers=layers, pool=pool, **settings
         )
 
     fitting, skipped = collect(train, by)

@@ -37,7 +37,8 @@ ARROWS = {
     ],
     "clips": [*PARTS, "encoder", "modalities", "data", "loading"],
     "embed": ["recipe", *PARTS, "encoder", "data", "evaluation", "assemble", "clips", "convert"],
-    "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
+    "crossmodal": ["modalities", "data", "evaluation", "embed"],
+    "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed", "crossmodal"],
     "units": [*PARTS, "modalities", "data", "embed", "training.checkpoint"],
     "normalization": ["recipe", "types", "modalities", "data", "loading", "assemble"],
 }

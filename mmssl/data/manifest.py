@@ -110,6 +110,11 @@ class Manifest(Sequence[Row]):
                 f"{self.place(lacking[0])}: no {media!r}, which {reader} reads; the row has {', '.join(sorted(row))}"
             )
 
+    def having(self, keys: Sequence[str]) -> Manifest:
+        """The rows that have all of these keys of `READ`."""
+        wanted = sum(1 << READ.index(key) for key in keys)
+        return self.select(np.flatnonzero(self._index["read"] & wanted == wanted))
+
     def require_several(self, keys: Sequence[str]) -> None:
         """See that every row has at least two of these keys of `READ`.
 

@@ -14,6 +14,7 @@ import soundfile
 import torch
 from PIL import Image
 
+from mmssl.crossmodal import read_prompts
 from mmssl.data.dataset import ManifestDataset
 from mmssl.data.manifest import Manifest, read_slice, write_manifest
 from mmssl.data.scan import read_table
@@ -52,6 +53,52 @@ def test_every_data_set_has_a_readme_and_a_script() -> None:
         assert "* Get it: " in text
         assert f"python data_manifests/{folder.name}/write_manifest.py" in text
         assert (folder / "write_manifest.py").is_file()
+
+
+def test_emoji_are_pairs_by_style_and_split(tmp_path: Path) -> None:
+    table = [
+        ("a.png", "red heart", "heart; red", "Symbols", "heart", "red heart", "noto,twemoji", "train"),
+        ("b.png", "blue box", "", "Objects", "box", "blue box", "noto,twemoji", "test"),
+    ]
+    names = ("file", "name", "keywords", "category", "subcategory", "concept", "styles", "split")
+    (tmp_path / "index.tsv").write_text("".join("\t".join(line) + "\n" for line in (names, *table)))
+    for style, color in (("noto", "red"), ("twemoji", "blue")):
+        with tarfile.open(tmp_path / f"{style}.tar", "w") as shard:
+            for file, *_ in table:
+                Image.new("RGBA", (8, 8), color).save(tmp_path / file)
+                shard.add(tmp_path / file, file)
+                (tmp_path / file).unlink()
+    script("emoji_text").main(tmp_path, tmp_path / "out")
+    train = {row["id"]: row for row in Manifest(tmp_path / "out" / "train.jsonl")}
+    assert {name: row["text"] for name, row in train.items()} == {
+        "noto/a": "red heart",
+        "noto/a#keywords": "heart, red",
+        "twemoji/a": "red heart",
+        "twemoji/a#keywords": "heart, red",
+    }
+    assert {row["name"] for row in train.values()} == {"red heart"}
+    [row] = Manifest(tmp_path / "out" / "test_twemoji.jsonl")
+    assert (row["id"], row["text"], row["label"]) == ("twemoji/b", "blue box", "Objects")
+    clip = read_image(read_slice(row["image"], row["offset"], row["size"]))
+    assert clip[:, 0, 0].tolist() == [0, 0, 1]
+
+
+def test_the_real_emoji_have_as_many_rows_as_the_readme_says(data_root: Path, tmp_path: Path) -> None:
+    if not (data_root / "emoji_text").is_dir():
+        pytest.skip("no emoji_text in the data")
+    script("emoji_text").main(data_root / "emoji_text", tmp_path)
+    counts = {path.stem: len(Manifest(path)) for path in tmp_path.glob("*.jsonl")}
+    assert counts == {
+        "train": 6004,
+        "valid": 186,
+        "valid_noto": 93,
+        "valid_twemoji": 93,
+        "test": 540,
+        "test_noto": 270,
+        "test_twemoji": 270,
+    }
+    labels = {row["label"] for row in Manifest(tmp_path / "test.jsonl")}
+    assert labels <= set(read_prompts(FOLDER / "emoji_text" / "categories.yaml"))
 
 
 @pytest.mark.parametrize("tar", [False, True])
