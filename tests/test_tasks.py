@@ -188,7 +188,7 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
     ("given", "words"),
     [
         ({"task": "linear", "train": None}, "give their manifest as train"),
-        ({"task": "cluster"}, "choose linear, knn, classify or ctc"),
+        ({"task": "cluster"}, "choose linear, knn, classify, ctc, retrieval or zero-shot"),
         ({"baseline": "logmel"}, "choose random, or pixels"),
         ({"task": "classify", "baseline": "pixels"}, "leave the baseline out"),
         ({"task": "knn", "spans": 3}, "for task classify only"),
