@@ -503,7 +503,8 @@ def _done(run: Path) -> None:
             print(f"{run}: done; what it is good for:\n  mmssl evaluate {run} --task retrieval --test {test}")
             for name in values["modality"]:
                 print(f"  mmssl embed {run} {test} --modality {name} --out {name}.npz")
-            return distributed.shutdown()
+            distributed.shutdown()
+            return
         fitted = f"--task {task}" if task in LABELLED else f"--task linear --train {train}"
         print(
             f"{run}: done; what it is good for:\n"
