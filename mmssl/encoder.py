@@ -51,6 +51,17 @@ class Encoder(nn.Module):
     def n_prefix(self) -> int:
         return 0 if self.prefix is None else len(self.prefix)
 
+    def skips_parameters(self, hide: Hide) -> bool:
+        """Whether some parameters get no gradient in some updates of an objective that hides tokens so.
+
+        They are the mask token where nothing is replaced, blocks that are left out, and features that are not trained.
+        """
+        return (
+            (self.mask_token is not None and hide != "replace")
+            or self.transformer.layer_drop > 0
+            or getattr(self.frontend, "grad_mult", 1.0) == 0
+        )
+
     def refuse_lookahead(self, objective: str) -> None:
         """For objectives that predict what is to come.
 

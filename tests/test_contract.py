@@ -365,6 +365,20 @@ def test_gradients_reach_every_part(name, source):
 
 
 @each_pair
+def test_a_batch_with_nothing_to_learn_from_leaves_out_no_more_than_is_said(name, source):
+    """Clips of one step, and of one patch: most objectives then find nothing to predict, or nothing to tell it from."""
+    model = objective(name, source)
+    steps = 2 if (name, source) == ("siam_mae", "video/tubes") else 1  # the one that is seen, and the one that is asked
+    raw = CLIPS[source][0]([steps * model.encoder.frontend.min_length] * 4)
+    if raw.data.ndim > 2:
+        raw = replace(raw, data=raw.data[..., :4, :4])
+    model(batch(name, source, raw)).total.backward()
+    unreached = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert unreached == ([] if model.hide == "replace" else ["encoder.mask_token"])
+    assert model.skips_parameters == bool(unreached)
+
+
+@each_pair
 def test_twenty_steps_lower_the_loss(name, source):
     model = objective(name, source)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

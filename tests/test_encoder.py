@@ -95,3 +95,25 @@ def test_two_encoders_may_hold_one_transformer():
     one = Encoder(Patches(dim=16, size=(4, 4)), trunk, SinCos(16))
     two = Encoder(Waveform(dim=16), trunk, Convolutional(16, kernel=8, groups=4))
     assert one.transformer is two.transformer
+
+
+@pytest.mark.parametrize(("build", "raw"), CASES)
+@pytest.mark.parametrize("hide", ["none", "drop", "replace", "unseen"])
+def test_a_mask_token_is_left_without_gradient_by_all_who_replace_nothing(build, raw, hide):
+    encoder = build(mask_token=True)
+    tokens = encoder.tokens(raw)
+    plan = None if hide == "none" else random_mask(tokens.lengths, ratio=0.5, seeds=torch.arange(len(raw)))
+    encoder(tokens, plan, hide).x.sum().backward()
+    assert encoder.skips_parameters(hide) == (encoder.mask_token.grad is None) == (hide != "replace")
+    assert not build().skips_parameters(hide)
+
+
+def test_blocks_left_out_and_features_that_are_not_trained_get_no_gradient():
+    assert Encoder(
+        Patches(dim=16, size=(4, 4)), Transformer(dim=16, depth=2, heads=2, layer_drop=0.1), SinCos(16)
+    ).skips_parameters("none")
+    encoder = speech()
+    encoder.frontend.grad_mult = 0.0
+    encoder(encoder.tokens(waves([1200, 700]))).x.sum().backward()
+    assert encoder.skips_parameters("none")
+    assert any(parameter.grad is None for parameter in encoder.parameters())

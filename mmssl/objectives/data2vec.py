@@ -79,7 +79,7 @@ class Data2Vec(nn.Module):
         self.beta = beta
         self.first_decay, self.last_decay, self.ema_updates = ema_decay, ema_decay_end, ema_updates
         self.shares_tokens = "frontend" in copied
-        self.skips_parameters = encoder.transformer.layer_drop > 0 or getattr(encoder.frontend, "grad_mult", 1.0) == 0
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.teacher = Teacher(encoder, copy=parts_to_copy(encoder, copied))
         self.predict = nn.Linear(encoder.dim, encoder.dim)
 

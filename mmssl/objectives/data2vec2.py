@@ -89,12 +89,7 @@ class Data2Vec2(nn.Module):
         self.beta = beta
         self.first_decay, self.last_decay, self.ema_updates = ema_decay, ema_decay_end, ema_updates
         self.shares_tokens = "frontend" in copied
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.teacher = Teacher(encoder, copy=parts_to_copy(encoder, copied))
         self.decoder = ConvDecoder(
             dim_in=encoder.dim,

@@ -115,12 +115,7 @@ class MAE(nn.Module):
         # saved where masks depend on it, so that a run that is resumed draws the same ones
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64), persistent=first != last)
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predictor = Predictor(
             dim_in=encoder.dim,
             dim=decoder_dim,

@@ -110,12 +110,7 @@ class NPC(nn.Module):
             )
         self.encoder = encoder
         self.target = target
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.contexts = nn.ModuleList(
             MaskedConv(dim_in=encoder.dim, dim=context_dim, kernel=kernel, gap=gap) for gap in gaps
         )

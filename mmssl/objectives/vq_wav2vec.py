@@ -66,8 +66,7 @@ class VQWav2Vec(nn.Module):
         else:
             self.quantizer = KMeansQuantizer(dim=dim, groups=groups, codes=codes, commitment=commitment)
         self.negatives = negatives
-        # nothing is replaced here, so a mask token gets no gradient, and steps beyond the end of all clips get none
-        self.skips_parameters = True
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predict = nn.ModuleList(nn.Linear(encoder.dim, dim) for _ in range(steps))
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))

@@ -45,8 +45,7 @@ class Wav2Vec(nn.Module):
             raise ValueError(f"objective.steps={steps}, negatives={negatives}: both must be at least 1")
         self.encoder = encoder
         self.steps, self.negatives = steps, negatives
-        # nothing is replaced here, so a mask token gets no gradient, and steps beyond the end of all clips get none
-        self.skips_parameters = True
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predict = nn.ModuleList(nn.Linear(encoder.dim, encoder.frontend.feature_dim) for _ in range(steps))
 
     def forward(self, batch: Batch) -> Loss:
