@@ -12,6 +12,7 @@ from mmssl.encoder import Encoder
 from mmssl.nn.block_masks import BLOCK_MASKS
 from mmssl.nn.conv_decoder import ConvDecoder
 from mmssl.nn.latent import Norm, average_layers, parts_to_copy, regression, top_layers
+from mmssl.nn.seeds import normal_per_clip
 from mmssl.nn.spread import feature_spread, spread
 from mmssl.nn.teacher import Teacher, ema_decay
 from mmssl.types import Batch, Hide, Loss, MaskPlan, Point, Raw, Tokens
@@ -145,8 +146,4 @@ class Data2Vec2(nn.Module):
     def _noise(self, plan: MaskPlan, seeds: Tensor, like: Tensor) -> Tensor:
         """(M, D), each clip's from its own seed, one copy after the other."""
         counts = plan.masked.sum(1).view(len(seeds), -1).sum(1)
-        parts = [
-            torch.randn(n, like.shape[-1], generator=torch.Generator(like.device).manual_seed(seed), device=like.device)
-            for n, seed in zip(counts.tolist(), seeds.tolist(), strict=True)
-        ]
-        return torch.cat(parts) * self.mask_noise
+        return normal_per_clip(counts, like.shape[-1], seeds, like.device) * self.mask_noise

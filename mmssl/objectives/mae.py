@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmssl.encoder import Encoder
 from mmssl.nn.masking import green_mask, plan_of, random_mask, running_cells, tube_mask
 from mmssl.nn.predictor import Predictor, places
+from mmssl.nn.seeds import normal_per_clip
 from mmssl.nn.spread import spread, token_spread
 from mmssl.types import Batch, Frontend, Hide, Loss, MaskPlan, Raw, Tokens
 
@@ -203,11 +204,7 @@ class MAE(nn.Module):
         """(M, D) for so many tokens of each clip, the clips' end to end, each from its own seed."""
         if self.position_noise == 0:
             return None
-        parts = [
-            torch.randn(n, like.shape[-1], generator=torch.Generator(like.device).manual_seed(seed), device=like.device)
-            for n, seed in zip(counts.tolist(), seeds.tolist(), strict=True)
-        ]
-        return torch.cat(parts) * self.position_noise**0.5
+        return normal_per_clip(counts, like.shape[-1], seeds, like.device) * self.position_noise**0.5
 
     def _hide(self, batch: Batch, masked: Tensor | None = None) -> tuple[Tokens, MaskPlan]:
         tokens = self.encoder.tokens(batch.raw)
