@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.nn.masking import take
-from mmssl.nn.positions import Learned, SinCos
+from mmssl.nn.positions import READ_CONTENT
 from mmssl.nn.transformer import Transformer
 from mmssl.types import Encoded, Frontend, Hide, MaskPlan, Point, Raw, Tokens, valid_mask
 
@@ -73,10 +73,10 @@ class Encoder(nn.Module):
                 f"transformer.causal=false: {objective} predicts tokens to come, which an encoder that sees them only "
                 "copies; set it to true"
             )
-        if not isinstance(self.positions, SinCos | Learned):
+        if isinstance(self.positions, READ_CONTENT):
             raise ValueError(
                 f"positions: {type(self.positions).__name__} reads tokens to come, which {objective} predicts; choose "
-                "sincos or learned"
+                "sincos, flat_sincos, learned or none"
             )
 
     def tokens(self, raw: Raw) -> Tokens:

@@ -7,7 +7,7 @@ from mmssl.encoder import Encoder
 from mmssl.modalities.image.frontend import Patches
 from mmssl.modalities.speech.frontend import Waveform
 from mmssl.nn.masking import random_mask
-from mmssl.nn.positions import Convolutional, SinCos
+from mmssl.nn.positions import POSITIONS, Convolutional, SinCos
 from mmssl.nn.transformer import Transformer
 from mmssl.types import Raw
 
@@ -117,3 +117,20 @@ def test_blocks_left_out_and_features_that_are_not_trained_get_no_gradient():
     encoder(encoder.tokens(waves([1200, 700]))).x.sum().backward()
     assert encoder.skips_parameters("none")
     assert any(parameter.grad is None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_through_which_a_token_sees_later_ones_are_refused_to_look_ahead_and_no_others(name):
+    torch.manual_seed(0)
+    settings = {"flat_sincos": {"grid": [4, 3]}, "learned": {"grid": [4, 3]}}
+    settings |= {"conv": {"kernel": 4, "groups": 4}, "stacked_conv": {"kernel": 3, "groups": 4}}
+    body = Transformer(dim=16, depth=1, heads=2, causal=True)
+    encoder = Encoder(Patches(dim=16, size=(4, 4)), body, POSITIONS[name](16, **settings.get(name, {}))).eval()
+    tokens = encoder.tokens(pictures())
+    before = encoder(tokens).tokens[:, :6]
+    tokens.x.data[:, 6:] += 1
+    if torch.equal(encoder(tokens).tokens[:, :6], before):
+        encoder.refuse_lookahead("looking ahead")
+    else:
+        with pytest.raises(ValueError, match=f"{type(encoder.positions).__name__} reads tokens to come"):
+            encoder.refuse_lookahead("looking ahead")
