@@ -165,9 +165,8 @@ def objective(name, source):
     if "target" in inspect.signature(OBJECTIVES[name]).parameters:
         target = MODALITIES[modality].targets[TARGET[modality]]
         settings |= {"target": target.values, "target_dim": target.dim(body.frontend)}
-        if (
-            name == "mae" and modality == "audio"
-        ):  # as Audio-MAE has it: a block with windows, and one with shifted ones
+        # as Audio-MAE has it: a block with windows, and one with shifted ones
+        if name == "mae" and modality == "audio":
             settings |= {"decoder_window": [2, 2], "decoder_depth": 2}
     return OBJECTIVES[name](body, **settings)
 
