@@ -417,12 +417,24 @@ def test_the_network_is_touched_for_a_name_of_the_hub_alone(
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    for source in ("nowhere", "runs/vit", "models/vit", "./someone/vit", "/someone/vit", "a/b/c"):
+    paths = ["nowhere", "runs/vit", "models/vit", "./someone/vit", "../someone/vit", "/someone/vit", "~/vit", "a/b/c"]
+    for source in (*paths, "someone/vit/", "someone/vit.pt", "someone/model.safetensors", "someone/v1.5/encoder.h5"):
         with pytest.raises(ValueError, match="no such folder; give the folder"):
             find(source)
     assert asked == []
     assert find("someone/vit") == saved("vit")[1]
-    with pytest.raises(ValueError, match=r"someone/other: no such folder, and it could not be had .*such model\)$"):
+    both = (
+        r"someone/other: as a path, there is no folder someone here, and as a name of the hub .*such model\); correct"
+    )
+    with pytest.raises(ValueError, match=both):
+        find("someone/other")
+    with pytest.raises(ValueError, match="as a name of the hub"):
+        find("someone/other-1.5")
+    assert asked[-2:] == ["someone/other", "someone/other-1.5"]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        ValueError, match=r"there is no such folder, and if it is meant as a name of the hub, .*\[hub\]"
+    ):
         find("someone/other")
 
 
