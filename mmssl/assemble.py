@@ -338,35 +338,54 @@ def _claim(run: Path, recipe: Recipe) -> bool:
         RecipeError: it holds something else.
     """
     problem, resume = "", False
-    if distributed.is_main() and run.exists():
-        if not run.is_dir():
-            problem = f"{run}: this is a file; give a folder with --out"
-        elif (run / "recipe.yaml").is_file():
-            resume = True
-            saved = parse((run / "recipe.yaml").read_text(encoding="utf-8"), source=str(run / "recipe.yaml"))
-            # resolved again: a setting that is newer than the run was at its default
-            before = dict(leaves(resolve(saved).values))
-            now = dict(leaves(recipe.values))
-            differing = [key for key in before | now if key not in PRACTICAL and before.get(key) != now.get(key)]
-            if differing:
-                key = differing[0]
-                more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-                problem = (
-                    f"{run}: holds another run, in which {key} is {before.get(key)!r} and not {now.get(key)!r}{more}; "
-                )
-                # not taken over by itself: that run may have begun a minute ago, and be running
-                problem += (
-                    "choose another folder with --out, or remove this one"
-                    if checkpoint.latest(run / "checkpoints", say=lambda sentence: None) is not None
-                    else "it has no checkpoint, so unless it is still running there is nothing in it worth keeping: "
-                    "remove it, or choose another folder with --out"
-                )
-        elif any(path.name != "recipe.yaml.tmp" for path in run.iterdir()):  # that one is of a run killed as it began
-            problem = f"{run}: holds files that are not of a run; choose another folder with --out"
+    if distributed.is_main():
+        # told to all before anything is raised: the others would wait for an answer
+        try:
+            resume = _holds(run, recipe)
+        except RecipeError as error:
+            problem = str(error)
+        except (OSError, ValueError) as error:
+            problem = f"{run}: its recipe cannot be read ({error}); choose another folder with --out"
     problem, resume = json.loads(distributed.broadcast_text(json.dumps([problem, resume])))
     if problem:
         raise RecipeError(problem)
     return bool(resume)
+
+
+def _holds(run: Path, recipe: Recipe) -> bool:
+    """Whether a folder holds the run of this recipe; false where there is nothing yet.
+
+    Raises:
+        RecipeError: it holds something else.
+        OSError, ValueError: its recipe cannot be read.
+    """
+    if not run.exists():
+        return False
+    if not run.is_dir():
+        raise RecipeError(f"{run}: this is a file; give a folder with --out")
+    if not (run / "recipe.yaml").is_file():
+        if any(path.name != "recipe.yaml.tmp" for path in run.iterdir()):  # that one is of a run killed as it began
+            raise RecipeError(f"{run}: holds files that are not of a run; choose another folder with --out")
+        return False
+    saved = parse((run / "recipe.yaml").read_text(encoding="utf-8"), source=str(run / "recipe.yaml"))
+    # resolved again: a setting that is newer than the run was at its default
+    before = dict(leaves(resolve(saved).values))
+    now = dict(leaves(recipe.values))
+    differing = [key for key in before | now if key not in PRACTICAL and before.get(key) != now.get(key)]
+    if differing:
+        key = differing[0]
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        # not taken over by itself: that run may have begun a minute ago, and be running
+        way_out = (
+            "choose another folder with --out, or remove this one"
+            if checkpoint.latest(run / "checkpoints", say=lambda sentence: None) is not None
+            else "it has no checkpoint, so unless it is still running there is nothing in it worth keeping: "
+            "remove it, or choose another folder with --out"
+        )
+        raise RecipeError(
+            f"{run}: holds another run, in which {key} is {before.get(key)!r} and not {now.get(key)!r}{more}; {way_out}"
+        )
+    return True
 
 
 def _flat(labels: Iterable[Any], objective: Config) -> Iterator[Any]:

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 
+from mmssl.memory import keep_freed_memory
+
 P = ParamSpec("P")
 N = TypeVar("N", int, float)
 
@@ -53,6 +55,7 @@ def command(example: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     def decorate(function: Callable[P, None]) -> Callable[P, None]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            keep_freed_memory()
             try:
                 function(*args, **kwargs)
             except (ValueError, OSError, RuntimeError) as error:
@@ -120,9 +123,7 @@ def embed(
     several layers an axis of layers in front, which `layers` names.
     """
     from mmssl.embed import load, write_npz
-    from mmssl.memory import keep_freed_memory
 
-    keep_freed_memory()
     embedder = load(model, device=device, precision=precision)
     layers = (
         list(range(embedder.depth + 1))
@@ -195,10 +196,8 @@ def evaluate(
 
     Every score comes with its interval and with one line that says how it was measured.
     """
-    from mmssl.memory import keep_freed_memory
     from mmssl.tasks import evaluate
 
-    keep_freed_memory()
     neighbors = [_number("--k", part, int) for part in k.split(",")]
     scores = evaluate(
         model,

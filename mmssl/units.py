@@ -221,7 +221,9 @@ def write_units(
         embedder = load(model, device=device)
     else:
         made: Any = Codec(codec, bandwidth=bandwidth) if codec is not None else Spectral(features or "mfcc", rate=rate)
-        embedder = Embedder(made, {"modality": modality, "augment_eval": []}, device=device, name=str(features))
+        embedder = Embedder(
+            made, {"modality": modality, "augment_eval": []}, device=device, name=str(codec or features)
+        )
     settings: dict[str, Any] = {"layer": layer, "batch_size": batch_size, "on_bad_clip": on_bad_clip}
     folder.mkdir(parents=True, exist_ok=True)
     if codec is not None:

@@ -262,6 +262,22 @@ def test_help_answers_at_once_and_imports_no_torch() -> None:
     assert float(seconds) < 1.0
 
 
+def test_every_command_keeps_the_memory_that_it_frees_and_help_asks_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("mmssl.cli.keep_freed_memory", lambda: asked.append(True))
+    commands = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+    assert {"pretrain", "embed", "units"} <= set(commands)
+    for number, command in enumerate(app.registered_commands, 1):
+        assert command.callback is not None
+        with pytest.raises(TypeError):  # none of its arguments is given
+            command.callback(nothing=None)
+        assert len(asked) == number
+    ok("units", "--help")
+    assert len(asked) == len(commands)
+
+
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "mmssl", "recipes"], capture_output=True, text=True, check=True)
     assert "small/mae_image" in done.stdout

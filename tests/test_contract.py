@@ -165,9 +165,8 @@ def objective(name, source):
     if "target" in inspect.signature(OBJECTIVES[name]).parameters:
         target = MODALITIES[modality].targets[TARGET[modality]]
         settings |= {"target": target.values, "target_dim": target.dim(body.frontend)}
-        if (
-            name == "mae" and modality == "audio"
-        ):  # as Audio-MAE has it: a block with windows, and one with shifted ones
+        # as Audio-MAE has it: a block with windows, and one with shifted ones
+        if name == "mae" and modality == "audio":
             settings |= {"decoder_window": [2, 2], "decoder_depth": 2}
     return OBJECTIVES[name](body, **settings)
 
@@ -362,6 +361,20 @@ def test_gradients_reach_every_part(name, source):
     assert all(p.grad is None for p in teachers)
     # the mask token has no part in objectives that drop tokens or hide none
     assert missing == ([] if model.hide == "replace" else ["encoder.mask_token"])
+
+
+@each_pair
+def test_a_batch_with_nothing_to_learn_from_leaves_out_no_more_than_is_said(name, source):
+    """Clips of one step, and of one patch: most objectives then find nothing to predict, or nothing to tell it from."""
+    model = objective(name, source)
+    steps = 2 if (name, source) == ("siam_mae", "video/tubes") else 1  # the one that is seen, and the one that is asked
+    raw = CLIPS[source][0]([steps * model.encoder.frontend.min_length] * 4)
+    if raw.data.ndim > 2:
+        raw = replace(raw, data=raw.data[..., :4, :4])
+    model(batch(name, source, raw)).total.backward()
+    unreached = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert unreached == ([] if model.hide == "replace" else ["encoder.mask_token"])
+    assert model.skips_parameters == bool(unreached)
 
 
 @each_pair

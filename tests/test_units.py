@@ -268,5 +268,7 @@ def test_the_codes_of_a_codec_are_those_of_its_own_class(manifests: list[Path], 
     assert found.perplexity > 1.5
     with pytest.raises(ValueError, match="bandwidth=3: .* knows"):
         write_units(manifests[1:], tmp_path / "v", codec=tmp_path / "codec", bandwidth=3.0)
+    with pytest.raises(ValueError, match="layer=3: .*codec has layers 0 to 0"):
+        write_units(manifests[1:], tmp_path / "v", codec=tmp_path / "codec", bandwidth=1.0, layer=3)
     with pytest.raises(ValueError, match="a codec has its own"):
         write_units(manifests[1:], tmp_path / "v", codec=tmp_path / "codec", codes=3)

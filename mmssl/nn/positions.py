@@ -216,3 +216,5 @@ POSITIONS: dict[str, type[nn.Module]] = {
     "none": NoPositions,
     "stacked_conv": StackedConvolutional,
 }
+# what they add to a token depends on its neighbors
+READ_CONTENT = (Convolutional, StackedConvolutional)

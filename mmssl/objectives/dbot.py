@@ -65,12 +65,7 @@ class DBOT(nn.Module):
         self.teacher = Teacher(teacher_encoder)
         self.named = "with random weights" if teacher is None else teacher
         self.mask, self.mask_ratio, self.beta = mask, mask_ratio, beta
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predictor = Predictor(
             dim_in=encoder.dim,
             dim=decoder_dim,

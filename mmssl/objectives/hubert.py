@@ -92,7 +92,7 @@ class HuBERT(nn.Module):
         self.mask_prob, self.mask_span, self.min_spans = mask_prob, mask_span, min_spans
         self.unmasked_weight = unmasked_weight
         self.feature_penalty = feature_penalty
-        self.skips_parameters = encoder.transformer.layer_drop > 0 or getattr(encoder.frontend, "grad_mult", 1.0) == 0
+        self.skips_parameters = encoder.skips_parameters(self.hide)
 
     def forward(self, batch: Batch) -> Loss:
         """The loss in nats, summed over hidden tokens, and over visible ones where they have a weight.

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
-from mmssl.nn.contrast import contrast_ahead, contrast_metrics, draw_others
+from mmssl.nn.contrast import binary_chance, binary_cross_entropy, contrast_metrics, contrast_steps
 from mmssl.nn.predictor import places
 from mmssl.nn.quantizer import GumbelQuantizer, KMeansQuantizer, code_perplexity, perplexity
 from mmssl.nn.spread import spread
@@ -66,8 +65,7 @@ class VQWav2Vec(nn.Module):
         else:
             self.quantizer = KMeansQuantizer(dim=dim, groups=groups, codes=codes, commitment=commitment)
         self.negatives = negatives
-        # nothing is replaced here, so a mask token gets no gradient, and steps beyond the end of all clips get none
-        self.skips_parameters = True
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predict = nn.ModuleList(nn.Linear(encoder.dim, dim) for _ in range(steps))
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -78,8 +76,6 @@ class VQWav2Vec(nn.Module):
         """
         tokens = self.encoder.tokens(batch.raw)
         features, real = _features(tokens)
-        step = math.prod(tokens.grid[1:])
-        shifts = [ahead * step for ahead in range(1, len(self.predict) + 1)]
         extra = features.new_zeros(())
         means: dict[str, float | Tensor]
         if isinstance(self.quantizer, GumbelQuantizer):
@@ -89,27 +85,22 @@ class VQWav2Vec(nn.Module):
             means = {"temperature": temperature, "soft_perplexity": perplexity(quantized.soft.detach().mean(0)).mean()}
         else:
             vectors, codes, distance = self.quantizer(features)
-            predictions = (tokens.lengths[:, None] - torch.tensor(shifts)).clamp_min(0).sum(1)
-            weight = (predictions / tokens.lengths).repeat_interleave(tokens.lengths)
+            shifts = torch.arange(1, len(self.predict) + 1) * math.prod(tokens.grid[1:])
+            ahead = (tokens.lengths[:, None] - shifts).clamp_min(0).sum(1)
+            weight = (ahead / tokens.lengths).repeat_interleave(tokens.lengths)
             extra = (distance * weight.to(distance.device)).sum()
             means = {"distance": distance.detach().mean()}
         quantized_rows = vectors.new_zeros(tokens.valid.numel(), vectors.shape[1]).index_copy(0, real, vectors)
         target = quantized_rows.view(*tokens.x.shape[:2], -1)
         x = torch.where(tokens.valid[..., None], self.encoder.frontend.project(target), 0.0)
         context = self.encoder(replace(tokens, x=x)).tokens
-        others = draw_others(tokens.lengths, self.negatives, batch.seeds)
-        scores = torch.cat(
-            [
-                contrast_ahead(predict(context), target, others, tokens.lengths, shift=shift)
-                for shift, predict in zip(shifts, self.predict, strict=True)
-            ]
-        )
-        contrastive = F.softplus(-scores[:, 0]).sum() + F.softplus(scores[:, 1:]).sum()
-        count, k = len(scores), self.negatives
+        predictions = [predict(context) for predict in self.predict]
+        scores = torch.cat(contrast_steps(predictions, target, tokens, negatives=self.negatives, seeds=batch.seeds))
+        contrastive, count = binary_cross_entropy(scores), len(scores)
         means |= {
             "code_perplexity": code_perplexity(codes, self.quantizer.codes).mean(),
             "codes": self.quantizer.codes,
-            "chance": math.log(1 + k) + k * math.log((1 + k) / k),
+            "chance": binary_chance(self.negatives),
             "feature_std": spread(features.detach()),
             "target_std": spread(vectors.detach()),
         }
