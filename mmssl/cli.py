@@ -179,6 +179,7 @@ def evaluate(
     k: Annotated[str, typer.Option(help="Neighbors of knn; of several, 5,20, the best on --valid.")] = "20",
     beam: Annotated[int | None, typer.Option(help="Width of the search: ctc.", show_default="the best path")] = None,
     spans: Annotated[int, typer.Option(help="classify: mean over so many parts of each clip; sound, video.")] = 1,
+    crops: Annotated[int, typer.Option(help="classify: so many crops of each, side by side; pictures, video.")] = 1,
     baseline: Annotated[
         Literal["random", "pixels", "logmel"] | None,
         typer.Option(help="Measure this in the encoder's place: random weights, raw pixels, log-mel energies."),
@@ -216,6 +217,7 @@ def evaluate(
         k=neighbors[0] if len(neighbors) == 1 else neighbors,
         beam=beam,
         spans=spans,
+        crops=crops,
         baseline=baseline,
         seed=seed,
         device=device,

@@ -25,6 +25,7 @@ from mmssl.data.manifest import Manifest
 from mmssl.encoder import Encoder
 from mmssl.loading import build_augment, build_reader, build_span, clips_of
 from mmssl.modalities import MODALITIES
+from mmssl.modalities.modality import Modality
 from mmssl.types import BadClip, Frontend
 
 Input: TypeAlias = str | Path | BinaryIO | np.ndarray | Tensor | Manifest
@@ -92,34 +93,44 @@ def find_clips(
     return clips
 
 
-def spread_out(config: Mapping[str, Any], spans: int) -> list[dict[str, Any]]:
-    """The configs that read so many parts of each clip, evenly from its beginning to its end, in place of its middle.
+def spread_out(config: Mapping[str, Any], *, spans: int, crops: int) -> list[dict[str, Any]]:
+    """The configs that read so many parts of each clip in place of its middle.
+
+    Args:
+        spans: parts of its time, evenly from the beginning to the end.
+        crops: of each of them parts of the frame, evenly from one end of its longer side to the other.
 
     Raises:
-        ValueError: less than one, or several where clips are read whole.
+        ValueError: less than one, or several of a modality or by steps that have but one.
     """
-    if spans < 1:
-        raise ValueError(f"spans={spans}: must be at least 1")
-    if spans == 1:
-        return [dict(config)]
-    kind, steps = MODALITIES[config["modality"]], config["augment_eval"]
-    table = {**kind.spans, **kind.augments}
-    if not any(_is_part(table[step["name"]]) for step in steps):
-        names = [name for name, step in table.items() if _is_part(step)]
-        raise ValueError(
-            f"spans={spans}: this run's augment.eval reads clips whole"
-            + (f", and not a part of each such as {' or '.join(names)}" if names else "")
-            + "; leave spans out"
-        )
-    shares = [place / (spans - 1) for place in range(spans)]
+    kind = MODALITIES[config["modality"]]
+    steps = _spread(config["augment_eval"], f"spans={spans}", spans, kind.durations, "no time to choose from", kind)
     return [
-        {**config, "augment_eval": [step | ({"at": at} if _is_part(table[step["name"]]) else {}) for step in steps]}
-        for at in shares
+        {**config, "augment_eval": part}
+        for span in steps
+        for part in _spread(span, f"crops={crops}", crops, kind.sizes, "no frame to crop", kind)
     ]
 
 
-def _is_part(step: Callable[..., Any]) -> bool:
-    return "at" in inspect.signature(step).parameters
+def _spread(
+    steps: list[dict[str, Any]], given: str, parts: int, changing: Collection[str], lacks: str, kind: Modality
+) -> list[list[dict[str, Any]]]:
+    """The steps so many times, each time with another place for those among `changing` that have one."""
+    if parts < 1:
+        raise ValueError(f"{given}: must be at least 1")
+    if parts == 1:
+        return [steps]
+    if not changing:
+        raise ValueError(f"{given}: {kind.name} has {lacks}; leave {given.partition('=')[0]} out")
+    table = {**kind.augments, **kind.spans}
+    placed = [name for name in changing if "at" in inspect.signature(table[name]).parameters]
+    if not any(step["name"] in placed for step in steps):
+        raise ValueError(
+            f"{given}: this run's augment.eval has no step that reads a part of each clip, such as "
+            f"{' or '.join(placed)}; leave {given.partition('=')[0]} out"
+        )
+    shares = [place / (parts - 1) for place in range(parts)]
+    return [[step | ({"at": at} if step["name"] in placed else {}) for step in steps] for at in shares]
 
 
 @dataclass(frozen=True)

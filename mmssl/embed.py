@@ -294,6 +294,7 @@ class Embedder:
         inputs: Input | Sequence[Input],
         *,
         spans: int = 1,
+        crops: int = 1,
         rate: float | None = None,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
@@ -307,18 +308,22 @@ class Embedder:
         Args:
             spans: of sound and video: mean over so many parts of each clip, evenly from its beginning to its end, each
                 as long as the middle one that is read otherwise.
+            crops: of pictures and video: mean over so many crops, evenly from one end of the longer side to the other,
+                each as large as the middle one that is taken otherwise; with several spans, so many of each. VideoMAE's
+                views of Kinetics-400 are 5 spans x 3 crops (Tong et al. 2022, arXiv:2203.12602). A clip is
+                read once for each view.
             inputs, rate, batch_size, batch_seconds, on_bad_clip, progress: see `embed`; NaN for a clip that was
                 skipped.
 
         Raises:
             ValueError: this encoder was not fine-tuned, or tells no classes, or reads clips whole where there are to be
-                several spans.
+                several spans or crops.
         """
         objective = self._fine_tuned()
         if self.config["classes"] is None:
             raise ValueError(f"{self.name} writes transcripts and tells no classes; use predict")
         parts = []
-        for config in spread_out(self.config, spans):
+        for config in spread_out(self.config, spans=spans, crops=crops):
             clips = find_clips(inputs, config, self.encoder, rate=rate)
             found = torch.full((len(clips), len(self.config["classes"])), torch.nan)
 
@@ -329,7 +334,8 @@ class Embedder:
 
             self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
             parts.append(found)
-        return torch.stack(parts).mean(0)
+        # in float64, so that the mean of the same is the same
+        return torch.stack(parts).double().mean(0).float()
 
     def _layers(self, layer: int | Sequence[int] | Literal["all"]) -> list[int]:
         if layer != "all" and (isinstance(layer, str) or not isinstance(layer, int | Iterable)):

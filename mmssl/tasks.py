@@ -48,6 +48,7 @@ def evaluate(
     k: int | Sequence[int] = 20,
     beam: int | None = None,
     spans: int = 1,
+    crops: int = 1,
     baseline: Baseline | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -76,7 +77,7 @@ def evaluate(
         labels_per_class, label_share: fit on a few labels only, in `draws` random draws.
         k: of "knn"; of several the best on validation.
         beam: of "ctc", see `Embedder.predict`.
-        spans: of "classify", see `Embedder.probabilities`.
+        spans, crops: of "classify", see `Embedder.probabilities`.
         baseline: measure this in place of the encoder: "random", the same network with new weights (from `seed`);
             "pixels", the raw picture; "logmel", log-mel energies every 10 ms. Read and pooled as for the encoder.
         device, precision: see `mmssl.load`.
@@ -94,12 +95,16 @@ def evaluate(
     if baseline is not None:
         embedder = as_baseline(embedder, baseline, seed=seed)
     settings: dict[str, Any] = {"batch_size": batch_size, "on_bad_clip": on_bad_clip, "progress": progress}
-    if spans != 1 and task != "classify":
-        raise ValueError(f"spans={spans}: several parts of a clip are read for task classify only; leave spans out")
+    views = {"spans": spans, "crops": crops}
+    for name, number in views.items():
+        if number != 1 and task != "classify":
+            raise ValueError(
+                f"{name}={number}: several parts of a clip are read for task classify only; leave {name} out"
+            )
     if task in ("classify", "ctc"):
         if baseline is not None:
             raise ValueError(f"baseline={baseline}: {task} measures what a fine-tuned run says; leave the baseline out")
-        return _fine_tuned(embedder, task, _manifest(test), label, beam, spans, settings)
+        return _fine_tuned(embedder, task, _manifest(test), label, beam, views, settings)
     if task not in ("linear", "knn"):
         raise ValueError(f"task={task!r}: choose linear, knn, classify or ctc")
     if train is None:
@@ -288,7 +293,7 @@ def _fine_tuned(
     manifest: Manifest,
     label: str,
     beam: int | None,
-    spans: int,
+    views: dict[str, int],
     settings: dict[str, Any],
 ) -> dict[str, Score]:
     """What a fine-tuned run says of clips, against what their rows say."""
@@ -296,7 +301,7 @@ def _fine_tuned(
     if embedder.config.get(wanted) is None:
         raise ValueError(f"task={task}: {embedder.name} has no {wanted}; give a run that was fine-tuned for it")
     if task == "classify" and embedder.config["objective"].get("multi_label"):
-        return {"map": _several_classes(embedder, manifest, label, spans, settings)}
+        return {"map": _several_classes(embedder, manifest, label, views, settings)}
     if task == "ctc":
         truth = [normalize("NFC", text) for text in manifest.values("text")]  # as the vocabulary spells
     else:
@@ -305,8 +310,8 @@ def _fine_tuned(
             if name not in embedder.config["classes"]:
                 raise ValueError(f"{manifest.place(place)}: the label {name!r} is none that {embedder.name} knows")
     said: list[str | None]
-    if spans != 1:
-        found = embedder.probabilities(manifest, spans=spans, **settings)
+    if any(number != 1 for number in views.values()):
+        found = embedder.probabilities(manifest, **views, **settings)
         places = found.argmax(1).tolist()
         read = torch.isfinite(found).all(1).tolist()
         said = [embedder.config["classes"][i] if here else None for i, here in zip(places, read, strict=True)]
@@ -321,15 +326,18 @@ def _fine_tuned(
         return {name: replace(rate, protocol=f"{rate.protocol}; {note}") for name, rate in rates.items()}
     right = sum(one == other for one, other in pairs)
     low, high = wilson(right, len(pairs))
-    protocol = f"the fine-tuned run's own classes{_of_spans(spans)}; test touched once; {note}"
+    protocol = f"the fine-tuned run's own classes{_of_views(**views)}; test touched once; {note}"
     return {"accuracy": Score("classify", right / len(pairs), low, high, len(pairs), protocol)}
 
 
-def _of_spans(spans: int) -> str:
-    return f", mean over {spans} spans of each clip" if spans > 1 else ""
+def _of_views(spans: int, crops: int) -> str:
+    parts = [f"{number} {name}" for name, number in (("spans", spans), ("crops", crops)) if number > 1]
+    return f", mean over {' x '.join(parts)} of each clip" if parts else ""
 
 
-def _several_classes(embedder: Embedder, manifest: Manifest, label: str, spans: int, settings: dict[str, Any]) -> Score:
+def _several_classes(
+    embedder: Embedder, manifest: Manifest, label: str, views: dict[str, int], settings: dict[str, Any]
+) -> Score:
     """The mean average precision of a run whose clips have several classes each."""
     classes = Classes(embedder.config["classes"])
     truth = torch.zeros(len(manifest), len(classes), dtype=torch.bool)
@@ -338,7 +346,7 @@ def _several_classes(embedder: Embedder, manifest: Manifest, label: str, spans: 
             truth[place, classes.encode_all(names)] = True
         except ValueError as error:
             raise ValueError(f"{manifest.place(place)}: {error}") from None
-    found = embedder.probabilities(manifest, spans=spans, **settings)
+    found = embedder.probabilities(manifest, **views, **settings)
     read = torch.isfinite(found).all(1)
     precisions = average_precisions(found[read].numpy(), truth[read].numpy())
     heard = precisions[~np.isnan(precisions)]
@@ -347,7 +355,7 @@ def _several_classes(embedder: Embedder, manifest: Manifest, label: str, spans: 
     low, high = student(heard.tolist())
     protocol = (
         f"mean over the {len(heard)} of {len(classes)} classes that test clips have, interval over those classes"
-        f"{_of_spans(spans)}; test touched once; {embedder.name}"
+        f"{_of_views(**views)}; test touched once; {embedder.name}"
     )
     skipped = int((~read).sum())
     protocol += f"; {skipped} clips could not be read" if skipped else ""

@@ -13,6 +13,7 @@ from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.text import Classes
 from mmssl.embed import load
 from mmssl.evaluation.score import average_precisions
+from mmssl.modalities import MODALITIES
 from mmssl.tasks import LogMel, as_baseline, evaluate, labelled
 from mmssl.training.checkpoint import export_encoder
 from mmssl.types import Raw
@@ -49,6 +50,12 @@ AUDIO: dict[str, Any] = {
     "objective": {"name": "classify", "multi_label": True},
     "classes": ["high", "long", "low"],
     "vocabulary": None,
+}
+
+VIDEO: dict[str, Any] = {
+    **IMAGE,
+    "modality": "video",
+    "frontend": {"name": "tubes", "size": [2, 8, 8], "rate": 8, "channels": 1, "mean": [0.5], "std": [0.5]},
 }
 
 
@@ -192,7 +199,13 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
         ({"baseline": "logmel"}, "choose random, or pixels"),
         ({"task": "classify", "baseline": "pixels"}, "leave the baseline out"),
         ({"task": "knn", "spans": 3}, "for task classify only"),
-        ({"task": "classify", "spans": 3}, r"spans=3: this run's augment.eval reads clips whole; leave spans out"),
+        ({"task": "classify", "spans": 3}, "spans=3: image has no time to choose from; leave spans out"),
+        (
+            {"task": "classify", "crops": 3},
+            "no step that reads a part of each clip, such as center_crop; leave crops",
+        ),
+        ({"task": "classify", "crops": 0}, "crops=0: must be at least 1"),
+        ({"task": "linear", "crops": 3}, "for task classify only; leave crops out"),
         ({"task": "classify", "spans": 0}, "spans=0: must be at least 1"),
         ({"label": "speaker"}, "no 'speaker'"),
         ({"layer": 5}, "has layers 0 to 2"),
@@ -240,8 +253,56 @@ def test_spans_are_read_from_the_beginning_to_the_end_and_averaged(heard: dict[s
     truth = [AUDIO["classes"].index(name) for name in Manifest(tmp_path / "test.jsonl").values("label")]
     assert score["accuracy"].value == sum(map(int.__eq__, said, truth)) / 4
     assert "mean over 3 spans of each clip" in score["accuracy"].protocol
-    with pytest.raises(ValueError, match=r"reads clips whole, and not a part of each such as center_crop"):
+    with pytest.raises(ValueError, match=r"no step that reads a part of each clip, such as center_crop; leave spans"):
         whole.probabilities(waves, spans=2)
+    with pytest.raises(ValueError, match="crops=3: audio has no frame to crop; leave crops out"):
+        embedder.probabilities(waves, crops=3)
+
+
+def test_spans_times_crops_are_the_mean_over_each_part_by_itself(tmp_path: Path) -> None:
+    steps = [{"name": "center_span", "frames": 8}, {"name": "center_crop", "size": [16, 16]}]
+    run = exported(tmp_path / "run", {**VIDEO, "augment_eval": steps}, tuned=True)
+    embedder, whole = load(run), load(exported(tmp_path / "whole", VIDEO, tuned=True))
+    files = [filmed(tmp_path / f"{tall}x{wide}.mp4", tall, wide) for tall, wide in ((24, 40), (40, 24), (32, 32))]
+    found = embedder.probabilities(files, spans=2, crops=3)
+    # 8 of 24 frames, and 16 of 24 and 40 pixels: 16 frames, 8 and 24 pixels are left beside them
+    wide, tall, square = (MODALITIES["video"].read(path, rate=8, channels=1) for path in files)
+    places = [(start, place) for start in (0, 16) for place in (0, 12, 24)]
+    parts = [wide[:, start : start + 8, 4:20, place : place + 16] for start, place in places]
+    torch.testing.assert_close(found[0], whole.probabilities(parts).mean(0))
+    parts = [tall[:, start : start + 8, place : place + 16, 4:20] for start, place in places]
+    torch.testing.assert_close(found[1], whole.probabilities(parts).mean(0))
+    # all three of a square are its middle
+    parts = [square[:, start : start + 8, 8:24, 8:24] for start in (0, 16)]
+    torch.testing.assert_close(found[2], whole.probabilities(parts).mean(0))
+    assert torch.equal(found[2], embedder.probabilities(files, spans=2)[2])
+    assert not torch.allclose(found[:2], embedder.probabilities(files, spans=2)[:2], atol=1e-5)
+
+
+def test_crops_of_pictures_are_averaged_and_the_score_says_so(seen: dict[str, Path], tmp_path: Path) -> None:
+    run = exported(tmp_path, {**IMAGE, "augment_eval": [{"name": "center_crop", "size": 8}]}, tuned=True)
+    embedder = load(run)
+    picture = torch.rand(1, 8, 24, generator=torch.Generator().manual_seed(0))
+    parts = [embedder.probabilities(picture[..., left : left + 8]) for left in (0, 8, 16)]
+    torch.testing.assert_close(embedder.probabilities(picture, crops=3), torch.stack(parts).mean(0))
+    score = evaluate(run, task="classify", test=seen["test"], crops=3)["accuracy"]
+    assert "mean over 3 crops of each clip" in score.protocol
+    # square pictures: the three are one
+    assert score.value == evaluate(run, task="classify", test=seen["test"])["accuracy"].value
+
+
+def filmed(path: Path, tall: int, wide: int) -> Path:
+    """24 frames of noise at 8 a second."""
+    import av
+
+    frames = np.random.default_rng(tall).integers(0, 256, (24, tall, wide), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = wide, tall, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="gray").reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    return path
 
 
 def labels_of(manifest: Path, folder: Path, names: list[str]) -> Path:
