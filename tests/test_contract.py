@@ -81,6 +81,14 @@ SETTINGS = {
     "hubert": {"units": {"units": 5}, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
     "best_rq": {"codes": 8, "code_dim": 4, "mask_span": 2},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "cae": {
+        "mask": "blocks",
+        "mask_size": 2,
+        "regressor_depth": 2,
+        "regressor_heads": 2,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    },
     "jepa": {
         "blocks": [[2, 0.2, 0.3], [1, 0.5, 0.5]],
         "predictor_dim": 16,

@@ -72,6 +72,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
         },
         "hubert": {"objective.dim": 8, "objective.units": "{units: 3}"},
         "best_rq": {"objective.codes": 8},
+        "cae": {"objective.regressor_heads": 2, "objective.decoder_heads": 2},
     }
     decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
     per_name |= dict.fromkeys(("mae", "siam_mae", "denoise", "dbot"), decoder)
@@ -86,7 +87,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 57
+    assert len(RECIPES) == 59
 
 
 @pytest.mark.parametrize("name", RECIPES)

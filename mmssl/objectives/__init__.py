@@ -4,6 +4,7 @@ from torch import nn
 
 from mmssl.objectives.apc import APC
 from mmssl.objectives.best_rq import BestRQ
+from mmssl.objectives.cae import CAE
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.cpc import CPC
 from mmssl.objectives.ctc import CTC
@@ -27,6 +28,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "hubert": HuBERT,
     "best_rq": BestRQ,
     "mae": MAE,
+    "cae": CAE,
     "tera": TERA,
     "apc": APC,
     "cpc": CPC,
