@@ -3,6 +3,7 @@
 from torch import nn
 
 from mmssl.objectives.apc import APC
+from mmssl.objectives.bert import BERT
 from mmssl.objectives.best_rq import BestRQ
 from mmssl.objectives.cae import CAE
 from mmssl.objectives.classify import Classify
@@ -27,6 +28,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "wav2vec2": Wav2Vec2,
     "hubert": HuBERT,
     "best_rq": BestRQ,
+    "bert": BERT,
     "mae": MAE,
     "cae": CAE,
     "tera": TERA,
