@@ -47,6 +47,8 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "ctc": CTC,
     "classify": Classify,
 }
+# those whose own weights are exported beside the encoder's without labels: they give codes
+CODERS = ("vq_wav2vec",)
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {
     name: label for name, objective in OBJECTIVES.items() if (label := getattr(objective, "label", None)) is not None
