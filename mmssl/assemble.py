@@ -29,7 +29,7 @@ from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Modality
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
-from mmssl.objectives import LABELLED, OBJECTIVES
+from mmssl.objectives import CODERS, LABELLED, OBJECTIVES
 from mmssl.recipe import SECTIONS, Recipe, RecipeError, leaves, load, parse
 from mmssl.training import checkpoint
 from mmssl.training.loop import train as train_loop
@@ -204,7 +204,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         run,
         encoder,
         config,
-        objective=objective if config["objective"]["name"] in LABELLED else None,
+        objective=objective if config["objective"]["name"] in (*LABELLED, *CODERS) else None,
     )
     train_loop(
         objective,

@@ -376,9 +376,13 @@ def units(
         Path | None, typer.Option(help="Cluster the tokens of this run or exported encoder.", show_default=False)
     ] = None,
     codec: Annotated[
-        str | None, typer.Option(help="Write the codes of this EnCodec: a folder or a name.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Write the codes of this EnCodec, a folder or a name, or of this run of vq_wav2vec.",
+            show_default=False,
+        ),
     ] = None,
-    bandwidth: Annotated[float, typer.Option(help="With --codec: kbit per second.")] = 6.0,
+    bandwidth: Annotated[float, typer.Option(help="With an EnCodec: kbit per second.")] = 6.0,
     layer: Annotated[int, typer.Option(help="With --model: -1 is the output, i the output of block i.")] = -1,
     key: Annotated[str, typer.Option(help="Of the rows, for the place of their units.")] = "units",
     frames: Annotated[int, typer.Option(help="Tokens that k-means is fitted on.")] = 1_000_000,

@@ -22,6 +22,7 @@ from torch import Tensor
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
 from mmssl.data.manifest import Manifest
+from mmssl.data.units import check_units
 from mmssl.encoder import Encoder
 from mmssl.loading import build_augment, build_reader, build_span, clips_of
 from mmssl.modalities import MODALITIES
@@ -34,7 +35,12 @@ Input: TypeAlias = str | Path | BinaryIO | np.ndarray | Tensor | Manifest
 WINDOW_GROUPS = 16
 WINDOW_VALUES = 2**24
 # what an array of each media is
-_AXES = {"audio": "(samples,)", "image": "(channels, height, width)", "video": "(channels, frames, height, width)"}
+_AXES = {
+    "audio": "(samples,)",
+    "codes": "(codebooks, steps)",
+    "image": "(channels, height, width)",
+    "video": "(channels, frames, height, width)",
+}
 KINDS = "path, glob, folder, manifest, binary file, array and tensor"
 
 
@@ -82,6 +88,8 @@ def find_clips(
                 name = f"input {place}" if len(batch) == 1 else f"input {place}.{i}"
                 if kind.media == "audio":
                     clips.add((name, partial(ready, _wave, clip, name, rate, settings["rate"])))
+                elif kind.media == "codes":
+                    clips.add((name, partial(ready, _codes, clip, name, settings["codes"])))
                 else:
                     clips.add((name, partial(ready, _picture, clip, name, settings["channels"])))
         elif hasattr(item, "read"):
@@ -248,13 +256,13 @@ def windows(clips: Clips, batch_size: int) -> Generator[list[Item], None, None]:
 
 
 def groups(items: Sequence[Item], batch_size: int, batch_seconds: float) -> Iterator[list[Item]]:
-    """Clips that are computed together: sound of similar length, pictures and video of the same shape."""
+    """Clips that are computed together: sound and codes of similar length, pictures and video of the same shape."""
     group: list[Item] = []
     for item in sorted(items, key=lambda item: item.shape):
         assert item.sample is not None
         rate = next(iter(item.sample.rates.values()))
-        if len(item.shape) == 1:
-            full = rate is not None and (len(group) + 1) * item.shape[0] > batch_seconds * rate
+        if len(item.shape) < 3:
+            full = rate is not None and (len(group) + 1) * item.shape[-1] > batch_seconds * rate
         else:
             full = bool(group) and group[0].shape != item.shape
         if group and (full or len(group) == batch_size):
@@ -316,6 +324,18 @@ def _wave(x: Tensor, name: str, rate: float | None, own_rate: float) -> Tensor:
         from mmssl.modalities.speech.reader import resample
 
         return torch.from_numpy(resample(x.numpy(), rate, own_rate))
+    return x
+
+
+def _codes(x: Tensor, name: str, codes: Sequence[int]) -> Tensor:
+    """Codes as a reader would give them."""
+    if x.is_floating_point() or x.dtype is torch.bool:
+        raise BadClip(name, f"codes of type {x.dtype}; give whole numbers")
+    x = x.detach().long().cpu()
+    try:
+        check_units(x.t().numpy(), codes)
+    except ValueError as error:
+        raise BadClip(name, str(error)) from None
     return x
 
 

@@ -31,8 +31,9 @@ def load(path: str | Path, *, device: str = "auto", precision: Precision = "floa
 
     Args:
         path: folder of a run or of an exported encoder: config.json and encoder.safetensors, and
-            objective.safetensors where the run was fine-tuned. Or a folder of transformers in one of the layouts of
-            `mmssl.convert.LAYOUTS`, or the name of one on the Hugging Face hub: only then is the network touched.
+            objective.safetensors where the run was fine-tuned or gives codes. Or a folder of transformers in one of
+            the layouts of `mmssl.convert.LAYOUTS`, or the name of one on the Hugging Face hub: only then is the network
+            touched.
         device: "auto" takes a GPU where there is one.
         precision: "bfloat16" computes products in half the bits; what comes out is float32 all the same.
 
@@ -77,7 +78,7 @@ class Embedder:
         encoder: or anything else with its `tokens`, `forward`, `frontend`, `dim` and `depth`.
         config: what config.json holds.
         device, precision: see `load`.
-        head: the objective's own weights, for `predict`; empty or None where it was not fine-tuned.
+        head: the objective's own weights, for `predict`; empty or None where they were not exported.
         name: what protocols call it.
     """
 
@@ -351,11 +352,25 @@ class Embedder:
         return list(asked)
 
     def _fine_tuned(self) -> Any:
+        if self.config.get("classes") is None and self.config.get("vocabulary") is None:
+            raise ValueError(
+                f"{self.name}: was pretrained and not fine-tuned, so there is nothing to predict with; "
+                "`mmssl finetune` it first, or use embed"
+            )
+        return self.objective
+
+    @property
+    def objective(self) -> Any:
+        """What the encoder was trained with, as it ended.
+
+        Raises:
+            ValueError: its weights were not exported.
+        """
         if self._objective is None:
             if not self._head:
                 raise ValueError(
-                    f"{self.name}: was pretrained and not fine-tuned, so there is nothing to predict with; "
-                    "`mmssl finetune` it first, or use embed"
+                    f"{self.name}: holds an encoder without the objective that trained it; those of fine-tuned runs "
+                    "and of vq_wav2vec are exported"
                 )
             objective = build_objective(self.config, self.encoder)
             # all but the encoder, which is loaded already

@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +145,54 @@ class Codec(nn.Module):
         return Encoded(tokens.x, tokens.lengths, dict.fromkeys(layers, tokens.x), n_prefix=0)
 
 
+class RunCodes(nn.Module):
+    """In place of an encoder and its frontend: the codes of a run that gives some, as numbers, one token a step.
+
+    Args:
+        embedder: of a run of vq_wav2vec.
+
+    Raises:
+        ValueError: the run gives no codes.
+    """
+
+    depth = 0
+
+    def __init__(self, embedder: Embedder) -> None:
+        super().__init__()
+        self.objective = embedder.objective
+        if not hasattr(self.objective, "quantizer"):
+            name = embedder.config["objective"]["name"]
+            raise ValueError(
+                f"codec={embedder.name}: {name} gives no codes; take a run of vq_wav2vec, or cluster the tokens of "
+                "this one as a model"
+            )
+        self.reader_settings = self.objective.encoder.frontend.reader_settings
+        self.min_length = self.objective.encoder.frontend.min_length
+
+    @property
+    def frontend(self) -> RunCodes:
+        return self
+
+    @property
+    def stamp(self) -> str:
+        """What tells these codes from others."""
+        digest = blake2b(digest_size=8)
+        for tensor in self.objective.quantizer.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def lengths(self, raw: Raw) -> Tensor:
+        found: Tensor = self.objective.encoder.frontend.lengths(raw)
+        return found
+
+    def tokens(self, raw: Raw) -> Tokens:
+        codes, tokens = self.objective.codes(raw)
+        return replace(tokens, x=codes.float())
+
+    def forward(self, tokens: Tokens, *, layers: Sequence[int] = ()) -> Encoded:
+        return Encoded(tokens.x, tokens.lengths, dict.fromkeys(layers, tokens.x), n_prefix=0)
+
+
 def write_units(
     manifests: Sequence[str | Path | Manifest],
     out: str | Path,
@@ -182,12 +230,13 @@ def write_units(
         out: the folder.
         codes: clusters; a codec has codes of its own.
         features: "mfcc" (39 numbers) or "logmel" (80), every 10 ms; or
-        codec, bandwidth: nothing is clustered, and the units are the codes of EnCodec, see `Codec`; or
+        codec, bandwidth: nothing is clustered, and the units are the codes of EnCodec, see `Codec`, or, where `codec`
+            is the folder of a run of vq_wav2vec, its own; or
         model, layer: the output of block `layer` of an encoder, as `Embedder.embed` counts them.
         key: of the rows.
         frames: tokens that k-means is fitted on; they lie in a file in the meantime.
         rate, modality: how `features` and what a codec reads are read: samples per second (a codec has its own),
-            "speech" or "audio".
+            "speech" or "audio". A run has settings of its own.
         seed: of the sample and of k-means.
         part: (n, of): write each of-th shard only, from the n-th on, so that several processes share the work. The last
             one to be ready writes the manifests.
@@ -217,17 +266,22 @@ def write_units(
     folder = Path(out)
     if any(manifest.path.parent.resolve() == folder.resolve() for manifest in opened):
         raise ValueError(f"out={out}: the manifests there would be written over; give another folder")
+    made: Any
+    stamp = f"{codec} at {bandwidth:g}"
     if model is not None:
         embedder = load(model, device=device)
+    elif codec is not None and (Path(codec) / "encoder.safetensors").is_file():
+        run = load(codec, device=device)
+        made = RunCodes(run)
+        embedder, stamp = Embedder(made, run.config, device=device, name=run.name), made.stamp
     else:
-        made: Any = Codec(codec, bandwidth=bandwidth) if codec is not None else Spectral(features or "mfcc", rate=rate)
+        made = Codec(codec, bandwidth=bandwidth) if codec is not None else Spectral(features or "mfcc", rate=rate)
         embedder = Embedder(
             made, {"modality": modality, "augment_eval": []}, device=device, name=str(codec or features)
         )
     settings: dict[str, Any] = {"layer": layer, "batch_size": batch_size, "on_bad_clip": on_bad_clip}
     folder.mkdir(parents=True, exist_ok=True)
     if codec is not None:
-        stamp = f"{codec} at {bandwidth:g}"
         return [
             _finish(
                 manifest,

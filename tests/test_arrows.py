@@ -14,7 +14,7 @@ ARROWS = {
     "recipe": [],
     "nn": ["types"],
     "encoder": PARTS,
-    "modalities": PARTS,
+    "modalities": [*PARTS, "data.units"],  # the codes that `mmssl units` writes are what one modality reads
     "objectives": [*PARTS, "encoder", "distributed"],
     "data": ["types"],
     "evaluation": [*PARTS, "encoder"],

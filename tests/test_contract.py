@@ -32,6 +32,15 @@ def speech(lengths=LENGTHS, fill=0.0):
     return Raw(torch.stack(waves), torch.tensor(lengths), [f"s{i}" for i in range(len(lengths))], 8000.0)
 
 
+def codes(lengths=(20, 12, 15, 8), fill=0):
+    """Of two codebooks, with 5 and 3 codes; runs of two steps."""
+    steps = torch.arange(max(lengths)) // 2
+    rows = [torch.stack([(3 * row + steps) % 5, (row + 2 * steps) % 3]) for row in range(len(lengths))]
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None, None]
+    data = torch.where(real, torch.stack(rows), fill or 0)
+    return Raw(data, torch.tensor(lengths), [f"c{i}" for i in range(len(lengths))], 50.0)
+
+
 def image(lengths=(1, 1, 1, 1)):
     return Raw(torch.rand(len(lengths), 3, 16, 24), torch.tensor(lengths), [f"i{i}" for i in range(len(lengths))])
 
@@ -45,7 +54,7 @@ def video(lengths=(8, 4, 7, 5), fill=0.0):
 
 def over_time(data):
     """(B, T, ...), of clips that have a time."""
-    return data.transpose(1, 2) if data.ndim == 5 else data
+    return data.transpose(1, 2) if data.ndim in (3, 5) else data
 
 
 def cut(raw, row):
@@ -72,6 +81,7 @@ CLIPS = {
         {"bands": 12, "size": [4, 4], "window_ms": 10, "hop_ms": 2.5, "rate": 8000},
         lambda: SinCos(DIM),
     ),
+    "codes/codes": (codes, {"codes": [5, 3], "rate": 50}, lambda: Convolutional(DIM, kernel=8, groups=4)),
     "image/patches": (image, {"size": [4, 4]}, lambda: SinCos(DIM)),
     "video/tubes": (video, {"size": [2, 4, 4], "rate": 5}, lambda: SinCos(DIM)),
 }
@@ -80,7 +90,16 @@ SETTINGS = {
     "wav2vec2": {"negatives": 5, "codes": 8, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
     "hubert": {"units": {"units": 5}, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
     "best_rq": {"codes": 8, "code_dim": 4, "mask_span": 2},
+    "bert": {"mask_prob": 0.4, "mask_span": 2},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "cae": {
+        "mask": "blocks",
+        "mask_size": 2,
+        "regressor_depth": 2,
+        "regressor_heads": 2,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    },
     "jepa": {
         "blocks": [[2, 0.2, 0.3], [1, 0.5, 0.5]],
         "predictor_dim": 16,
@@ -125,6 +144,7 @@ BODIES |= {"npc": {"window": 1}, "mp3": {}}
 TARGET = {
     "speech": "log_mel",
     "audio": "normalized_spectrogram",
+    "codes": "features",
     "image": "normalized_pixels",
     "video": "normalized_pixels",
 }
@@ -142,6 +162,13 @@ REFUSED = {
     ("siam_mae", "speech/waveform"): "there are none for Waveform",
     ("siam_mae", "speech/logmel"): "there are none for LogMel",
     ("siam_mae", "audio/spectrogram"): "there are none for SpectrogramPatches",
+    ("siam_mae", "codes/codes"): "there are none for Codes",
+    ("tera", "codes/codes"): "choose frontend logmel",
+    **{
+        (name, "codes/codes"): "Codes learns what it measures"
+        for name in ("mae", "cae", "apc", "npc", "denoise", "best_rq")
+    },
+    **{("bert", source): "BERT predicts the codes that it reads" for source in CLIPS if source != "codes/codes"},
 }
 
 
@@ -165,6 +192,7 @@ def objective(name, source):
     if "target" in inspect.signature(OBJECTIVES[name]).parameters:
         target = MODALITIES[modality].targets[TARGET[modality]]
         settings |= {"target": target.values, "target_dim": target.dim(body.frontend)}
+        settings |= {"target_learned": target.learned and body.frontend.learned}
         # as Audio-MAE has it: a block with windows, and one with shifted ones
         if name == "mae" and modality == "audio":
             settings |= {"decoder_window": [2, 2], "decoder_depth": 2}
@@ -316,8 +344,10 @@ def test_a_token_sees_the_time_that_it_names_and_no_other(source):
     end = begin + round(tokens.span_ms * raw.rate / 1000)
     for unit, seen in ((begin - 1, False), (begin, True), (end - 1, True), (end, False)):
         data = raw.data.clone()
-        over_time(data)[:, unit] = torch.nan
-        lost = frontend(replace(raw, data=data)).x.isnan()[tokens.coords[..., 0] == step]
+        spoilt = over_time(data)
+        spoilt[:, unit] = torch.nan if data.is_floating_point() else (spoilt[:, unit] == 0).long()
+        x = frontend(replace(raw, data=data)).x
+        lost = (x.isnan() if data.is_floating_point() else x != tokens.x)[tokens.coords[..., 0] == step]
         assert lost.all() if seen else not lost.any()
 
 

@@ -1,13 +1,16 @@
-"""Units beside tokens, and the head that says which unit a token is."""
+"""Units beside tokens, and the heads that say which unit a token is."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.nn.linear import Linear
+from mmssl.nn.quantizer import perplexity
 from mmssl.types import Tokens, Units, valid_mask
 
 
@@ -75,3 +78,53 @@ class CosineHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             projected = F.linear(x.float(), self.project.weight, self.project.bias)
             return F.normalize(projected, dim=-1) @ F.normalize(self.codes, dim=-1).t() / self.temperature
+
+
+class CodeHead(nn.Module):
+    """Which code of each of several codebooks a vector stands for: a language model's head, with an output for each.
+
+    Source: Liu et al. 2019, RoBERTa (arXiv:1907.11692), whose head is a linear map, GELU, a norm and a linear map.
+    Differs from RoBERTa: the last map has weights of its own and not those of the embeddings.
+
+    Args:
+        dim: width of the vectors.
+        codes: how many codes each codebook has.
+        eps: of the norm.
+    """
+
+    def __init__(self, dim: int, codes: Sequence[int], *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.codes = list(codes)
+        self.dense = Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.out = Linear(dim, sum(codes))
+        for linear in (self.dense, self.out):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(M, D) -> (M, V) logits, float32, for each codebook."""
+        return list(self.out(self.norm(F.gelu(self.dense(x)))).float().split(self.codes, 1))
+
+
+def choices(name: str, logits: Tensor, target: Tensor, losses: Tensor) -> dict[str, tuple[float | Tensor, float]]:
+    """What the log says of M choices among V units, each name with `name` before it.
+
+    chance_accuracy is that of always naming the commonest unit of the batch; unit_perplexity how many units the targets
+    have, as if all came alike, and predicted_perplexity the same of the choices.
+
+    Args:
+        logits: (M, V).
+        target: (M,) int64.
+        losses: (M,) of each choice, in nats.
+    """
+    n = len(target)
+    chosen = logits.argmax(1)
+    uses = [torch.bincount(units, minlength=logits.shape[1]).float() / n for units in (target, chosen)]
+    return {
+        f"{name}accuracy": ((chosen == target).sum(), n),
+        f"{name}chance_accuracy": (uses[0].max() * n, n),
+        f"{name}cross_entropy": (losses.sum(), n),
+        f"{name}unit_perplexity": (perplexity(uses[0]) * n, n),
+        f"{name}predicted_perplexity": (perplexity(uses[1]) * n, n),
+    }

@@ -3,7 +3,9 @@
 from torch import nn
 
 from mmssl.objectives.apc import APC
+from mmssl.objectives.bert import BERT
 from mmssl.objectives.best_rq import BestRQ
+from mmssl.objectives.cae import CAE
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.cpc import CPC
 from mmssl.objectives.ctc import CTC
@@ -26,7 +28,9 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "wav2vec2": Wav2Vec2,
     "hubert": HuBERT,
     "best_rq": BestRQ,
+    "bert": BERT,
     "mae": MAE,
+    "cae": CAE,
     "tera": TERA,
     "apc": APC,
     "cpc": CPC,
@@ -43,6 +47,8 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "ctc": CTC,
     "classify": Classify,
 }
+# those whose own weights are exported beside the encoder's without labels: they give codes
+CODERS = ("vq_wav2vec",)
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {
     name: label for name, objective in OBJECTIVES.items() if (label := getattr(objective, "label", None)) is not None

@@ -13,9 +13,8 @@ from mmssl.encoder import Encoder
 from mmssl.nn.heads import mean_pool
 from mmssl.nn.masking import span_mask
 from mmssl.nn.predictor import places
-from mmssl.nn.quantizer import perplexity
 from mmssl.nn.spread import spread
-from mmssl.nn.units import CosineHead, units_of_tokens
+from mmssl.nn.units import CosineHead, choices, units_of_tokens
 from mmssl.objectives.wav2vec2 import feature_size
 from mmssl.types import Batch, Hide, Loss, Units
 
@@ -127,7 +126,7 @@ class HuBERT(nn.Module):
                 part = losses[:n].sum() + self.unmasked_weight * losses[n:].sum()
                 total = total + self.weights[key][label] * part
                 if n:
-                    metrics |= _choices(name, logits[:n].detach(), target[:n, label], losses[:n].detach())
+                    metrics |= choices(name, logits[:n].detach(), target[:n, label], losses[:n].detach())
         for key in self.topics:
             pooled = mean_pool(encoded.x, encoded.lengths, encoded.n_prefix)
             [(name, logits)] = self._logits(key, pooled)
@@ -135,7 +134,7 @@ class HuBERT(nn.Module):
             losses = F.cross_entropy(logits, target, reduction="none")
             tokens_of = (hidden | seen if self.unmasked_weight else hidden).sum(1).to(losses.device)
             total = total + self.weights[key][0] * (losses * tokens_of).sum()
-            metrics |= _choices(name, logits.detach(), target, losses.detach())
+            metrics |= choices(name, logits.detach(), target, losses.detach())
         if tokens.pre_norm is not None and self.feature_penalty:
             counts = (hidden | seen if self.unmasked_weight else hidden).sum(1)
             penalty = feature_size(tokens.pre_norm, tokens.lengths, counts)
@@ -187,21 +186,3 @@ def _weights(codes: Mapping[str, list[int]], given: Mapping[str, float | Sequenc
                 f"objective.weights: {len(found[key])} for the {len(codes[key])} labels of {key!r}; give one for each"
             )
     return found
-
-
-def _choices(name: str, logits: Tensor, target: Tensor, losses: Tensor) -> dict[str, tuple[float | Tensor, float]]:
-    """What the log says of M choices.
-
-    chance_accuracy is that of always naming the commonest unit of the batch; unit_perplexity how many units the targets
-    have, as if all came alike, and predicted_perplexity the same of the choices.
-    """
-    n = len(target)
-    chosen = logits.argmax(1)
-    uses = [torch.bincount(units, minlength=logits.shape[1]).float() / n for units in (target, chosen)]
-    return {
-        f"{name}accuracy": ((chosen == target).sum(), n),
-        f"{name}chance_accuracy": (uses[0].max() * n, n),
-        f"{name}cross_entropy": (losses.sum(), n),
-        f"{name}unit_perplexity": (perplexity(uses[0]) * n, n),
-        f"{name}predicted_perplexity": (perplexity(uses[1]) * n, n),
-    }

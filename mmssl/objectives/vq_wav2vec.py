@@ -15,7 +15,7 @@ from mmssl.nn.predictor import places
 from mmssl.nn.quantizer import GumbelQuantizer, KMeansQuantizer, code_perplexity, perplexity
 from mmssl.nn.spread import spread
 from mmssl.objectives.wav2vec2 import draw_per_clip, generators_of
-from mmssl.types import Batch, Hide, Loss, Tokens, valid_mask
+from mmssl.types import Batch, Hide, Loss, Raw, Tokens, valid_mask
 
 
 class VQWav2Vec(nn.Module):
@@ -24,7 +24,7 @@ class VQWav2Vec(nn.Module):
     Source: Baevski, Schneider and Auli 2020 (arXiv:1910.05453), sections 2 and 3.
     Differs from the paper: what `Wav2Vec` says of its own; codewords are not shared between groups; the logits of the
         Gumbel quantizer are one linear map of the features. The exported encoder reads features that are not
-        quantized: what this objective gives is `codes`.
+        quantized: what this objective gives is `codes`, and a run exports what they take.
     Target: the quantized features, learned with the rest and not detached.
 
     Args:
@@ -113,13 +113,13 @@ class VQWav2Vec(nn.Module):
         self.updates.fill_(step)
 
     @torch.no_grad()
-    def codes(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The units of a batch, without noise.
+    def codes(self, raw: Raw) -> tuple[Tensor, Tokens]:
+        """The codes of clips, without noise.
 
         Returns:
-            (B, N, G) int64, zero past each length; (B,) int64 on the CPU, units of each clip.
+            (B, N, G) int64, zero past each length; and the tokens that they are of.
         """
-        tokens = self.encoder.tokens(batch.raw)
+        tokens = self.encoder.tokens(raw)
         features, real = _features(tokens)
         if isinstance(self.quantizer, GumbelQuantizer):
             found = self.quantizer(features).codes
@@ -127,7 +127,7 @@ class VQWav2Vec(nn.Module):
             found = self.quantizer(features)[1]
         clips, size = tokens.x.shape[:2]
         out = found.new_zeros(clips * size, found.shape[1]).index_copy(0, real, found)
-        return out.view(clips, size, -1), tokens.lengths
+        return out.view(clips, size, -1), tokens
 
     def _noise(self, tokens: Tokens, seeds: Tensor) -> Tensor | None:
         """(M, G, V) Gumbel noise, each clip's from its own seed; None while evaluating."""
