@@ -78,7 +78,14 @@ CLIPS = {
 SOURCES = [f"{name}/{frontend}" for name, modality in MODALITIES.items() for frontend in modality.frontends]
 SETTINGS = {
     "wav2vec2": {"negatives": 5, "codes": 8, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
-    "hubert": {"units": {"units": 5}, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
+    "hubert": {
+        "units": {"units": 5},
+        "dim": 8,
+        "mask_prob": 0.4,
+        "mask_span": 2,
+        "feature_penalty": 0.1,
+        "regression": 0.1,
+    },
     "best_rq": {"codes": 8, "code_dim": 4, "mask_span": 2},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     "jepa": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from mmssl.nn.quantizer import perplexity
 from mmssl.nn.spread import spread
 from mmssl.nn.units import CosineHead, units_of_tokens
 from mmssl.objectives.wav2vec2 import feature_size
-from mmssl.types import Batch, Hide, Loss, Units
+from mmssl.types import Batch, Hide, Loss, Raw, Tokens, Units
 
 
 class HuBERT(nn.Module):
@@ -28,9 +28,9 @@ class HuBERT(nn.Module):
         released code's, is taken clip by clip (see `feature_size`), so that micro-batches add up; each label has a
         projection of its own, as the released configuration has it (`untie_final_proj`).
     Target: units of each clip that stand in the manifest, such as `mmssl units` writes: k-means of MFCC or of a layer
-        of an encoder, the codes of a codec (EnCodecMAE: Pepino et al. 2023, arXiv:2309.07391), several codebooks at
-        once (MERT: Li et al. 2023, arXiv:2306.00107); and `topics`, one label for all of a clip, from the mean of its
-        tokens (HuBERTopic: Maekaku et al. 2023, arXiv:2310.03975).
+        of an encoder, the codes of a codec, several codebooks at once (MERT: Li et al. 2023, arXiv:2306.00107); and `topics`, one label for all of a clip, from the mean of its
+        tokens (HuBERTopic: Maekaku et al. 2023, arXiv:2310.03975). And, with `regression`, `target`: values that the
+        modality computes from the sound, such as MERT's constant-Q transform; never learned ones.
 
     Args:
         encoder: with a mask token.
@@ -43,9 +43,12 @@ class HuBERT(nn.Module):
         dim: width of projections and embeddings.
         logit_temperature: divides the cosine similarity.
         feature_penalty: weight of the mean square of the features before their last norm, where they are learned.
+        regression: weight of the mean squared error of a linear map of hidden tokens to `target`.
+        target, target_dim, target_learned: see `MAE`; none without `regression`.
 
     Raises:
-        ValueError: no label set, weights for others, or an encoder without a mask token.
+        ValueError: no label set, weights for others, a regression without a fixed target, or an encoder without a mask
+            token.
     """
 
     label: ClassVar[str | None] = None
@@ -65,10 +68,25 @@ class HuBERT(nn.Module):
         dim: int = 256,
         logit_temperature: float = 0.1,
         feature_penalty: float = 10.0,
+        regression: float = 0.0,
+        target: Callable[[Raw, Tokens], Tensor] | None = None,
+        target_dim: int = 0,
+        target_learned: bool = False,
     ) -> None:
         super().__init__()
         if encoder.mask_token is None:
             raise ValueError("encoder.mask_token=false: HuBERT replaces hidden tokens, set it to true")
+        if (regression > 0) != (target is not None) or regression < 0:
+            raise ValueError(
+                f"objective.regression={regression:g}: a weight above 0 goes with a target to regress to, and no "
+                "target without one; set both, or neither"
+            )
+        if target_learned:
+            name = type(encoder.frontend).__name__
+            raise ValueError(
+                f"objective.target: {name} learns what it measures, so the regression would collapse; choose a fixed "
+                "target such as cqt or log_mel"
+            )
         if not units:
             raise ValueError("objective.units={}: name a key of the manifest and its number of codes: {units: 500}")
         topics = dict(topics or {})
@@ -92,6 +110,8 @@ class HuBERT(nn.Module):
         self.mask_prob, self.mask_span, self.min_spans = mask_prob, mask_span, min_spans
         self.unmasked_weight = unmasked_weight
         self.feature_penalty = feature_penalty
+        self.regression, self.target = regression, target
+        self.regress = None if target is None else nn.Linear(encoder.dim, target_dim)
         self.skips_parameters = encoder.transformer.layer_drop > 0 or getattr(encoder.frontend, "grad_mult", 1.0) == 0
 
     def forward(self, batch: Batch) -> Loss:
@@ -136,6 +156,14 @@ class HuBERT(nn.Module):
             tokens_of = (hidden | seen if self.unmasked_weight else hidden).sum(1).to(losses.device)
             total = total + self.weights[key][0] * (losses * tokens_of).sum()
             metrics |= _choices(name, logits.detach(), target, losses.detach())
+        if self.regress is not None and self.target is not None:
+            # a target may hold a product of its own, as a spectrum does
+            with torch.autocast(x.device.type, enabled=False):
+                measured = self.target(batch.raw, tokens).flatten(0, 1).index_select(0, index[0]).detach().float()
+                errors = (self.regress(x[:n].float()) - measured).square().mean(1).sum()
+            total = total + self.regression * errors
+            if n:
+                metrics |= {"regression": (errors.detach(), n), "regression_std": (spread(measured) * n, n)}
         if tokens.pre_norm is not None and self.feature_penalty:
             counts = (hidden | seen if self.unmasked_weight else hidden).sum(1)
             penalty = feature_size(tokens.pre_norm, tokens.lengths, counts)
