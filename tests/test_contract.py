@@ -88,6 +88,13 @@ SETTINGS = {
     },
     "best_rq": {"codes": 8, "code_dim": 4, "mask_span": 2},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "encodec_mae": {
+        "units": {"units": 5},
+        "mask_size": 2,
+        "decoder_dim": 16,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    },
     "jepa": {
         "blocks": [[2, 0.2, 0.3], [1, 0.5, 0.5]],
         "predictor_dim": 16,
@@ -180,8 +187,8 @@ def objective(name, source):
 
 
 def units(name, source, raw):
-    """For HuBERT: of each clip its own, by its id, one for each step in time or, without a time, for each token."""
-    if name != "hubert":
+    """For what predicts them: each clip's own, by its id, one a step in time or, without a time, for each token."""
+    if name not in ("hubert", "encodec_mae"):
         return {}
     tokens = encoder(source).tokens(raw)
     timed = tokens.step_ms is not None

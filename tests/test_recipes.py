@@ -73,8 +73,10 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
         "hubert": {"objective.dim": 8, "objective.units": "{units: 3}"},
         "best_rq": {"objective.codes": 8},
     }
+    per_name["encodec_mae"] = {"objective.units": "{units: 3}", "objective.weights": "{}"}
     decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
     per_name |= dict.fromkeys(("mae", "siam_mae", "denoise", "dbot"), decoder)
+    per_name["encodec_mae"] |= decoder
     if not name.startswith("small/"):  # 16 frames of 224 x 224 are 1,568 tokens otherwise
         per_name["tubes"] = {"frontend.size": [2, 56, 56], "data.batch_size": 2}
     for section in ("frontend", "positions", "objective"):
@@ -86,7 +88,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 59
+    assert len(RECIPES) == 61
 
 
 @pytest.mark.parametrize("name", RECIPES)

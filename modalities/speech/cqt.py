@@ -27,7 +27,8 @@ def cqt(raw: Raw, tokens: Tokens) -> Tensor:
     Differs from the paper: frame i lies around the middle of what token i sees, where the released code has it around
         the token's first sample; bins that reach past half the rate are left out.
 
-    Windows reach over a clip's ends, where there is silence; a clip's frames are the same alone and beside a longer one.
+    Windows reach over a clip's ends, where there is silence. A clip's frames are the same alone and beside a longer
+    one.
 
     Returns:
         (B, N, n_bins) float32, zero past each length: half of a tone's amplitude in the bin of its pitch, times the

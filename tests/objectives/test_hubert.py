@@ -298,5 +298,5 @@ def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, object], 
 def test_an_encoder_without_a_mask_token_and_a_batch_without_units_are_refused() -> None:
     with pytest.raises(ValueError, match="encoder.mask_token=false: HuBERT replaces hidden tokens"):
         HuBERT(encoder(mask_token=False), units={"units": 5})
-    with pytest.raises(ValueError, match="predicts the units at 'units' of a row"):
+    with pytest.raises(ValueError, match="the units at 'units' of a row are to be predicted"):
         build()(replace(clips([400]), units={}))
