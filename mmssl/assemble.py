@@ -26,7 +26,7 @@ from mmssl.data.text import CharVocabulary, Classes
 from mmssl.encoder import Encoder
 from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, label_of
 from mmssl.modalities import MODALITIES
-from mmssl.modalities.modality import Modality
+from mmssl.modalities.modality import Modality, Target
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
 from mmssl.objectives import CODERS, LABELLED, OBJECTIVES
@@ -66,10 +66,12 @@ Span = Callable[..., tuple[float, float]]
 
 # what an objective asks for in its constructor and no recipe can say; (config, encoder) -> value
 PROVIDED: dict[str, Callable[[Config, Encoder], Any]] = {
-    "target": lambda config, encoder: _target(config).values,
-    "target_dim": lambda config, encoder: _target(config).dim(encoder.frontend),
-    "target_learned": lambda config, encoder: _target(config).learned and encoder.frontend.learned,
-    "pictures": lambda config, encoder: _target(config).pictures,
+    "target": lambda config, encoder: target.values if (target := _target(config)) else None,
+    "target_dim": lambda config, encoder: target.dim(encoder.frontend) if (target := _target(config)) else 0,
+    "target_learned": lambda config, encoder: (
+        (target := _target(config)) is not None and target.learned and encoder.frontend.learned
+    ),
+    "pictures": lambda config, encoder: target.pictures if (target := _target(config)) else None,
     "views": lambda config, encoder: MODALITIES[config["modality"]].views[config["objective"]["views"]],
     "teacher_encoder": lambda config, encoder: _teacher(config),
     "n_characters": lambda config, encoder: len(config["vocabulary"]),
@@ -422,5 +424,7 @@ def _teacher(config: Config) -> Encoder:
     return encoder
 
 
-def _target(config: Config) -> Any:
-    return MODALITIES[config["modality"]].targets[config["objective"]["target"]]
+def _target(config: Config) -> Target | None:
+    """None where an objective does without one."""
+    name = config["objective"]["target"]
+    return None if name is None else MODALITIES[config["modality"]].targets[name]

@@ -368,7 +368,7 @@ def units(
         typer.Argument(metavar="MANIFEST", help="Clusters are of the first; all get units.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the codebook, units and manifests.", show_default=False)],
-    codes: Annotated[int | None, typer.Option(help="Clusters.", show_default=False)] = None,
+    codes: Annotated[int | None, typer.Option(help="Clusters; with --topics: how many units there are.")] = None,
     features: Annotated[
         Literal["mfcc", "logmel"] | None, typer.Option(help="Cluster these, every 10 ms of sound.", show_default=False)
     ] = None,
@@ -384,7 +384,14 @@ def units(
     ] = None,
     bandwidth: Annotated[float, typer.Option(help="With an EnCodec: kbit per second.")] = 6.0,
     layer: Annotated[int, typer.Option(help="With --model: -1 is the output, i the output of block i.")] = -1,
-    key: Annotated[str, typer.Option(help="Of the rows, for the place of their units.")] = "units",
+    topics: Annotated[
+        int | None, typer.Option(help="Write a topic of each clip, of so many, from the units it has.")
+    ] = None,
+    of: Annotated[str, typer.Option(help="With --topics: key of the rows at which their units stand.")] = "units",
+    ngram: Annotated[int, typer.Option(help="With --topics: units in a row that are counted together.")] = 1,
+    key: Annotated[
+        str | None, typer.Option(help="Of the rows, for their units (units) or topics (topic).", show_default=False)
+    ] = None,
     frames: Annotated[int, typer.Option(help="Tokens that k-means is fitted on.")] = 1_000_000,
     rate: Annotated[int, typer.Option(help="With --features: samples per second.")] = 16_000,
     modality: Annotated[Literal["speech", "audio"], typer.Option(help="With --features and --codec.")] = "speech",
@@ -398,13 +405,33 @@ def units(
         Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or name it and leave it out.")
     ] = "raise",
 ) -> None:
-    """Cluster the features of clips, and write the unit of each moment beside the rows of manifests.
+    """Cluster the features of clips, and write the unit of each moment, or a topic of each clip, beside the rows.
 
     The manifests in the folder are for objectives that predict units. The same command goes on where it was cut off,
     and with other manifests it uses the codebook that the folder holds.
     """
+    from mmssl.topics import write_topics
     from mmssl.units import write_units
 
+    if topics is not None:
+        if codes is None or (features, model, codec) != (None, None, None):
+            raise ValueError(
+                "--topics: topics are of units that rows have already; say how many there are with --codes, and leave "
+                "out --features, --model and --codec"
+            )
+        for one in write_topics(
+            manifests,
+            out,
+            topics=topics,
+            codes=codes,
+            of=of,
+            key=key or "topic",
+            ngram=ngram,
+            seed=seed,
+            progress=sys.stderr.isatty(),
+        ):
+            print(f"{one.manifest}: {one.clips} clips, {one.perplexity:.1f} of {topics} topics in use")
+        return
     number, _, parts = part.partition("/")
     found = write_units(
         manifests,
@@ -415,7 +442,7 @@ def units(
         bandwidth=bandwidth,
         model=model,
         layer=layer,
-        key=key,
+        key=key or "units",
         frames=frames,
         rate=rate,
         modality=modality,

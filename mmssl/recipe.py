@@ -115,7 +115,8 @@ class Recipe:
             section: dotted key of a mapping; its `name`, which chose `target`, is not passed on unless it is a setting.
             target: class or function whose signature says what may stand in the section.
             given: arguments that the program passes itself, so that a recipe may not.
-            named: argument -> table, for those that a recipe gives by a name in a table; the name is what is returned.
+            named: argument -> table, for those that a recipe gives by a name in a table; the name is what is returned,
+                or None where the recipe gives none and the default is none.
 
         Returns:
             name -> plain value (numbers, text, lists, mappings), for every setting of `target`.
@@ -135,7 +136,9 @@ class Recipe:
         settings: dict[str, Any] = {}
         for name, (annotation, default) in parameters.items():
             key = f"{section}.{name}"
-            if name in tables:
+            if name in tables and default is None and written.get(name) is None:
+                settings[name] = None
+            elif name in tables:
                 self.choice(key, tables[name])
                 settings[name] = written[name]
             elif name in written:

@@ -39,6 +39,7 @@ ARROWS = {
     "embed": [*PARTS, "encoder", "data", "evaluation", "assemble", "clips", "convert"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
     "units": [*PARTS, "modalities", "data", "embed", "training.checkpoint"],
+    "topics": ["data", "embed", "units"],
     "normalization": ["recipe", "types", "modalities", "data", "loading", "assemble"],
 }
 FREE = {"__init__", "__main__", "cli", "recipes"}  # the front door may use every room; recipes hold no code

@@ -88,7 +88,14 @@ CLIPS = {
 SOURCES = [f"{name}/{frontend}" for name, modality in MODALITIES.items() for frontend in modality.frontends]
 SETTINGS = {
     "wav2vec2": {"negatives": 5, "codes": 8, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
-    "hubert": {"units": {"units": 5}, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
+    "hubert": {
+        "units": {"units": 5},
+        "dim": 8,
+        "mask_prob": 0.4,
+        "mask_span": 2,
+        "feature_penalty": 0.1,
+        "regression": 0.1,
+    },
     "best_rq": {"codes": 8, "code_dim": 4, "mask_span": 2},
     "bert": {"mask_prob": 0.4, "mask_span": 2},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
@@ -97,6 +104,13 @@ SETTINGS = {
         "mask_size": 2,
         "regressor_depth": 2,
         "regressor_heads": 2,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    },
+    "encodec_mae": {
+        "units": {"units": 5},
+        "mask_size": 2,
+        "decoder_dim": 16,
         "decoder_depth": 1,
         "decoder_heads": 2,
     },
@@ -200,8 +214,8 @@ def objective(name, source):
 
 
 def units(name, source, raw):
-    """For HuBERT: of each clip its own, by its id, one for each step in time or, without a time, for each token."""
-    if name != "hubert":
+    """For what predicts them: each clip's own, by its id, one a step in time or, without a time, for each token."""
+    if name not in ("hubert", "encodec_mae"):
         return {}
     tokens = encoder(source).tokens(raw)
     timed = tokens.step_ms is not None

@@ -86,8 +86,10 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
         "best_rq": {"objective.codes": 8},
         "cae": {"objective.regressor_heads": 2, "objective.decoder_heads": 2},
     }
+    per_name["encodec_mae"] = {"objective.units": "{units: 3}", "objective.weights": "{}"}
     decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
     per_name |= dict.fromkeys(("mae", "siam_mae", "denoise", "dbot"), decoder)
+    per_name["encodec_mae"] |= decoder
     if not name.startswith("small/"):  # 16 frames of 224 x 224 are 1,568 tokens otherwise
         per_name["tubes"] = {"frontend.size": [2, 56, 56], "data.batch_size": 2}
     for section in ("frontend", "positions", "objective"):
@@ -99,7 +101,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 62
+    assert len(RECIPES) == 66
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -19,7 +19,7 @@ from mmssl.modalities.speech.reader import read
 from mmssl.recipe import load as load_recipe
 from mmssl.training.checkpoint import export_encoder, read_tensors
 from mmssl.types import Raw
-from mmssl.units import Written, _spread, write_units
+from mmssl.units import Written, scattered, write_units
 
 MFCC_UNITS = {"codes": 4, "features": "mfcc", "rate": 8000, "frames": 10_000}
 
@@ -189,9 +189,9 @@ def test_the_chain_of_two_iterations(
 
 def test_each_place_is_looked_at_once_and_the_first_lie_all_over() -> None:
     for count in (1, 2, 7, 1000, 1024):
-        places = np.concatenate(list(_spread(count, seed=3)))
+        places = np.concatenate(list(scattered(count, seed=3)))
         assert sorted(places.tolist()) == list(range(count))
-    first = np.sort(next(_spread(100_000, seed=0)))
+    first = np.sort(next(scattered(100_000, seed=0)))
     assert len(first) == 200
     assert np.diff(first).max() < 3 * 100_000 / 200
 

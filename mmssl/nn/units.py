@@ -1,9 +1,9 @@
-"""Units beside tokens, and the heads that say which unit a token is."""
+"""Units beside tokens, what a recipe says of them, and the heads that say which unit a token is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,63 @@ from torch import Tensor, nn
 
 from mmssl.nn.linear import Linear
 from mmssl.nn.quantizer import perplexity
-from mmssl.types import Tokens, Units, valid_mask
+from mmssl.types import Batch, Tokens, Units, valid_mask
+
+
+def label_sets(units: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
+    """Key -> how many codes each of its labels has.
+
+    Raises:
+        ValueError: a key that is no word, or fewer codes than two.
+    """
+    codes = {key: [n] if isinstance(n, int) else list(n) for key, n in units.items()}
+    for key, sizes in codes.items():
+        if not key.isidentifier() or min(sizes, default=0) < 2:
+            raise ValueError(f"objective.units: {key} has {sizes} codes; a key is one word, and a choice takes two")
+    return codes
+
+
+def label_weights(
+    codes: Mapping[str, list[int]], given: Mapping[str, float | Sequence[float]] | None
+) -> dict[str, list[float]]:
+    """Key -> the weight of each of its labels, 1 where none is given.
+
+    Raises:
+        ValueError: weights of an unknown label set, or not one for each label.
+    """
+    found = {key: [1.0] * len(sizes) for key, sizes in codes.items()}
+    for key, weight in (given or {}).items():
+        if key not in found:
+            raise ValueError(f"objective.weights: there are no units called {key!r}; there are {', '.join(found)}")
+        found[key] = [float(weight)] * len(found[key]) if isinstance(weight, int | float) else list(weight)
+        if len(found[key]) != len(codes[key]):
+            raise ValueError(
+                f"objective.weights: {len(found[key])} for the {len(codes[key])} labels of {key!r}; give one for each"
+            )
+    return found
+
+
+def label_names(codes: Mapping[str, list[int]]) -> dict[str, list[str]]:
+    """Key -> what the log puts before the metrics of each of its labels; nothing before those of the very first."""
+    first = next(iter(codes))
+    return {
+        key: [
+            "" if key == first and label == 0 else f"{key}_{label}_" if len(sizes) > 1 else f"{key}_"
+            for label in range(len(sizes))
+        ]
+        for key, sizes in codes.items()
+    }
+
+
+def units_at(batch: Batch, key: str) -> Units:
+    """The label set of a batch.
+
+    Raises:
+        ValueError: it has none of that name.
+    """
+    if key not in batch.units:
+        raise ValueError(f"the units at {key!r} of a row are to be predicted, and the batch has {sorted(batch.units)}")
+    return batch.units[key]
 
 
 def units_of_tokens(units: Units, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -114,9 +170,8 @@ def choices(name: str, logits: Tensor, target: Tensor, losses: Tensor) -> dict[s
     have, as if all came alike, and predicted_perplexity the same of the choices.
 
     Args:
-        logits: (M, V).
-        target: (M,) int64.
-        losses: (M,) of each choice, in nats.
+        name: goes before that of each metric, see `label_names`.
+        logits: (M, V); target: (M,); losses: (M,) cross-entropies.
     """
     n = len(target)
     chosen = logits.argmax(1)

@@ -13,6 +13,7 @@ from mmssl.objectives.data2vec import Data2Vec
 from mmssl.objectives.data2vec2 import Data2Vec2
 from mmssl.objectives.dbot import DBOT
 from mmssl.objectives.denoise import Denoise
+from mmssl.objectives.encodec_mae import EncodecMAE
 from mmssl.objectives.hubert import HuBERT
 from mmssl.objectives.jepa import JEPA
 from mmssl.objectives.mae import MAE
@@ -31,6 +32,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "bert": BERT,
     "mae": MAE,
     "cae": CAE,
+    "encodec_mae": EncodecMAE,
     "tera": TERA,
     "apc": APC,
     "cpc": CPC,
