@@ -293,7 +293,7 @@ def _fine_tuned(
     manifest: Manifest,
     label: str,
     beam: int | None,
-    views: dict[str, int],
+    views: dict[str, Any],
     settings: dict[str, Any],
 ) -> dict[str, Score]:
     """What a fine-tuned run says of clips, against what their rows say."""
@@ -336,7 +336,7 @@ def _of_views(spans: int, crops: int) -> str:
 
 
 def _several_classes(
-    embedder: Embedder, manifest: Manifest, label: str, views: dict[str, int], settings: dict[str, Any]
+    embedder: Embedder, manifest: Manifest, label: str, views: dict[str, Any], settings: dict[str, Any]
 ) -> Score:
     """The mean average precision of a run whose clips have several classes each."""
     classes = Classes(embedder.config["classes"])
