@@ -202,14 +202,15 @@ def _mel(hertz: Tensor) -> Tensor:
 
 
 def _window(name: str, width: int) -> Tensor:
-    # symmetric, as Kaldi has them
-    hann = torch.hann_window(width, periodic=False)
-    windows = {
-        "hanning": hann,
-        "povey": hann**0.85,
-        "hamming": torch.hamming_window(width, periodic=False, alpha=0.54, beta=0.46),
-        "rectangular": torch.ones(width),
-    }
+    # symmetric, as Kaldi has them; on the CPU whatever the default device, as the first value is read
+    with torch.device("cpu"):
+        hann = torch.hann_window(width, periodic=False)
+        windows = {
+            "hanning": hann,
+            "povey": hann**0.85,
+            "hamming": torch.hamming_window(width, periodic=False, alpha=0.54, beta=0.46),
+            "rectangular": torch.ones(width),
+        }
     if name not in windows:
         raise ValueError(f"frontend.window={name!r}: choose one of {', '.join(windows)}")
     return windows[name]
