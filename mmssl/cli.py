@@ -152,10 +152,15 @@ def evaluate(
     model: Model,
     test: Annotated[Path, typer.Option(help="Manifest of the clips to measure on.", show_default=False)],
     task: Annotated[
-        Literal["linear", "knn", "classify", "ctc"],
-        typer.Option(help="linear, knn: fitted on frozen features; classify, ctc: what a fine-tuned run says."),
+        Literal["linear", "knn", "cluster", "verify", "rank", "ood", "classify", "ctc"],
+        typer.Option(
+            help="linear, knn: fitted on frozen features; cluster, verify, rank, ood: of those features themselves; "
+            "classify, ctc: what a fine-tuned run says."
+        ),
     ] = "linear",
-    train: Annotated[Path | None, typer.Option(help="Manifest to fit on: linear and knn.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Manifest to fit on, to be near to (ood), or to center on (verify).")
+    ] = None,
     valid: Annotated[
         Path | None, typer.Option(help="Manifest to choose layer and settings on.", show_default="a fifth of --train")
     ] = None,
@@ -175,9 +180,13 @@ def evaluate(
     ] = None,
     label_share: Annotated[float | None, typer.Option(help="The same by share: 0.01 fits on a hundredth.")] = None,
     draws: Annotated[int, typer.Option(help="Draws of few labels.")] = 5,
-    k: Annotated[str, typer.Option(help="Neighbors of knn; of several, 5,20, the best on --valid.")] = "20",
+    k: Annotated[str, typer.Option(help="Neighbors of knn; of several, 5,20, the best on --valid; of ood.")] = "20",
     beam: Annotated[int | None, typer.Option(help="Width of the search: ctc.", show_default="the best path")] = None,
     spans: Annotated[int, typer.Option(help="classify: mean over so many parts of each clip; sound, video.")] = 1,
+    trials: Annotated[
+        Path | None, typer.Option(help="verify: pairs to tell, a line is 1 or 0 and two ids.", show_default="all pairs")
+    ] = None,
+    ood: Annotated[Path | None, typer.Option(help="ood: manifest of clips of another kind than --test.")] = None,
     baseline: Annotated[
         Literal["random", "pixels", "logmel"] | None,
         typer.Option(help="Measure this in the encoder's place: random weights, raw pixels, log-mel energies."),
@@ -191,7 +200,7 @@ def evaluate(
         Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or leave it out and count it.")
     ] = "raise",
 ) -> None:
-    """Measure an encoder on labelled clips: accuracy, or word and character error rates.
+    """Measure an encoder: accuracy, clusters, verification, rank, distances, or word and character error rates.
 
     Every score comes with its interval and with one line that says how it was measured.
     """
@@ -217,6 +226,8 @@ def evaluate(
         k=neighbors[0] if len(neighbors) == 1 else neighbors,
         beam=beam,
         spans=spans,
+        trials=trials,
+        ood=ood,
         baseline=baseline,
         seed=seed,
         device=device,
