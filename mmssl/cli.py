@@ -101,7 +101,9 @@ def embed(
         list[str],
         typer.Argument(metavar="CLIP", help="Files, folders, patterns in quotes, or manifests.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option(help="File to write, for numpy.load.")] = Path("embeddings.npz"),
+    out: Annotated[Path, typer.Option(help="File to write: .npz for numpy.load, or .parquet.")] = Path(
+        "embeddings.npz"
+    ),
     layer: Annotated[
         str, typer.Option(help="-1 is the output, 0 the input of the first block, i the output of block i; or all.")
     ] = "-1",
@@ -111,16 +113,21 @@ def embed(
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of products.")] = "float32",
     device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
     on_bad_clip: Annotated[
-        Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or name it and go on.")
-    ] = "raise",
+        Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or give it an empty row and go on.")
+    ] = "skip",
+    part: Annotated[str, typer.Option(metavar="N/OF", help="Of several processes that share the work, this one.")] = (
+        "1/1"
+    ),
 ) -> None:
     """Write the embeddings of files: one vector a clip and, if asked for, one a token.
 
-    The file holds `ids` and `scene` (clips, width), with --tokens `tokens`, `valid` and for sound `time_ms`; with
-    several layers an axis of layers in front, which `layers` names.
+    A .npz file holds `ids` and `scene` (clips, width), with --tokens `tokens`, `valid` and for sound and video
+    `time_ms`; with several layers an axis of layers in front, which `layers` names. A .parquet file has a row a clip:
+    `id`, `scene`, `error`. The same command goes on where it was cut off, from the parts beside --out.
     """
-    from mmssl.embed import load, write_npz
+    from mmssl.embed import load
     from mmssl.memory import keep_freed_memory
+    from mmssl.store import write_embeddings
 
     keep_freed_memory()
     embedder = load(model, device=device, precision=precision)
@@ -129,22 +136,25 @@ def embed(
         if layer == "all"
         else [_number("--layer", part, int) for part in layer.split(",")]
     )
-    found = embedder.embed(
+    number, _, of = part.partition("/")
+    done = write_embeddings(
+        embedder,
         inputs,
-        layer=layers,
+        out,
+        layers=layers,
         pool=pool,
         tokens=tokens,
         batch_size=batch_size,
         on_bad_clip=on_bad_clip,
+        part=(_number("--part", number, int), _number("--part", of, int)),
         progress=sys.stderr.isatty(),
+        tell=lambda name, reason: print(f"left out: {name}: {reason}", file=sys.stderr),
     )
-    for name, reason in found[0].bad.items():
-        print(f"left out: {name}: {reason}", file=sys.stderr)
-    written = write_npz(out, found if len(layers) > 1 else found[0], layers=layers)
-    clips, width = found[0].scene.shape
-    bad = int(found[0].scene.isnan().all(1).sum())
-    read = f"{clips - bad} clips, {bad} could not be read" if bad else f"{clips} clips"
-    print(f"{written}: {read}, width {width}, layer {layer}")
+    if done.path is None:
+        print(f"{out}: part {part} is done, and others are not yet")
+        return
+    read = f"{done.clips - done.bad} clips, {done.bad} could not be read" if done.bad else f"{done.clips} clips"
+    print(f"{done.path}: {read}, width {done.width}, layer {layer}")
 
 
 @command("mmssl evaluate runs/mae_base --task linear --train train.jsonl --valid valid.jsonl --test test.jsonl")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmssl.assemble import build_encoder, build_objective
-from mmssl.clips import Clips, Input, find_clips, groups, spread_out, windows
+from mmssl.clips import Clips, Input, Item, find_clips, groups, spread_out, windows
 from mmssl.convert.folder import open_encoder
 from mmssl.data.batching import collate_samples
 from mmssl.data.text import CharVocabulary
@@ -197,21 +195,76 @@ class Embedder:
         layers = self._layers(layer)
         clips = find_clips(inputs, self.config, self.encoder, rate=rate)
         gathered = [_Gathered(len(clips), keep=tokens) for _ in layers]
-        pooled = Pool.named(pool)
 
         def compute(batch: Batch, places: list[int]) -> None:
-            raw = batch.raw.to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                given = self.encoder.tokens(raw)
-                encoded = self.encoder(given, layers=sorted({i for i in layers if i >= 0}))
-            times = self._times(given) if tokens else None
-            for i, into in zip(layers, gathered, strict=True):
-                x = encoded.x if i < 0 else encoded.layers[i]
-                into.add(places, pooled(x, encoded, given), x[:, encoded.n_prefix :], given.lengths, times)
+            self._embed(batch, layers, pooled, tokens, places, gathered)
 
+        pooled = Pool.named(pool)
         names, bad = self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
         found = [into.result(names, bad) for into in gathered]
         return found[0] if isinstance(layer, int) else found
+
+    def stream(
+        self,
+        inputs: Input | Sequence[Input] | Clips,
+        *,
+        layers: Sequence[int] = (-1,),
+        pool: str = "mean",
+        tokens: bool = False,
+        batch_size: int = 16,
+        batch_seconds: float = 60.0,
+        on_bad_clip: Literal["raise", "skip"] = "raise",
+        places: range | None = None,
+        progress: bool = False,
+    ) -> Iterator[list[Embeddings]]:
+        """Embed clips in their order, a few hundred at a time: for more clips than memory has room for.
+
+        Args:
+            inputs, pool, tokens, batch_size, batch_seconds, on_bad_clip, progress: see `embed`.
+            layers: see `layer` of `embed`.
+            places: of the clips to embed; all by default.
+
+        Yields:
+            One `Embeddings` a layer, of the clips that come next. Scenes have no width where none of them can be read.
+        """
+        asked = self._layers(layers)
+        clips = inputs if isinstance(inputs, Clips) else find_clips(inputs, self.config, self.encoder, rate=None)
+        pooled = Pool.named(pool)
+        gathered: list[_Gathered] = []
+        first = 0
+
+        def compute(batch: Batch, places: list[int]) -> None:
+            self._embed(batch, asked, pooled, tokens, [place - first for place in places], gathered)
+
+        def begin(window: list[Item]) -> None:
+            nonlocal first
+            first = window[0].place
+            gathered[:] = [_Gathered(len(window), keep=tokens) for _ in asked]
+
+        run = self._windows(clips, compute, batch_size, batch_seconds, on_bad_clip, progress, places, begin)
+        for window in run:
+            names = [item.name for item in window]
+            bad = {item.name: item.error.reason for item in window if item.error is not None}
+            del window  # and with it the clips themselves, before whoever asked goes on
+            yield [into.result(names, bad) for into in gathered]
+
+    def _embed(
+        self,
+        batch: Batch,
+        layers: Sequence[int],
+        pool: Pool,
+        tokens: bool,
+        places: list[int],
+        gathered: Sequence[_Gathered],
+    ) -> None:
+        """Compute a batch, and put each layer of it where it belongs."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            given = self.encoder.tokens(batch.raw.to(self.device))
+            encoded = self.encoder(given, layers=sorted({i for i in layers if i >= 0}))
+        times = self._times(given) if tokens else None
+        for i, into in zip(layers, gathered, strict=True):
+            x = encoded.x if i < 0 else encoded.layers[i]
+            into.add(places, pool(x, encoded, given), x[:, encoded.n_prefix :], given.lengths, times)
 
     def each(
         self,
@@ -365,7 +418,6 @@ class Embedder:
             return None
         return tokens.coords[..., tokens.axes.index("t")] * tokens.step_ms + tokens.span_ms / 2
 
-    @torch.no_grad()  # not inference mode: what is returned may be trained on
     def _run(
         self,
         clips: Clips,
@@ -378,16 +430,46 @@ class Embedder:
         all_may_be_bad: bool = False,
     ) -> tuple[list[str], dict[str, str]]:
         """Call `compute` on groups of clips that were read ahead; ids in order, and the reasons of bad clips."""
+        names, bad, left_out = [""] * len(clips), {}, 0
+        for window in self._windows(clips, compute, batch_size, batch_seconds, on_bad_clip, progress):
+            for item in window:
+                names[item.place] = item.name
+                if item.error is not None:
+                    bad[item.name] = item.error.reason
+                    left_out += 1
+        if left_out == len(clips) and not all_may_be_bad:
+            first = next(iter(bad))
+            raise ValueError(f"none of the {len(clips)} clips can be read; the first is {first} ({bad[first]})")
+        return names, bad
+
+    @torch.no_grad()  # not inference mode: what is returned may be trained on
+    def _windows(
+        self,
+        clips: Clips,
+        compute: Callable[[Batch, list[int]], None],
+        batch_size: int,
+        batch_seconds: float,
+        on_bad_clip: str,
+        progress: bool,
+        places: range | None = None,
+        begin: Callable[[list[Item]], None] = lambda window: None,
+    ) -> Iterator[list[Item]]:
+        """Read clips ahead, and yield each window of them once `compute` was called on all of its groups.
+
+        Args:
+            places: of the clips; all by default.
+            begin: called with each window before it is computed.
+        """
         if batch_size < 1 or batch_seconds <= 0:
             raise ValueError(f"batch_size={batch_size}, batch_seconds={batch_seconds}: both must be above 0")
         if on_bad_clip not in ("raise", "skip"):
             raise ValueError(f"on_bad_clip={on_bad_clip!r}: choose raise or skip")
-        names, bad, left_out = [""] * len(clips), {}, 0
-        with closing(windows(clips, batch_size)) as ahead, bar("embedding", len(clips), shown=progress) as advance:
+        count = len(clips) if places is None else len(places)
+        with closing(windows(clips, batch_size, places)) as ahead, bar("embedding", count, shown=progress) as advance:
             for window in ahead:
+                begin(window)
                 good = []
                 for item in window:
-                    names[item.place] = item.name
                     if item.error is None:
                         good.append(item)
                     elif on_bad_clip == "raise":
@@ -397,66 +479,12 @@ class Embedder:
                             f"{item.error.reason}{f' (at {line})' if line else ''}; on_bad_clip=skip (--on-bad-clip "
                             "skip) goes on without such clips",
                         )
-                    else:
-                        bad[item.name] = item.error.reason
-                        left_out += 1
                 for group in groups(good, batch_size, batch_seconds):
                     samples = [item.sample for item in group if item.sample is not None]
                     compute(collate_samples(samples), [item.place for item in group])
                     advance(len(group))
                 advance(len(window) - len(good))
-        if left_out == len(clips) and not all_may_be_bad:
-            first = next(iter(bad))
-            raise ValueError(f"none of the {len(clips)} clips can be read; the first is {first} ({bad[first]})")
-        return names, bad
-
-
-def write_npz(
-    path: str | Path, embeddings: Embeddings | Sequence[Embeddings], *, layers: Sequence[int] | None = None
-) -> Path:
-    """Write embeddings as a .npz file that numpy opens without unpickling, all or nothing.
-
-    Holds `ids` and `scene`; where tokens were kept `tokens`, `valid` and, for sound, `time_ms`; where clips were bad
-    `bad_ids` and `bad_reasons`. With several layers `scene` and `tokens` get an axis of layers in front, and `layers`
-    names them.
-
-    Raises:
-        ValueError: layers without names, or not one for each.
-    """
-    several = not isinstance(embeddings, Embeddings)
-    found = list(embeddings) if not isinstance(embeddings, Embeddings) else [embeddings]
-    if several and (layers is None or len(layers) != len(found)):
-        raise ValueError(f"{path}: {len(found)} layers of embeddings need as many names, got {layers}")
-    first = found[0]
-    arrays: dict[str, Any] = {
-        "ids": np.array(first.ids, dtype=np.str_),
-        "scene": np.stack([one.scene.numpy() for one in found]) if several else first.scene.numpy(),
-    }
-    if several:
-        arrays["layers"] = np.array(layers, dtype=np.int64)
-    if first.tokens.shape[1]:
-        arrays["tokens"] = np.stack([one.tokens.numpy() for one in found]) if several else first.tokens.numpy()
-        arrays["valid"] = first.valid.numpy()
-        if first.time_ms is not None:
-            arrays["time_ms"] = first.time_ms.numpy()
-    if first.bad:
-        arrays["bad_ids"] = np.array(list(first.bad), dtype=np.str_)
-        arrays["bad_reasons"] = np.array(list(first.bad.values()), dtype=np.str_)
-    path = Path(path)
-    if path.suffix != ".npz":
-        path = path.with_name(path.name + ".npz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with unfinished.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        if error.filename is None:  # a full disk names no file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    return path
+                yield window
 
 
 class _Gathered:
@@ -484,7 +512,8 @@ class _Gathered:
                 self.times[place] = times[row, :length].clone()
 
     def result(self, names: list[str], bad: dict[str, str]) -> Embeddings:
-        assert self.scene is not None
+        if self.scene is None:
+            self.scene = torch.zeros(self.count, 0)
         longest = max((len(x) for x in self.tokens.values()), default=0)
         width = next((x.shape[1] for x in self.tokens.values()), 0)
         tokens = torch.zeros(self.count if longest else len(names), longest, width)

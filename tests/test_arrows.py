@@ -37,6 +37,7 @@ ARROWS = {
     ],
     "clips": [*PARTS, "encoder", "modalities", "data", "loading"],
     "embed": [*PARTS, "encoder", "data", "evaluation", "assemble", "clips", "convert"],
+    "store": ["types", "clips", "embed"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
     "units": [*PARTS, "modalities", "data", "embed", "training.checkpoint"],
     "normalization": ["recipe", "types", "modalities", "data", "loading", "assemble"],
