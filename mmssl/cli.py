@@ -109,6 +109,10 @@ def embed(
     ] = "-1",
     pool: Annotated[str, typer.Option(help="mean, class, slices:4, grid:2x2; +std adds deviations.")] = "mean",
     tokens: Annotated[bool, typer.Option("--tokens", help="Keep every token, not only one vector a clip.")] = False,
+    window: Annotated[
+        float | None, typer.Option(help="Seconds: cut longer recordings into windows.", show_default="whole clips")
+    ] = None,
+    overlap: Annotated[float, typer.Option(help="Seconds that two windows share.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of products.")] = "float32",
     device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
@@ -144,6 +148,8 @@ def embed(
         layers=layers,
         pool=pool,
         tokens=tokens,
+        window=window,
+        overlap=overlap,
         batch_size=batch_size,
         on_bad_clip=on_bad_clip,
         part=(_number("--part", number, int), _number("--part", of, int)),

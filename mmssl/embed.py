@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -19,7 +21,8 @@ from mmssl.data.text import CharVocabulary
 from mmssl.encoder import Encoder
 from mmssl.evaluation.speech import best_path, prefix_beam
 from mmssl.nn.pooling import Pool
-from mmssl.types import BadClip, Batch, Embeddings, Tokens, valid_mask
+from mmssl.recordings import Windows, by_steps, encode_long, time_axis
+from mmssl.types import BadClip, Batch, Embeddings, Encoded, Raw, Tokens, valid_mask
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -48,6 +51,14 @@ def load(path: str | Path, *, device: str = "auto", precision: Precision = "floa
     # a name of the hub says more than the folder that it was put in
     name = str(source.folder if Path(path).exists() else path)
     return Embedder(encoder, source.config, device=device, precision=precision, head=source.objective, name=name)
+
+
+def _only(raw: Raw, row: int) -> Raw:
+    """One clip of a batch, without padding."""
+    length = int(raw.lengths[row])
+    return Raw(
+        raw.data[row : row + 1].narrow(time_axis(raw), 0, length), raw.lengths[row : row + 1], [raw.ids[row]], raw.rate
+    )
 
 
 def _check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], place: str | Path) -> None:
@@ -133,7 +144,9 @@ class Embedder:
         layer: int = ...,
         pool: str = ...,
         rate: float | None = ...,
-        tokens: bool = ...,
+        tokens: bool | Literal["steps"] = ...,
+        window: float | None = ...,
+        overlap: float = ...,
         batch_size: int = ...,
         batch_seconds: float = ...,
         on_bad_clip: Literal["raise", "skip"] = ...,
@@ -148,7 +161,9 @@ class Embedder:
         layer: Sequence[int] | Literal["all"],
         pool: str = ...,
         rate: float | None = ...,
-        tokens: bool = ...,
+        tokens: bool | Literal["steps"] = ...,
+        window: float | None = ...,
+        overlap: float = ...,
         batch_size: int = ...,
         batch_seconds: float = ...,
         on_bad_clip: Literal["raise", "skip"] = ...,
@@ -162,7 +177,9 @@ class Embedder:
         layer: int | Sequence[int] | Literal["all"] = -1,
         pool: str = "mean",
         rate: float | None = None,
-        tokens: bool = True,
+        tokens: bool | Literal["steps"] = True,
+        window: float | None = None,
+        overlap: float = 1.0,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
@@ -178,7 +195,12 @@ class Embedder:
                 output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass.
             pool: how tokens become the scene, see `Pool.named`.
             rate: samples per second of arrays, where it is not the encoder's own.
-            tokens: keep every token, not only the scenes.
+            tokens: keep every token, not only the scenes; "steps" keeps one for each step of time, the mean over the
+                bands or patches of that step. Their times are in `Embeddings.time_ms`.
+            window: seconds: sound and video that are longer are cut into windows of that length, so that what is
+                computed at a time does not grow with them. One that a window covers is embedded as without it. The
+                recording itself, and what is kept of it, must have room in memory.
+            overlap: seconds that two windows share; each gives the half nearer to its middle, see `encode_long`.
             batch_size: most clips computed at a time.
             batch_seconds: most seconds of sound computed at a time; a longer clip goes alone.
             on_bad_clip: "raise" stops at the first clip that cannot be read; "skip" goes on, and gives it a row of NaN
@@ -194,12 +216,14 @@ class Embedder:
         """
         layers = self._layers(layer)
         clips = find_clips(inputs, self.config, self.encoder, rate=rate)
-        gathered = [_Gathered(len(clips), keep=tokens) for _ in layers]
-
-        def compute(batch: Batch, places: list[int]) -> None:
-            self._embed(batch, layers, pooled, tokens, places, gathered)
+        gathered = [_Gathered(len(clips), keep=bool(tokens)) for _ in layers]
 
         pooled = Pool.named(pool)
+        cut = self._cut(window, overlap, batch_size, batch_seconds)
+
+        def compute(batch: Batch, places: list[int]) -> None:
+            self._embed(batch, layers, pooled, tokens, cut, places, gathered)
+
         names, bad = self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
         found = [into.result(names, bad) for into in gathered]
         return found[0] if isinstance(layer, int) else found
@@ -210,7 +234,9 @@ class Embedder:
         *,
         layers: Sequence[int] = (-1,),
         pool: str = "mean",
-        tokens: bool = False,
+        tokens: bool | Literal["steps"] = False,
+        window: float | None = None,
+        overlap: float = 1.0,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
@@ -220,7 +246,7 @@ class Embedder:
         """Embed clips in their order, a few hundred at a time: for more clips than memory has room for.
 
         Args:
-            inputs, pool, tokens, batch_size, batch_seconds, on_bad_clip, progress: see `embed`.
+            inputs, pool, tokens, window, overlap, batch_size, batch_seconds, on_bad_clip, progress: see `embed`.
             layers: see `layer` of `embed`.
             places: of the clips to embed; all by default.
 
@@ -230,41 +256,80 @@ class Embedder:
         asked = self._layers(layers)
         clips = inputs if isinstance(inputs, Clips) else find_clips(inputs, self.config, self.encoder, rate=None)
         pooled = Pool.named(pool)
+        cut = self._cut(window, overlap, batch_size, batch_seconds)
         gathered: list[_Gathered] = []
         first = 0
 
         def compute(batch: Batch, places: list[int]) -> None:
-            self._embed(batch, asked, pooled, tokens, [place - first for place in places], gathered)
+            self._embed(batch, asked, pooled, tokens, cut, [place - first for place in places], gathered)
 
-        def begin(window: list[Item]) -> None:
+        def begin(ahead: list[Item]) -> None:
             nonlocal first
-            first = window[0].place
-            gathered[:] = [_Gathered(len(window), keep=tokens) for _ in asked]
+            first = ahead[0].place
+            gathered[:] = [_Gathered(len(ahead), keep=bool(tokens)) for _ in asked]
 
         run = self._windows(clips, compute, batch_size, batch_seconds, on_bad_clip, progress, places, begin)
-        for window in run:
-            names = [item.name for item in window]
-            bad = {item.name: item.error.reason for item in window if item.error is not None}
-            del window  # and with it the clips themselves, before whoever asked goes on
+        for ahead in run:
+            names = [item.name for item in ahead]
+            bad = {item.name: item.error.reason for item in ahead if item.error is not None}
+            del ahead  # and with it the clips themselves, before whoever asked goes on
             yield [into.result(names, bad) for into in gathered]
+
+    def _cut(self, window: float | None, overlap: float, batch_size: int, batch_seconds: float) -> Windows | None:
+        if window is None:
+            return None
+        rate = self.encoder.frontend.reader_settings.get("rate")
+        return Windows.of_seconds(window, overlap, rate=rate, batch_size=batch_size, batch_seconds=batch_seconds)
 
     def _embed(
         self,
         batch: Batch,
         layers: Sequence[int],
         pool: Pool,
-        tokens: bool,
+        tokens: bool | Literal["steps"],
+        cut: Windows | None,
         places: list[int],
         gathered: Sequence[_Gathered],
     ) -> None:
         """Compute a batch, and put each layer of it where it belongs."""
+        raw = batch.raw
+        if cut is not None and int(raw.lengths.max()) > cut.length:
+            # such clips seldom share a batch: each alone
+            done = [([place], self._encode_one(_only(raw, row), layers, cut)) for row, place in enumerate(places)]
+        else:
+            done = [(places, self._encode(raw, layers))]
+        for rows, (given, encoded, found) in done:
+            lengths, times = given.lengths, self._times(given) if tokens else None
+            for x, into in zip(found, gathered, strict=True):
+                kept, scene = x[:, encoded.n_prefix :], pool(x, encoded, given)
+                if tokens == "steps":
+                    if times is None:
+                        raise ValueError("tokens='steps': pictures have no steps of time; take tokens=True")
+                    kept, size, at = by_steps(kept, lengths, times, math.prod(given.grid[1:]))
+                    into.add(rows, scene, kept, size, at)
+                else:
+                    into.add(rows, scene, kept, lengths, times)
+
+    def _encode(self, raw: Raw, layers: Sequence[int]) -> tuple[Tokens, Encoded, list[Tensor]]:
+        """What the frontend and the encoder make of a batch, and its layers in the order asked for."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            given = self.encoder.tokens(batch.raw.to(self.device))
+            given = self.encoder.tokens(raw.to(self.device))
             encoded = self.encoder(given, layers=sorted({i for i in layers if i >= 0}))
-        times = self._times(given) if tokens else None
-        for i, into in zip(layers, gathered, strict=True):
-            x = encoded.x if i < 0 else encoded.layers[i]
-            into.add(places, pool(x, encoded, given), x[:, encoded.n_prefix :], given.lengths, times)
+        return given, encoded, [encoded.x if i < 0 else encoded.layers[i] for i in layers]
+
+    def _encode_one(self, raw: Raw, layers: Sequence[int], cut: Windows) -> tuple[Tokens, Encoded, list[Tensor]]:
+        """One clip, in windows where it is longer than one."""
+        if int(raw.lengths[0]) <= cut.length:
+            return self._encode(raw, layers)
+        least = self.encoder.frontend.min_length
+        shortest = replace(
+            raw, data=raw.data.narrow(time_axis(raw), 0, least).to(self.device), lengths=torch.tensor([least])
+        )
+        step_ms = self.encoder.tokens(shortest).step_ms
+        assert step_ms is not None
+        assert raw.rate is not None
+        step = round(step_ms * raw.rate / 1000)
+        return encode_long(raw, lambda part: self._encode(part, layers), cut, step=step)
 
     def each(
         self,

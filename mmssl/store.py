@@ -48,6 +48,8 @@ def write_embeddings(
     layers: Sequence[int] = (-1,),
     pool: str = "mean",
     tokens: bool = False,
+    window: float | None = None,
+    overlap: float = 1.0,
     batch_size: int = 16,
     batch_seconds: float = 60.0,
     on_bad_clip: Literal["raise", "skip"] = "skip",
@@ -68,7 +70,7 @@ def write_embeddings(
     Args:
         out: file to write; .npz is added where it has another ending than .npz and .parquet. Until it is written,
             parts lie in a folder of its name with .parts.
-        inputs, pool, tokens, batch_size, batch_seconds, on_bad_clip, progress: see `Embedder.embed`.
+        inputs, pool, tokens, window, overlap, batch_size, batch_seconds, on_bad_clip, progress: see `Embedder.embed`.
         layers: see `layer` of `Embedder.embed`.
         part: (i, n): embed only the i-th of n stretches of the clips, one for each of n processes. Whoever is there
             last writes the file.
@@ -93,6 +95,7 @@ def write_embeddings(
         "pool": pool,
         "precision": embedder.precision,
         "tokens": tokens,
+        "window": None if window is None else [window, overlap],
     }
     folder, merging = (out.with_name(f"{out.name}.{state}") for state in ("parts", "merging"))
     if merging.exists() and not folder.exists():
@@ -103,7 +106,13 @@ def write_embeddings(
     done = [_places(path) for path in _parts(folder)]
     start = max([mine.start, *(stop for first, stop in done if first in mine)])
     settings: dict[str, Any] = {"layers": layers, "pool": pool, "tokens": tokens, "on_bad_clip": on_bad_clip}
-    settings |= {"batch_size": batch_size, "batch_seconds": batch_seconds, "progress": progress}
+    settings |= {
+        "window": window,
+        "overlap": overlap,
+        "batch_size": batch_size,
+        "batch_seconds": batch_seconds,
+        "progress": progress,
+    }
     if start < mine.stop:
         for found in embedder.stream(clips, places=range(start, mine.stop), **settings):
             stop = start + len(found[0].ids)
