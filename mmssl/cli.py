@@ -198,6 +198,11 @@ def evaluate(
     draws: Annotated[int, typer.Option(help="Draws of few labels.")] = 5,
     k: Annotated[str, typer.Option(help="Neighbors of knn; of several, 5,20, the best on --valid; of ood.")] = "20",
     beam: Annotated[int | None, typer.Option(help="Width of the search: ctc.", show_default="the best path")] = None,
+    lm: Annotated[
+        Path | None, typer.Option(help="ctc: n-gram model, an ARPA file, whose words are written.", show_default=False)
+    ] = None,
+    lm_weight: Annotated[float, typer.Option(help="With --lm: its weight, to be chosen on other clips.")] = 2.0,
+    word_score: Annotated[float, typer.Option(help="With --lm: added for each word.")] = 0.0,
     spans: Annotated[int, typer.Option(help="classify: mean over so many parts of each clip; sound, video.")] = 1,
     trials: Annotated[
         Path | None, typer.Option(help="verify: pairs to tell, a line is 1 or 0 and two ids.", show_default="all pairs")
@@ -241,6 +246,9 @@ def evaluate(
         draws=draws,
         k=neighbors[0] if len(neighbors) == 1 else neighbors,
         beam=beam,
+        lm=lm,
+        lm_weight=lm_weight,
+        word_score=word_score,
         spans=spans,
         trials=trials,
         ood=ood,

@@ -20,6 +20,7 @@ from mmssl.data.batching import collate_samples
 from mmssl.data.text import CharVocabulary
 from mmssl.encoder import Encoder
 from mmssl.evaluation.speech import best_path, prefix_beam
+from mmssl.evaluation.word_beam import WordBeam
 from mmssl.nn.pooling import Pool
 from mmssl.recordings import Windows, by_steps, encode_long, time_axis
 from mmssl.types import BadClip, Batch, Embeddings, Encoded, Raw, Tokens, valid_mask
@@ -369,6 +370,9 @@ class Embedder:
         inputs: Input | Sequence[Input],
         *,
         beam: int | None = None,
+        lm: str | Path | None = None,
+        lm_weight: float = 2.0,
+        word_score: float = 0.0,
         rate: float | None = None,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
@@ -378,7 +382,10 @@ class Embedder:
         """What a fine-tuned encoder says of each clip: its likeliest class, or its transcript.
 
         Args:
-            beam: of the search for the likeliest transcript; None takes the best path. For transcripts only.
+            beam: of the search for the likeliest transcript; None takes the best path, or with `lm` its own default.
+                For transcripts only.
+            lm: n-gram language model, an ARPA file, whose words are then written: see `WordBeam`.
+            lm_weight, word_score: see `WordBeam`; to be chosen on validation clips.
             inputs, rate, batch_size, batch_seconds, on_bad_clip, progress: see `embed`; None for a clip that was
                 skipped.
 
@@ -387,8 +394,12 @@ class Embedder:
         """
         objective, config = self._fine_tuned(), self.config
         vocabulary = None if config["vocabulary"] is None else CharVocabulary(config["vocabulary"])
-        if beam is not None and vocabulary is None:
-            raise ValueError(f"beam={beam}: {self.name} tells classes, and only transcripts are searched for")
+        if (beam is not None or lm is not None) and vocabulary is None:
+            raise ValueError(f"beam={beam}, lm={lm}: {self.name} tells classes, and only transcripts are searched for")
+        words = None
+        if lm is not None and vocabulary is not None:
+            width = {} if beam is None else {"beam": beam}
+            words = WordBeam(lm, vocabulary.symbols, lm_weight=lm_weight, word_score=word_score, **width)
         clips = find_clips(inputs, self.config, self.encoder, rate=rate)
         said: list[str | None] = [None] * len(clips)
 
@@ -397,6 +408,8 @@ class Embedder:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 if vocabulary is None:
                     texts = [config["classes"][i] for i in objective.predict(batch).argmax(1).tolist()]
+                elif words is not None:
+                    texts = words(*objective.log_probs(batch.raw))
                 else:
                     log_probs, lengths = objective.log_probs(batch.raw)
                     ids = best_path(log_probs, lengths) if beam is None else prefix_beam(log_probs, lengths, beam=beam)

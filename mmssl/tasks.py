@@ -51,6 +51,9 @@ def evaluate(
     draws: int = 5,
     k: int | Sequence[int] = 20,
     beam: int | None = None,
+    lm: str | Path | None = None,
+    lm_weight: float = 2.0,
+    word_score: float = 0.0,
     spans: int = 1,
     trials: str | Path | None = None,
     ood: Clips | None = None,
@@ -85,7 +88,7 @@ def evaluate(
         strength: C of "linear", where it is not to be chosen.
         labels_per_class, label_share: fit on a few labels only, in `draws` random draws.
         k: of "knn"; of several the best on validation. Of "ood", the neighbor whose distance counts.
-        beam: of "ctc", see `Embedder.predict`.
+        beam, lm, lm_weight, word_score: of "ctc", see `Embedder.predict`.
         spans: of "classify", see `Embedder.probabilities`.
         trials: of "verify", the pairs to tell: see `read_trials`; None for all pairs of clips, or a draw where they are
             too many.
@@ -117,7 +120,8 @@ def evaluate(
     if task in ("classify", "ctc"):
         if baseline is not None:
             raise ValueError(f"baseline={baseline}: {task} measures what a fine-tuned run says; leave the baseline out")
-        return _fine_tuned(embedder, task, _manifest(test), label, beam, spans, settings)
+        search = {"beam": beam, "lm": lm, "lm_weight": lm_weight, "word_score": word_score}
+        return _fine_tuned(embedder, task, _manifest(test), label, search, spans, settings)
     if task in ("cluster", "verify", "rank", "ood"):
         return _frozen(embedder, task, test, train, ood, trials, layer, pool, label, k, settings)
     if task not in ("linear", "knn"):
@@ -378,7 +382,7 @@ def _fine_tuned(
     task: str,
     manifest: Manifest,
     label: str,
-    beam: int | None,
+    search: dict[str, Any],
     spans: int,
     settings: dict[str, Any],
 ) -> dict[str, Score]:
@@ -402,18 +406,25 @@ def _fine_tuned(
         read = torch.isfinite(found).all(1).tolist()
         said = [embedder.config["classes"][i] if here else None for i, here in zip(places, read, strict=True)]
     else:
-        said = embedder.predict(manifest, beam=beam, **settings)
+        said = embedder.predict(manifest, **search, **settings)
     pairs = [(right, guess) for right, guess in zip(truth, said, strict=True) if guess is not None]
     skipped = len(truth) - len(pairs)
     note = f"{embedder.name}" + (f"; {skipped} clips could not be read" if skipped else "")
     if task == "ctc":
-        decoding = "best path" if beam is None else f"prefix beam of {beam}"
-        rates = error_rates([right for right, _ in pairs], [guess for _, guess in pairs], decoding=decoding)
+        rates = error_rates([right for right, _ in pairs], [guess for _, guess in pairs], decoding=_decoding(**search))
         return {name: replace(rate, protocol=f"{rate.protocol}; {note}") for name, rate in rates.items()}
     right = sum(one == other for one, other in pairs)
     low, high = wilson(right, len(pairs))
     protocol = f"the fine-tuned run's own classes{_of_spans(spans)}; test touched once; {note}"
     return {"accuracy": Score("classify", right / len(pairs), low, high, len(pairs), protocol)}
+
+
+def _decoding(beam: int | None, lm: str | Path | None, lm_weight: float, word_score: float) -> str:
+    """How transcripts were searched for."""
+    if lm is None:
+        return ("best path" if beam is None else f"prefix beam of {beam}") + ", no language model"
+    width = "" if beam is None else f" of {beam}"
+    return f"beam{width} over the words of {Path(lm).name}, weight {lm_weight:g}, {word_score:g} a word"
 
 
 def _of_spans(spans: int) -> str:

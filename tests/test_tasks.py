@@ -218,6 +218,25 @@ def test_a_fine_tuned_run_is_measured_on_what_it_writes(heard: dict[str, Path], 
     assert "prefix beam of 2" in scores["wer"].protocol
 
 
+def test_a_run_may_write_the_words_of_a_language_model(image: Path, heard: dict[str, Path], tmp_path: Path) -> None:
+    run = exported(tmp_path / "run", SPEECH, tuned=True)
+    words = ["<unk>", "<s>", "</s>", "low", "high"]
+    unigrams = "".join(f"-0.7\t{word}\t0\n" for word in words)
+    counts = "\\data\\\nngram 1=5\nngram 2=1\n\n"
+    ngrams = f"\\1-grams:\n{unigrams}\n\\2-grams:\n-0.7\tlow high\n\n\\end\\\n"
+    (tmp_path / "lm.arpa").write_text(counts + ngrams)
+    pytest.importorskip("flashlight.lib.text")
+    given: dict[str, Any] = {"lm": tmp_path / "lm.arpa", "beam": 20, "word_score": 40.0}
+    said = load(run).predict(heard["test"], **given)
+    # so high a price of silence makes any run speak, and in whole words
+    assert {word for text in said for word in (text or "").split()} <= {"low", "high"}
+    assert all(said)
+    scores = evaluate(run, task="ctc", test=heard["test"], **given)
+    assert "beam of 20 over the words of lm.arpa, weight 2, 40 a word" in scores["wer"].protocol
+    with pytest.raises(ValueError, match="tells classes, and only transcripts are searched for"):
+        load(image).predict(torch.rand(1, 8, 8), lm=tmp_path / "lm.arpa")
+
+
 def test_clips_that_cannot_be_read_are_counted_and_not_measured(
     image: Path, seen: dict[str, Path], tmp_path: Path
 ) -> None:

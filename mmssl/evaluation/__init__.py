@@ -8,12 +8,14 @@ from mmssl.evaluation.probe import LinearProbe, fit_linear, fit_path, fit_probe
 from mmssl.evaluation.protocol import Fitted, Split, draw_labels, hold_out, leave_out, measure
 from mmssl.evaluation.score import Score, average_precisions, bootstrap_rate, jackknife, student, wilson
 from mmssl.evaluation.verification import equal_error_rate, min_dcf, verify
+from mmssl.evaluation.word_beam import WordBeam
 
 __all__ = [
     "Fitted",
     "LinearProbe",
     "Score",
     "Split",
+    "WordBeam",
     "auroc",
     "average_precisions",
     "bootstrap_rate",
