@@ -264,7 +264,10 @@ def _frozen(
         if task == "cluster":
             scores = cluster(scene[read], numbers)
         else:
-            scores = verify(scene[read], *all_pairs(numbers), center=_center(collect, train))
+            first, second, target = all_pairs(numbers)
+            every = len(first) == len(numbers) * (len(numbers) - 1) // 2
+            which = "all pairs" if every else "pairs drawn at random"
+            scores = verify(scene[read], first, second, target, center=_center(collect, train), trials=which)
     note = f"{embedder.name}, layer {layers[0]}, pool {pool}" + (
         f"; {skipped} clips could not be read" if skipped else ""
     )

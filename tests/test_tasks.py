@@ -131,7 +131,7 @@ def test_frozen_features_are_measured_as_they_are(heard: dict[str, Path], tmp_pa
     assert (rank["rank_me"].value, rank["spread"].value) == (rank_me(features), spread(features))
     words = evaluate(run, task="verify", **given)
     assert words["eer"].value == 0.0
-    assert "30 of one class, 36 of two" in words["eer"].protocol
+    assert "all pairs: 30 of one class, 36 of two" in words["eer"].protocol
     assert json.loads(words["min_dcf_0.01"].to_json())["details"]["layer"] == -1
 
 

@@ -12,10 +12,11 @@ from torch.nn.functional import normalize
 
 from mmssl.evaluation.score import Score, wilson
 
-# trials of either kind: all pairs up to some 2,000 clips, and a draw of them beyond
-MOST_TRIALS = 2**21
+# trials of either kind: all pairs up to some 1,000 clips, and a draw of them beyond
+MOST_TRIALS = 2**19
 PRIORS = (0.01, 0.05)  # of VoxCeleb's papers, and of its challenge since 2020
 DRAWS = 200
+STOPS = 4096  # thresholds at which draws for the interval are measured, evenly among the trials' own
 
 
 def verify(
@@ -54,19 +55,24 @@ def verify(
     )
     # the same two directions differ in their last digits by the order of sums: equal is what is equal to 12 digits
     scores = scores.round(12)
-    values = _rates(scores, target)
+    values = _rates(*_curve(scores, target))
 
     # clips are drawn anew, and a trial counts as often as both of its clips were drawn
     order = np.argsort(-scores, kind="stable")
     used, places = np.unique(np.stack([first, second]), return_inverse=True)
-    one, other = places.reshape(2, -1)
+    one, other = places.reshape(2, -1)[:, order]
+    ends = _ends(scores[order])
+    ends = ends[np.unique(np.linspace(0, len(ends) - 1, min(len(ends), STOPS)).round().astype(np.int64))]
+    starts, right = np.append(0, ends[:-1] + 1), target[order]
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(DRAWS):
         times = np.bincount(rng.integers(len(used), size=len(used)), minlength=len(used)).astype(np.float64)
         weights = times[one] * times[other]
-        if weights[target].any() and weights[~target].any():
-            drawn.append(_rates(scores, target, weights, order))
+        hits = np.add.reduceat(weights * right, starts)
+        wrong = np.add.reduceat(weights, starts) - hits
+        if hits.any() and wrong.any():
+            drawn.append(_rates(*_shares(hits.cumsum(), wrong.cumsum())))
     how = "cosine of features" + ("" if center is None else ", centered on the training clips")
     interval = "interval over clips drawn anew, the classes as they are"
     n_target = int(target.sum())
@@ -99,7 +105,7 @@ def equal_error_rate(scores: np.ndarray, target: np.ndarray) -> float:
     Raises:
         ValueError: no trial of either kind.
     """
-    return float(_rates(scores, target)[0])
+    return _rates(*_curve(scores, target))[0]
 
 
 def min_dcf(scores: np.ndarray, target: np.ndarray, *, prior: float) -> float:
@@ -118,19 +124,15 @@ def min_dcf(scores: np.ndarray, target: np.ndarray, *, prior: float) -> float:
     """
     if not 0 < prior < 1:
         raise ValueError(f"verify: a prior lies between 0 and 1, got {prior}")
-    missed, alarms = _curve(scores, target)
-    return float(_least_cost(missed, alarms, prior))
+    return _least_cost(*_curve(scores, target), prior)
 
 
 def _least_cost(missed: np.ndarray, alarms: np.ndarray, prior: float) -> float:
     return float((prior * missed + (1 - prior) * alarms).min() / min(prior, 1 - prior))
 
 
-def _rates(
-    scores: np.ndarray, target: np.ndarray, weights: np.ndarray | None = None, order: np.ndarray | None = None
-) -> list[float]:
+def _rates(missed: np.ndarray, alarms: np.ndarray) -> list[float]:
     """The equal error rate, and the least cost at each of `PRIORS`."""
-    missed, alarms = _curve(scores, target, weights, order)
     # the first threshold at which no more is missed than is falsely accepted; before it there is always another
     after = int(np.argmax(missed <= alarms))
     gap = missed[after - 1] - alarms[after - 1], missed[after] - alarms[after]
@@ -139,22 +141,25 @@ def _rates(
     return [float(equal), *(_least_cost(missed, alarms, prior) for prior in PRIORS)]
 
 
-def _curve(
-    scores: np.ndarray, target: np.ndarray, weights: np.ndarray | None = None, order: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def _curve(scores: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(thresholds,) shares missed and shares of false alarms, from accepting nothing to accepting everything."""
     if target.all() or not target.any():
         raise ValueError(
             f"verify: {int(target.sum())} trials of one class and {int((~target).sum())} of two; it takes both"
         )
-    order = np.argsort(-scores, kind="stable") if order is None else order
-    ranked, right = scores[order], target[order]
-    counted = np.ones(len(order)) if weights is None else weights[order]
-    hits, wrong = np.cumsum(counted * right), np.cumsum(counted * ~right)
-    last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)  # of each run of equal scores
-    missed = np.concatenate([[1.0], 1 - hits[last] / hits[-1]])
-    alarms = np.concatenate([[0.0], wrong[last] / wrong[-1]])
-    return missed, alarms
+    order = np.argsort(-scores, kind="stable")
+    right, ends = target[order], _ends(scores[order])
+    return _shares(right.cumsum()[ends], (~right).cumsum()[ends])
+
+
+def _ends(ranked: np.ndarray) -> np.ndarray:
+    """The last place of each run of equal scores: trials of equal score are accepted together."""
+    return np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+
+
+def _shares(hits: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Accepted trials of either kind, counted up from the highest score, to shares missed and of false alarms."""
+    return np.append(1.0, 1 - hits / hits[-1]), np.append(0.0, wrong / wrong[-1])
 
 
 def all_pairs(labels: Tensor, *, most: int = MOST_TRIALS, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

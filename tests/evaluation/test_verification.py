@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmssl.evaluation import verification
 from mmssl.evaluation.score import wilson
 from mmssl.evaluation.verification import all_pairs, equal_error_rate, min_dcf, read_trials, verify
 
@@ -88,6 +89,18 @@ def test_speakers_that_sound_apart_are_told_and_the_score_says_how() -> None:
     assert "prior of 0.05" in found["min_dcf_0.05"].metric
     weak = verify(features + 2 * torch.randn(24, 8), *all_pairs(labels))["eer"]
     assert 0.2 < weak.low < weak.value < weak.high < 0.8
+
+
+def test_the_interval_of_many_trials_is_that_of_their_own_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(40) % 4
+    features = torch.eye(8)[labels] + 0.6 * torch.randn(40, 8)
+    every = verify(features, *all_pairs(labels))["eer"]
+    monkeypatch.setattr(verification, "STOPS", 100)  # of 780
+    some = verify(features, *all_pairs(labels))["eer"]
+    assert some.value == every.value
+    assert (some.low, some.high) == pytest.approx((every.low, every.high), abs=0.01)
+    assert (some.low, some.high) != (every.low, every.high)
 
 
 def test_a_common_direction_is_taken_away_by_centering() -> None:
