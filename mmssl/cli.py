@@ -104,25 +104,36 @@ def embed(
         list[str],
         typer.Argument(metavar="CLIP", help="Files, folders, patterns in quotes, or manifests.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option(help="File to write, for numpy.load.")] = Path("embeddings.npz"),
+    out: Annotated[Path, typer.Option(help="File to write: .npz for numpy.load, or .parquet.")] = Path(
+        "embeddings.npz"
+    ),
     layer: Annotated[
         str, typer.Option(help="-1 is the output, 0 the input of the first block, i the output of block i; or all.")
     ] = "-1",
     pool: Annotated[str, typer.Option(help="mean, class, slices:4, grid:2x2; +std adds deviations.")] = "mean",
     tokens: Annotated[bool, typer.Option("--tokens", help="Keep every token, not only one vector a clip.")] = False,
+    window: Annotated[
+        float | None, typer.Option(help="Seconds: cut longer recordings into windows.", show_default="whole clips")
+    ] = None,
+    overlap: Annotated[float, typer.Option(help="Seconds that two windows share.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of products.")] = "float32",
     device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
     on_bad_clip: Annotated[
-        Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or name it and go on.")
-    ] = "raise",
+        Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or give it an empty row and go on.")
+    ] = "skip",
+    part: Annotated[str, typer.Option(metavar="N/OF", help="Of several processes that share the work, this one.")] = (
+        "1/1"
+    ),
 ) -> None:
     """Write the embeddings of files: one vector a clip and, if asked for, one a token.
 
-    The file holds `ids` and `scene` (clips, width), with --tokens `tokens`, `valid` and for sound `time_ms`; with
-    several layers an axis of layers in front, which `layers` names.
+    A .npz file holds `ids` and `scene` (clips, width), with --tokens `tokens`, `valid` and for sound and video
+    `time_ms`; with several layers an axis of layers in front, which `layers` names. A .parquet file has a row a clip:
+    `id`, `scene`, `error`. The same command goes on where it was cut off, from the parts beside --out.
     """
-    from mmssl.embed import load, write_npz
+    from mmssl.embed import load
+    from mmssl.store import write_embeddings
 
     embedder = load(model, device=device, precision=precision)
     layers = (
@@ -130,22 +141,27 @@ def embed(
         if layer == "all"
         else [_number("--layer", part, int) for part in layer.split(",")]
     )
-    found = embedder.embed(
+    number, _, of = part.partition("/")
+    done = write_embeddings(
+        embedder,
         inputs,
-        layer=layers,
+        out,
+        layers=layers,
         pool=pool,
         tokens=tokens,
+        window=window,
+        overlap=overlap,
         batch_size=batch_size,
         on_bad_clip=on_bad_clip,
+        part=(_number("--part", number, int), _number("--part", of, int)),
         progress=sys.stderr.isatty(),
+        tell=lambda name, reason: print(f"left out: {name}: {reason}", file=sys.stderr),
     )
-    for name, reason in found[0].bad.items():
-        print(f"left out: {name}: {reason}", file=sys.stderr)
-    written = write_npz(out, found if len(layers) > 1 else found[0], layers=layers)
-    clips, width = found[0].scene.shape
-    bad = int(found[0].scene.isnan().all(1).sum())
-    read = f"{clips - bad} clips, {bad} could not be read" if bad else f"{clips} clips"
-    print(f"{written}: {read}, width {width}, layer {layer}")
+    if done.path is None:
+        print(f"{out}: part {part} is done, and others are not yet")
+        return
+    read = f"{done.clips - done.bad} clips, {done.bad} could not be read" if done.bad else f"{done.clips} clips"
+    print(f"{done.path}: {read}, width {done.width}, layer {layer}")
 
 
 @command("mmssl evaluate runs/mae_base --task linear --train train.jsonl --valid valid.jsonl --test test.jsonl")
@@ -153,10 +169,15 @@ def evaluate(
     model: Model,
     test: Annotated[Path, typer.Option(help="Manifest of the clips to measure on.", show_default=False)],
     task: Annotated[
-        Literal["linear", "knn", "classify", "ctc"],
-        typer.Option(help="linear, knn: fitted on frozen features; classify, ctc: what a fine-tuned run says."),
+        Literal["linear", "knn", "cluster", "verify", "rank", "ood", "classify", "ctc"],
+        typer.Option(
+            help="linear, knn: fitted on frozen features; cluster, verify, rank, ood: of those features themselves; "
+            "classify, ctc: what a fine-tuned run says."
+        ),
     ] = "linear",
-    train: Annotated[Path | None, typer.Option(help="Manifest to fit on: linear and knn.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Manifest to fit on, to be near to (ood), or to center on (verify).")
+    ] = None,
     valid: Annotated[
         Path | None, typer.Option(help="Manifest to choose layer and settings on.", show_default="a fifth of --train")
     ] = None,
@@ -176,10 +197,19 @@ def evaluate(
     ] = None,
     label_share: Annotated[float | None, typer.Option(help="The same by share: 0.01 fits on a hundredth.")] = None,
     draws: Annotated[int, typer.Option(help="Draws of few labels.")] = 5,
-    k: Annotated[str, typer.Option(help="Neighbors of knn; of several, 5,20, the best on --valid.")] = "20",
+    k: Annotated[str, typer.Option(help="Neighbors of knn; of several, 5,20, the best on --valid; of ood.")] = "20",
     beam: Annotated[int | None, typer.Option(help="Width of the search: ctc.", show_default="the best path")] = None,
+    lm: Annotated[
+        Path | None, typer.Option(help="ctc: n-gram model, an ARPA file, whose words are written.", show_default=False)
+    ] = None,
+    lm_weight: Annotated[float, typer.Option(help="With --lm: its weight, to be chosen on other clips.")] = 2.0,
+    word_score: Annotated[float, typer.Option(help="With --lm: added for each word.")] = 0.0,
     spans: Annotated[int, typer.Option(help="classify: mean over so many parts of each clip; sound, video.")] = 1,
     crops: Annotated[int, typer.Option(help="classify: so many crops of each, side by side; pictures, video.")] = 1,
+    trials: Annotated[
+        Path | None, typer.Option(help="verify: pairs to tell, a line is 1 or 0 and two ids.", show_default="all pairs")
+    ] = None,
+    ood: Annotated[Path | None, typer.Option(help="ood: manifest of clips of another kind than --test.")] = None,
     baseline: Annotated[
         Literal["random", "pixels", "logmel"] | None,
         typer.Option(help="Measure this in the encoder's place: random weights, raw pixels, log-mel energies."),
@@ -193,7 +223,7 @@ def evaluate(
         Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or leave it out and count it.")
     ] = "raise",
 ) -> None:
-    """Measure an encoder on labelled clips: accuracy, or word and character error rates.
+    """Measure an encoder: accuracy, clusters, verification, rank, distances, or word and character error rates.
 
     Every score comes with its interval and with one line that says how it was measured.
     """
@@ -216,8 +246,13 @@ def evaluate(
         draws=draws,
         k=neighbors[0] if len(neighbors) == 1 else neighbors,
         beam=beam,
+        lm=lm,
+        lm_weight=lm_weight,
+        word_score=word_score,
         spans=spans,
         crops=crops,
+        trials=trials,
+        ood=ood,
         baseline=baseline,
         seed=seed,
         device=device,

@@ -30,6 +30,7 @@ from mmssl.modalities.modality import Modality
 from mmssl.types import BadClip, Frontend
 
 Input: TypeAlias = str | Path | BinaryIO | np.ndarray | Tensor | Manifest
+Part: TypeAlias = ManifestDataset | str | tuple[str, Callable[[], Tensor]]
 # Clips are read in windows, sorted by length within, and embedded in groups. Windows start small, so that the model
 # has something to do soon, and double up to so many groups, or so many values whichever comes first.
 WINDOW_GROUPS = 16
@@ -64,7 +65,6 @@ def find_clips(
     listed: Iterable[Input] = [cast(Input, inputs)] if single else cast("Iterable[Input]", inputs)
     modality, frontend = config["modality"], encoder.frontend
     kind = MODALITIES[modality]
-    clips = Clips(modality, frontend)
     augment = build_augment(config["augment_eval"], modality, frontend)
     read = build_reader(modality, frontend)
     span = build_span(config["augment_eval"], modality, frontend)
@@ -75,13 +75,14 @@ def find_clips(
         # nothing that is done for evaluation is random; the augmentations take a generator all the same
         return augment(make(*given), np.random.default_rng(0))
 
+    clips = Clips(modality, frontend, partial(ready, read_part))
     for place, item in enumerate(listed):
         if isinstance(item, Manifest) or (isinstance(item, (str, Path)) and str(item).endswith(".jsonl")):
             manifest = item if isinstance(item, Manifest) else Manifest(item)
             clips.add(clips_of(manifest, modality, frontend, config["augment_eval"]))
         elif isinstance(item, (str, Path)):
             for path in _expand(str(item), kind.suffixes, modality):
-                clips.add((path, partial(ready, read_part, path)))
+                clips.add(path)
         elif isinstance(item, (np.ndarray, Tensor)):
             batch = _split(item, f"input {place}", kind.media, frontend.min_length)
             for i, clip in enumerate(batch):
@@ -160,18 +161,22 @@ class Item:
 class Clips:
     """What is to be embedded, read clip by clip.
 
-    A manifest stays a manifest: its rows are not listed.
+    A manifest stays a manifest: its rows are not listed. Of a file no more is kept than its path.
+
+    Args:
+        read_file: a path to a clip that is fit for the frontend.
     """
 
-    def __init__(self, modality: str, frontend: Frontend) -> None:
+    def __init__(self, modality: str, frontend: Frontend, read_file: Callable[[str], Tensor]) -> None:
         self.modality = modality
         self.frontend = frontend
+        self.read_file = read_file
         self.rate = frontend.reader_settings.get("rate")
-        self._parts: list[ManifestDataset | tuple[str, Callable[[], Tensor]]] = []
+        self._parts: list[Part] = []
         self._ends: list[int] = []
 
-    def add(self, part: ManifestDataset | tuple[str, Callable[[], Tensor]]) -> None:
-        """Rows of a manifest, or (name, how to read it)."""
+    def add(self, part: Part) -> None:
+        """Rows of a manifest, a path, or (name, how to read it)."""
         self._parts.append(part)
         self._ends.append(len(self) + (len(part) if isinstance(part, ManifestDataset) else 1))
 
@@ -183,15 +188,23 @@ class Clips:
         part, row = self._find(place)
         return part.manifest.place(row) if isinstance(part, ManifestDataset) else ""
 
+    def name(self, place: int) -> str:
+        """What the clip at `place` is called."""
+        part, row = self._find(place)
+        if isinstance(part, ManifestDataset):
+            return str(part.manifest[row]["id"])
+        return part if isinstance(part, str) else part[0]
+
     def read(self, place: int) -> Item:
         """The clip at `place`, fit for the frontend."""
         part, row = self._find(place)
-        name = part.manifest[row]["id"] if isinstance(part, ManifestDataset) else part[0]
+        name = self.name(place)
         try:
             if isinstance(part, ManifestDataset):
                 sample = part.read(row, 0)
             else:
-                sample = Sample(name, {self.modality: part[1]()}, {self.modality: self.rate}, None, 0)
+                clip = self.read_file(part) if isinstance(part, str) else part[1]()
+                sample = Sample(name, {self.modality: clip}, {self.modality: self.rate}, None, 0)
             self._try(sample)
         except BadClip as error:
             return Item(place, name, error=error)
@@ -199,7 +212,7 @@ class Clips:
             return Item(place, name, error=BadClip(name, str(error).removeprefix(f"{name}: ")))
         return Item(place, name, sample)
 
-    def _find(self, place: int) -> tuple[ManifestDataset | tuple[str, Callable[[], Tensor]], int]:
+    def _find(self, place: int) -> tuple[Part, int]:
         """What holds the clip at `place`, and its row in there."""
         number = bisect_right(self._ends, place)
         return self._parts[number], place - (self._ends[number - 1] if number else 0)
@@ -213,8 +226,12 @@ class Clips:
         self.frontend.lengths(collate_samples([sample]).raw)
 
 
-def windows(clips: Clips, batch_size: int) -> Generator[list[Item], None, None]:
-    """Clips in order, many at a time, read by one thread while the caller works on those before."""
+def windows(clips: Clips, batch_size: int, places: range | None = None) -> Generator[list[Item], None, None]:
+    """Clips in order, many at a time, read by one thread while the caller works on those before.
+
+    Args:
+        places: of the clips to read; all by default.
+    """
     ready: queue.Queue[list[Item] | Exception | None] = queue.Queue(maxsize=1)
     stopped = threading.Event()
 
@@ -229,7 +246,7 @@ def windows(clips: Clips, batch_size: int) -> Generator[list[Item], None, None]:
         window: list[Item] = []
         values, most = 0, batch_size
         try:
-            for place in range(len(clips)):
+            for place in range(len(clips)) if places is None else places:
                 if stopped.is_set():
                     return
                 window.append(clips.read(place))

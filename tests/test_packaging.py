@@ -91,7 +91,7 @@ def test_the_installed_command_works_from_any_folder(installed: Path) -> None:
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
-    names = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn"}
+    names = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn", "flashlight": "flashlight-text"}
     imported = {
         node.module.partition(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.partition(".")[0]
         for folder in MAPPED
@@ -100,7 +100,9 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
         if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module)
         for alias in node.names
     }
-    wanted = setup()["options"]["install_requires"] + setup()["options.extras_require"]["codec"]
+    wanted = setup()["options"]["install_requires"] + "".join(
+        setup()["options.extras_require"][e] for e in ("codec", "lm", "parquet")
+    )
     declared = re.findall(r"^([A-Za-z][\w-]*)", wanted, re.MULTILINE)
     ours = imported - set(sys.stdlib_module_names) - {"mmssl"}
     assert {names.get(name, name) for name in ours} == set(declared)

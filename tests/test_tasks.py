@@ -12,6 +12,7 @@ from mmssl.assemble import build_encoder, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.text import Classes
 from mmssl.embed import load
+from mmssl.evaluation.geometry import rank_me, spread
 from mmssl.evaluation.score import average_precisions
 from mmssl.modalities import MODALITIES
 from mmssl.tasks import LogMel, as_baseline, evaluate, labelled
@@ -118,6 +119,57 @@ def test_few_labels_stay_few(image: Path, seen: dict[str, Path]) -> None:
     assert score.deviation is not None
 
 
+def test_a_share_of_the_labels_is_of_every_class(image: Path, seen: dict[str, Path]) -> None:
+    given: dict[str, Any] = {"train": seen["train"], "test": seen["test"], "layer": 0, "task": "knn", "k": 1}
+    score = evaluate(image, label_share=0.01, draws=4, **given)["accuracy"]
+    # a hundredth of 6 is none, so it is one of each of 2 classes
+    assert [draw["n_train"] for draw in score.details["draws"]] == [2] * 4
+    assert "1 % of the labels, 4 draws" in score.protocol
+
+
+def test_frozen_features_are_measured_as_they_are(heard: dict[str, Path], tmp_path: Path) -> None:
+    run = exported(tmp_path / "run", SPEECH)
+    given: dict[str, Any] = {"test": heard["train"], "baseline": "logmel", "pool": "slices:2+std"}
+    features = as_baseline(load(run), "logmel").embed(heard["train"], pool="slices:2+std").scene
+    clusters = evaluate(run, task="cluster", **given)
+    assert clusters["nmi"].value == clusters["ari"].value == pytest.approx(1.0)
+    assert "log-mel energies, layer -1, pool slices:2+std" in clusters["nmi"].protocol
+    rank = evaluate(run, task="rank", **given)
+    assert (rank["rank_me"].value, rank["spread"].value) == (rank_me(features), spread(features))
+    words = evaluate(run, task="verify", **given)
+    assert words["eer"].value == 0.0
+    assert "all pairs: 30 of one class, 36 of two" in words["eer"].protocol
+    assert json.loads(words["min_dcf_0.01"].to_json())["details"]["layer"] == -1
+
+
+def test_listed_trials_leave_out_clips_that_cannot_be_read(heard: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{**row, "id": f"{row['label']}/{n}"} for n, row in enumerate(Manifest(heard["train"]))]
+    write_manifest(tmp_path / "m.jsonl", [*rows, {"audio": "missing.wav", "id": "low/missing"}])
+    names = [row["id"] for row in rows]
+    lines = [f"{int(a[0] == b[0])} {a} {b}" for a, b in [(names[0], names[n]) for n in range(1, 12)]]
+    (tmp_path / "trials.txt").write_text("\n".join([*lines, f"1 {names[0]} low/missing"]))
+    given: dict[str, Any] = {"test": tmp_path / "m.jsonl", "baseline": "logmel", "on_bad_clip": "skip"}
+    run = exported(tmp_path / "run", SPEECH)
+    score = evaluate(run, task="verify", trials=tmp_path / "trials.txt", train=heard["test"], **given)["eer"]
+    assert "listed: 5 of one class, 6 of two" in score.protocol
+    assert "centered on the training clips" in score.protocol
+    assert "1 clips could not be read" in score.protocol
+    assert score.n == 12
+
+
+def test_clips_of_another_kind_are_told_by_their_distance(heard: dict[str, Path], tmp_path: Path) -> None:
+    rows = {split: list(Manifest(heard[split])) for split in heard}
+    for name, kept in (("train", "low"), ("test", "low"), ("ood", "high")):
+        manifest = rows["train" if name == "train" else "test"]
+        write_manifest(tmp_path / f"{name}.jsonl", [row for row in manifest if row["label"] == kept])
+    run = exported(tmp_path / "run", SPEECH)
+    given: dict[str, Any] = {name: tmp_path / f"{name}.jsonl" for name in ("train", "test", "ood")}
+    score = evaluate(run, task="ood", k=2, baseline="logmel", **given)["auroc"]
+    assert (score.value, score.n) == (1.0, 4)
+    with pytest.raises(ValueError, match="the distance to one neighbor in train, got train=None"):
+        evaluate(run, task="ood", **{**given, "train": None})
+
+
 def test_random_weights_are_the_same_network_with_others(image: Path, seen: dict[str, Path]) -> None:
     trained = load(image)
     with torch.no_grad():
@@ -173,6 +225,25 @@ def test_a_fine_tuned_run_is_measured_on_what_it_writes(heard: dict[str, Path], 
     assert "prefix beam of 2" in scores["wer"].protocol
 
 
+def test_a_run_may_write_the_words_of_a_language_model(image: Path, heard: dict[str, Path], tmp_path: Path) -> None:
+    run = exported(tmp_path / "run", SPEECH, tuned=True)
+    words = ["<unk>", "<s>", "</s>", "low", "high"]
+    unigrams = "".join(f"-0.7\t{word}\t0\n" for word in words)
+    counts = "\\data\\\nngram 1=5\nngram 2=1\n\n"
+    ngrams = f"\\1-grams:\n{unigrams}\n\\2-grams:\n-0.7\tlow high\n\n\\end\\\n"
+    (tmp_path / "lm.arpa").write_text(counts + ngrams)
+    pytest.importorskip("flashlight.lib.text")
+    given: dict[str, Any] = {"lm": tmp_path / "lm.arpa", "beam": 20, "word_score": 40.0}
+    said = load(run).predict(heard["test"], **given)
+    # so high a price of silence makes any run speak, and in whole words
+    assert {word for text in said for word in (text or "").split()} <= {"low", "high"}
+    assert all(said)
+    scores = evaluate(run, task="ctc", test=heard["test"], **given)
+    assert "beam of 20 over the words of lm.arpa, weight 2, 40 a word" in scores["wer"].protocol
+    with pytest.raises(ValueError, match="tells classes, and only transcripts are searched for"):
+        load(image).predict(torch.rand(1, 8, 8), lm=tmp_path / "lm.arpa")
+
+
 def test_clips_that_cannot_be_read_are_counted_and_not_measured(
     image: Path, seen: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -195,7 +266,12 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
     ("given", "words"),
     [
         ({"task": "linear", "train": None}, "give their manifest as train"),
-        ({"task": "cluster"}, "choose linear, knn, classify or ctc"),
+        ({"task": "regress"}, "choose linear, knn, cluster, verify, rank, ood, classify or ctc"),
+        ({"task": "cluster", "layer": [0, 1]}, "task cluster measures one layer, and chooses none; name one"),
+        ({"task": "knn", "trials": "t.txt"}, "told apart by task verify only"),
+        ({"task": "ood"}, "task ood takes the manifest of clips from outside"),
+        ({"task": "knn", "ood": "o.jsonl"}, "and no other task does"),
+        ({"task": "rank"}, "leaves out each of 10 groups of clips for its interval, got 4 clips"),
         ({"baseline": "logmel"}, "choose random, or pixels"),
         ({"task": "classify", "baseline": "pixels"}, "leave the baseline out"),
         ({"task": "knn", "spans": 3}, "for task classify only"),
