@@ -70,7 +70,7 @@ PROVIDED: dict[str, Callable[[Config, Encoder], Any]] = {
     "target_dim": lambda config, encoder: _target(config).dim(encoder.frontend),
     "target_learned": lambda config, encoder: _target(config).learned and encoder.frontend.learned,
     "pictures": lambda config, encoder: _target(config).pictures,
-    "views": lambda config, encoder: MODALITIES[config["modality"]].views[config["objective"]["views"]],
+    "views": lambda config, encoder: MODALITIES[config["modality"]].views.get(config["objective"]["views"]),
     "teacher_encoder": lambda config, encoder: _teacher(config),
     "n_characters": lambda config, encoder: len(config["vocabulary"]),
     "n_classes": lambda config, encoder: len(config["classes"]),
