@@ -1,4 +1,4 @@
-"""A step of data2vec 2.0 with eight masked copies of each clip against eight steps with one, and what its teacher takes.
+"""A step of data2vec 2.0 with eight masked copies of each clip against eight steps with one; what its teacher takes.
 
     python benchmarks/clone_speed.py                          # base and small, image and speech, float32 and bfloat16
     python benchmarks/clone_speed.py --size tiny --rounds 1 --modality image

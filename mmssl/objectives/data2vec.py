@@ -98,6 +98,8 @@ class Data2Vec(nn.Module):
             "target_std": spread(target) * count,
             "prediction_std": spread(prediction) * count,
             "feature_std": feature_spread(tokens) * count,
+            "teacher_decay": self.teacher.decay * count,
+            "target_norms": ((self.layer_norm != "none") + (self.target_norm != "none")) * count,
         }
         return Loss(total, count, {name: (value, count) for name, value in metrics.items()})
 

@@ -123,6 +123,8 @@ class Data2Vec2(nn.Module):
             "target_std": spread(target) * count,
             "prediction_std": spread(prediction) * count,
             "feature_std": feature_spread(tokens) * count,
+            "teacher_decay": self.teacher.decay * count,
+            "target_norms": ((self.layer_norm != "none") + (self.target_norm != "none")) * count,
         }
         if self.utterance_weight:
             mean = whole.sum(1) / tokens.lengths.to(whole.device)[:, None]

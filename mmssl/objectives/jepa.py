@@ -116,6 +116,7 @@ class JEPA(nn.Module):
             "target_std": spread(target) * count,
             "prediction_std": spread(prediction) * count,
             "feature_std": feature_spread(tokens) * count,
+            "teacher_decay": self.teacher.decay * count,
         }
         return Loss(total, count, {name: (value, count) for name, value in metrics.items()})
 
