@@ -93,7 +93,7 @@ class Data2Vec(nn.Module):
         target = self.target(batch.raw, tokens).flatten(0, 1).index_select(0, hidden)
         total = regression(prediction, target, beta=self.beta).sum()
         count = len(hidden)
-        metrics = {
+        metrics: dict[str, Tensor | float] = {
             "loss": total.detach(),
             "target_std": spread(target) * count,
             "prediction_std": spread(prediction) * count,
