@@ -72,7 +72,7 @@ PROVIDED: dict[str, Callable[[Config, Encoder], Any]] = {
         (target := _target(config)) is not None and target.learned and encoder.frontend.learned
     ),
     "pictures": lambda config, encoder: target.pictures if (target := _target(config)) else None,
-    "views": lambda config, encoder: MODALITIES[config["modality"]].views[config["objective"]["views"]],
+    "views": lambda config, encoder: MODALITIES[config["modality"]].views.get(config["objective"]["views"]),
     "teacher_encoder": lambda config, encoder: _teacher(config),
     "n_characters": lambda config, encoder: len(config["vocabulary"]),
     "n_classes": lambda config, encoder: len(config["classes"]),

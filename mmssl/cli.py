@@ -501,10 +501,20 @@ def units(
 @command("mmssl recipes image/mae_base > mine.yaml")
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Print this one.", show_default=False)] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Which objective goes with which modality, in Markdown.")
+    ] = False,
 ) -> None:
     """List the recipes that come with mmssl, or print one, to start your own from."""
     from mmssl.recipe import find, header, shipped
 
+    if matrix:
+        if name is not None:
+            raise ValueError(f"--matrix: shows every objective, so it goes without the recipe {name}")
+        from mmssl.matrix import table
+
+        print(table(), end="")
+        return
     if name is not None:
         print(find(name).read_text(encoding="utf-8"), end="")
         return
@@ -512,12 +522,12 @@ def recipes(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("recipe", "what", "result", box=box.SIMPLE_HEAD)
+    listed = Table("recipe", "what", "result", box=box.SIMPLE_HEAD)
     for short, path in shipped().items():
         said = header(path.read_text(encoding="utf-8"))
-        table.add_row(short, said["title"].partition(". ")[0], said.get("result", "not yet run"))
+        listed.add_row(short, said["title"].partition(". ")[0], said.get("result", "not yet run"))
     console = Console()
-    console.print(table)
+    console.print(listed)
     console.print("Run one: mmssl pretrain RECIPE data.train=FILE   See one: mmssl recipes RECIPE", highlight=False)
 
 

@@ -139,8 +139,9 @@ class Recipe:
             if name in tables and default is None and written.get(name) is None:
                 settings[name] = None
             elif name in tables:
-                self.choice(key, tables[name])
-                settings[name] = written[name]
+                if tables[name]:  # where there is nothing to choose from, what the section becomes knows why
+                    self.choice(key, tables[name])
+                settings[name] = written.get(name)
             elif name in written:
                 settings[name] = self._checked(key, written[name], annotation)
             elif default is inspect.Parameter.empty:

@@ -41,6 +41,7 @@ ARROWS = {
     "hear": ["embed"],
     "store": ["types", "clips", "embed"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
+    "matrix": ["recipe", "modalities", "objectives", "assemble"],
     "units": [*PARTS, "modalities", "data", "embed", "training.checkpoint"],
     "topics": ["data", "embed", "units"],
     "normalization": ["recipe", "types", "modalities", "data", "loading", "assemble"],

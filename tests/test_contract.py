@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 
+from mmssl import matrix
 from mmssl.encoder import Encoder
 from mmssl.modalities import MODALITIES
 from mmssl.nn.masking import random_mask, span_mask
@@ -255,6 +256,14 @@ def test_every_frontend_and_objective_is_here():
 def test_a_pair_that_makes_no_sense_says_so(name, source):
     with pytest.raises(ValueError, match=REFUSED[name, source]):
         objective(name, source)
+
+
+@each_source
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_pair_is_refused_here_where_the_matrix_refuses_it(name, source):
+    sentence = matrix.refusal(name, source)
+    assert (sentence is None) == ((name, source) not in REFUSED), sentence
+    assert sentence is None or REFUSED[name, source] in sentence
 
 
 # 1, 2 and 4: a clip is itself, whatever stands beside it and whatever padding holds

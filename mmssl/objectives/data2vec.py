@@ -89,11 +89,13 @@ class Data2Vec(nn.Module):
         target = self.target(batch.raw, tokens).flatten(0, 1).index_select(0, hidden)
         total = regression(prediction, target, beta=self.beta).sum()
         count = len(hidden)
-        metrics = {
+        metrics: dict[str, Tensor | float] = {
             "loss": total.detach(),
             "target_std": spread(target) * count,
             "prediction_std": spread(prediction) * count,
             "feature_std": feature_spread(tokens) * count,
+            "teacher_decay": self.teacher.decay * count,
+            "target_norms": ((self.layer_norm != "none") + (self.target_norm != "none")) * count,
         }
         return Loss(total, count, {name: (value, count) for name, value in metrics.items()})
 

@@ -111,10 +111,12 @@ class Data2Vec2(nn.Module):
         target = whole.flatten(0, 1).index_select(0, of)
         total = regression(prediction, target, beta=self.beta).sum()
         count = len(target)
-        metrics = {
+        metrics: dict[str, Tensor | float] = {
             "target_std": spread(target) * count,
             "prediction_std": spread(prediction) * count,
             "feature_std": feature_spread(tokens) * count,
+            "teacher_decay": self.teacher.decay * count,
+            "target_norms": ((self.layer_norm != "none") + (self.target_norm != "none")) * count,
         }
         if self.utterance_weight:
             mean = whole.sum(1) / tokens.lengths.to(whole.device)[:, None]

@@ -106,11 +106,12 @@ class JEPA(nn.Module):
         target = whole.flatten(0, 1).index_select(0, of)
         total = self.error(prediction, target, reduction="none").mean(1).sum()
         count = len(target)
-        metrics = {
+        metrics: dict[str, Tensor | float] = {
             "loss": total.detach(),
             "target_std": spread(target) * count,
             "prediction_std": spread(prediction) * count,
             "feature_std": feature_spread(tokens) * count,
+            "teacher_decay": self.teacher.decay * count,
         }
         return Loss(total, count, {name: (value, count) for name, value in metrics.items()})
 
