@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmssl.encoder import Encoder
 from mmssl.modalities import MODALITIES
+from mmssl.nn.bias import BIASES
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
 
@@ -176,5 +177,7 @@ def completed(config: Settings) -> Config:
         sections[section] = {**defaults_of(constructor), **config[section]}
     transformer = sections["transformer"]
     transformer["mlp_dim"] = transformer["mlp_dim"] or 4 * transformer["dim"]
+    if transformer["bias"] is not None:
+        transformer["bias"] = {**defaults_of(BIASES[transformer["bias"]["name"]]), **transformer["bias"]}
     done: Config = json.loads(json.dumps({**config, **sections}))
     return done
