@@ -360,6 +360,40 @@ def convert(
     print(f"{folder}: {convert(source, folder, to=to)}")
 
 
+@command("mmssl report runs/mae_base --data test.jsonl")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(help="Manifest of clips to show the embeddings of; with labels, the better.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="report.html in RUN")] = None,
+    label: Annotated[str, typer.Option(help="Key of a row that holds its class.")] = "label",
+    pool: Annotated[str, typer.Option(help="mean, class, slices:4, grid:2x2; +std adds deviations.")] = "mean",
+    batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
+    device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
+) -> None:
+    """Write a run as one page of HTML: curves, health, pictures, costs, bad clips, recipe; it needs nothing but itself.
+
+    With --data a map of the embeddings (UMAP where it is installed, PCA elsewhere), nearest neighbors, how well each
+    layer tells labels apart and, of a run of classify, what it takes for what. Runs that go on or broke off have a page
+    too.
+    """
+    from mmssl.report import write_report
+
+    print(
+        write_report(
+            run,
+            out,
+            data=data,
+            label=label,
+            pool=pool,
+            device=device,
+            batch_size=batch_size,
+            progress=sys.stderr.isatty(),
+        )
+    )
+
+
 @command("mmssl units train.jsonl valid.jsonl --features mfcc --codes 100 --out units/mfcc100")
 def units(
     manifests: Annotated[

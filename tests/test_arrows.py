@@ -38,6 +38,7 @@ ARROWS = {
     "clips": [*PARTS, "encoder", "modalities", "data", "loading"],
     "embed": [*PARTS, "encoder", "data", "evaluation", "assemble", "clips", "convert"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
+    "report": ["recipe", "types", "data", "evaluation", "clips", "embed", "training.health"],
     "units": [*PARTS, "modalities", "data", "embed", "training.checkpoint"],
     "normalization": ["recipe", "types", "modalities", "data", "loading", "assemble"],
 }
