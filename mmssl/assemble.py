@@ -27,6 +27,7 @@ from mmssl.encoder import Encoder
 from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, label_of
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Modality, Target
+from mmssl.nn.bias import BIASES
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
 from mmssl.objectives import CODERS, LABELLED, OBJECTIVES
@@ -93,6 +94,8 @@ def resolve(recipe: Recipe) -> Recipe:
     values["frontend"] = _named(recipe, "frontend", modality.frontends, given=["dim"])
     values["positions"] = _named(recipe, "positions", POSITIONS, given=["dim"])
     values["transformer"] = recipe.settings("transformer", Transformer)
+    if values["transformer"]["bias"] is not None:
+        values["transformer"]["bias"] = _named(recipe, "transformer.bias", BIASES, given=["heads", "depth"])
     values["encoder"] = recipe.settings("encoder", Encoder, given=["frontend", "transformer", "positions"])
     named = {"target": modality.targets, "views": modality.views}
     given = ["encoder", *(name for name in PROVIDED if name not in named)]

@@ -385,8 +385,8 @@ def convert(
 
     To read one of theirs, this is not needed: give its folder or name to embed, evaluate, or init=.
 
-    Layouts: wav2vec2, hubert, data2vec-audio, vit, vit_mae, dinov2, dinov2_with_registers, clip_vision_model,
-    siglip_vision_model, videomae, audio-spectrogram-transformer.
+    Layouts: wav2vec2, hubert, data2vec-audio, wavlm, vit, vit_mae, dinov2, dinov2_with_registers, beit,
+    data2vec-vision, clip_vision_model, siglip_vision_model, videomae, audio-spectrogram-transformer.
 
     Written are weights, settings, preprocessor and, for CTC, head and vocabulary. What a layout cannot say of an
     encoder is refused by the name of the setting.
@@ -394,6 +394,40 @@ def convert(
     from mmssl.convert.folder import convert
 
     print(f"{folder}: {convert(source, folder, to=to)}")
+
+
+@command("mmssl report runs/mae_base --data test.jsonl")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(help="Manifest of clips to show the embeddings of; with labels, the better.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="report.html in RUN")] = None,
+    label: Annotated[str, typer.Option(help="Key of a row that holds its class.")] = "label",
+    pool: Annotated[str, typer.Option(help="mean, class, slices:4, grid:2x2; +std adds deviations.")] = "mean",
+    batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
+    device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
+) -> None:
+    """Write a run as one page of HTML: curves, health, pictures, costs, bad clips, recipe; it needs nothing but itself.
+
+    With --data a map of the embeddings (UMAP where it is installed, PCA elsewhere), nearest neighbors, how well each
+    layer tells labels apart and, of a run of classify, what it takes for what. Runs that go on or broke off have a page
+    too.
+    """
+    from mmssl.report import write_report
+
+    print(
+        write_report(
+            run,
+            out,
+            data=data,
+            label=label,
+            pool=pool,
+            device=device,
+            batch_size=batch_size,
+            progress=sys.stderr.isatty(),
+        )
+    )
 
 
 @command("mmssl units train.jsonl valid.jsonl --features mfcc --codes 100 --out units/mfcc100")

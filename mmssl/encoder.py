@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.nn.masking import take
-from mmssl.nn.positions import READ_CONTENT
+from mmssl.nn.positions import READ_CONTENT, shared
 from mmssl.nn.transformer import Transformer
 from mmssl.types import Encoded, Frontend, Hide, MaskPlan, Point, Raw, Tokens, valid_mask
 
@@ -129,7 +129,13 @@ class Encoder(nn.Module):
         attended = None
         if plan is not None and hide == "unseen":
             attended = torch.nn.functional.pad(~plan.masked, (self.n_prefix, 0), value=True)
-        x, kept = self.transformer(x, lengths, layers=layers, point=point, attended=attended)
+        bias: Sequence[Tensor] = ()
+        if self.transformer.bias is not None:
+            coords = shared(tokens.coords)
+            if plan is not None and hide == "drop":
+                coords = take(tokens.coords, plan.keep)
+            bias = self.transformer.bias(coords, tokens, self.n_prefix)
+        x, kept = self.transformer(x, lengths, layers=layers, point=point, attended=attended, bias=bias)
         return Encoded(x=x, lengths=lengths, layers=kept, n_prefix=self.n_prefix)
 
 

@@ -42,6 +42,7 @@ ARROWS = {
     "store": ["types", "clips", "embed"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed"],
     "matrix": ["recipe", "modalities", "objectives", "assemble"],
+    "report": ["recipe", "types", "data", "evaluation", "clips", "embed", "training.health"],
     "units": [*PARTS, "modalities", "data", "embed", "training.checkpoint"],
     "topics": ["data", "embed", "units"],
     "normalization": ["recipe", "types", "modalities", "data", "loading", "assemble"],

@@ -75,7 +75,7 @@ def test_the_wheel_holds_every_module_and_recipe(installed: Path) -> None:
         (Path(MAPPED[folder].replace(".", "/")) / path.relative_to(ROOT / folder)).as_posix()
         for folder in MAPPED
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".typed")
+        if path.suffix in (".py", ".yaml", ".typed", ".html")
     }
     assert wanted <= shipped, f"left out of the wheel: {sorted(wanted - shipped)}"
     assert {name for name in shipped if not name.endswith(".pyc")} - wanted == {"mmssl/recipes/README.md"}

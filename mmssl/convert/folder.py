@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmssl.convert import LAYOUTS, REFUSED, TOWERS
+from mmssl.convert import LAYOUTS, TOWERS
 from mmssl.convert.ctc import TOKENIZER, read_head, write_head
 from mmssl.convert.layout import Config
 from mmssl.convert.translate import layout_for, to_ours, to_theirs
@@ -147,8 +147,6 @@ def read_transformers(folder: Path) -> Exported:
     """
     given = _read_json(folder / _CONFIG)
     kind = str(given["model_type"])
-    if kind in REFUSED:
-        raise ValueError(f"{folder}: a {kind} cannot be read, because {REFUSED[kind]}, which our Transformer has not")
     if TOWERS.get(kind, kind) not in LAYOUTS:
         raise ValueError(f"{folder}: layout {kind!r}: mmssl reads {', '.join([*LAYOUTS, *TOWERS])}")
     layout = LAYOUTS[TOWERS.get(kind, kind)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mmssl
 from mmssl.assemble import build_encoder
-from mmssl.convert import LAYOUTS, REFUSED
+from mmssl.convert import LAYOUTS
 from mmssl.convert.folder import convert, open_encoder, read_weights
 from mmssl.data.manifest import write_manifest
 from mmssl.training.checkpoint import export_encoder
@@ -109,10 +109,6 @@ def test_there_and_back_gives_the_same_tensors_under_the_same_names(saved: Any, 
     assert {older + key for key in before} == set(after)
     for key, tensor in before.items():
         assert torch.equal(tensor, after[older + key]), key
-
-
-def test_every_layout_that_is_refused_says_why() -> None:
-    assert not REFUSED.keys() & LAYOUTS.keys()
 
 
 OWN: dict[str, dict[str, Any]] = {
