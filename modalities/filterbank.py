@@ -180,8 +180,7 @@ class Filterbank(nn.Module):
         torch.sub(waves[..., 1:], waves[..., :-1], alpha=self.preemphasis, out=emphasized[..., 1:])
         frames, inside = waves.unfold(-1, self.width, self.hop), padded[..., : self.width]
         torch.mul(emphasized.unfold(-1, self.width, self.hop), self.taper, out=inside)
-        if self.edge:
-            torch.mul(frames[..., 0], self.edge, out=inside[..., 0])
+        torch.mul(frames[..., 0], self.edge, out=inside[..., 0])  # in any case: what comes before is none of it
         inside.addcmul_(frames.mean(-1, keepdim=True), self.taper, value=self.preemphasis - 1)
 
     def _energies(self, padded: Tensor, out: Tensor) -> Tensor:

@@ -207,7 +207,10 @@ def objective(name, source):
     if "target" in inspect.signature(OBJECTIVES[name]).parameters:
         target = MODALITIES[modality].targets[TARGET[modality]]
         settings |= {"target": target.values, "target_dim": target.dim(body.frontend)}
-        settings |= {"target_learned": target.learned and body.frontend.learned}
+        learned = target.learned and body.frontend.learned
+        settings |= {"target_learned": learned}
+        if name == "hubert" and learned:  # it can do without
+            settings |= {"regression": 0.0, "target": None, "target_learned": False}
         # as Audio-MAE has it: a block with windows, and one with shifted ones
         if name == "mae" and modality == "audio":
             settings |= {"decoder_window": [2, 2], "decoder_depth": 2}
