@@ -26,6 +26,8 @@ bench: $(VENV)/.ok
 	$(BIN)/python benchmarks/embed_speed.py
 	$(BIN)/python benchmarks/fbank_speed.py
 	$(BIN)/python benchmarks/mask_speed.py
+	$(BIN)/python benchmarks/clone_speed.py
+	$(BIN)/python benchmarks/units_speed.py
 	$(BIN)/python benchmarks/decode_speed.py
 
 $(VENV)/.ok: setup.cfg pyproject.toml

@@ -26,10 +26,11 @@ from mmssl.data.text import CharVocabulary, Classes
 from mmssl.encoder import Encoder, Encoders
 from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, cut_captions, label_of
 from mmssl.modalities import MODALITIES
-from mmssl.modalities.modality import Modality
+from mmssl.modalities.modality import Modality, Target
+from mmssl.nn.bias import BIASES
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
-from mmssl.objectives import LABELLED, OBJECTIVES, PAIRED
+from mmssl.objectives import CODERS, LABELLED, OBJECTIVES, PAIRED
 from mmssl.recipe import OWN, SECTIONS, Recipe, RecipeError, leaves, load, members, parse
 from mmssl.training import checkpoint
 from mmssl.training.loop import train as train_loop
@@ -69,11 +70,13 @@ GIVEN = ("dim", "tokenizer")
 
 # what an objective asks for in its constructor and no recipe can say; (config, encoder) -> value
 PROVIDED: dict[str, Callable[[Config, Any], Any]] = {
-    "target": lambda config, encoder: _target(config).values,
-    "target_dim": lambda config, encoder: _target(config).dim(encoder.frontend),
-    "target_learned": lambda config, encoder: _target(config).learned and encoder.frontend.learned,
-    "pictures": lambda config, encoder: _target(config).pictures,
-    "views": lambda config, encoder: MODALITIES[config["modality"]].views[config["objective"]["views"]],
+    "target": lambda config, encoder: target.values if (target := _target(config)) else None,
+    "target_dim": lambda config, encoder: target.dim(encoder.frontend) if (target := _target(config)) else 0,
+    "target_learned": lambda config, encoder: (
+        (target := _target(config)) is not None and target.learned and encoder.frontend.learned
+    ),
+    "pictures": lambda config, encoder: target.pictures if (target := _target(config)) else None,
+    "views": lambda config, encoder: MODALITIES[config["modality"]].views.get(config["objective"]["views"]),
     "teacher_encoder": lambda config, encoder: _teacher(config),
     "n_characters": lambda config, encoder: len(config["vocabulary"]),
     "n_classes": lambda config, encoder: len(config["classes"]),
@@ -108,6 +111,10 @@ def resolve(recipe: Recipe) -> Recipe:
     values["optimizer"] = recipe.settings("optimizer", build_optimizer, given=["objective"])
     values["schedule"] = _named(recipe, "schedule", SCHEDULES, given=["step", "steps"])
     values["trainer"] = recipe.settings("trainer", TrainSettings)
+    if "backbone" in values and values["optimizer"]["layer_decay"] is not None:
+        raise recipe.error(
+            "optimizer.layer_decay", "optimizer.layer_decay: goes by the depth of one encoder; leave it out for several"
+        )
     if "backbone" in values and values["trainer"]["accumulate"] > 1:
         raise recipe.error(
             "trainer.accumulate",
@@ -124,10 +131,18 @@ def _own(recipe: Recipe, modality: Modality, at: str = "") -> dict[str, Any]:
     return {
         "frontend": _named(recipe, f"{at}frontend", modality.frontends, given=GIVEN),
         "positions": _named(recipe, f"{at}positions", POSITIONS, given=["dim"]),
-        "transformer": recipe.settings(f"{at}transformer", Transformer),
+        "transformer": _transformer(recipe, at),
         "encoder": recipe.settings(f"{at}encoder", Encoder, given=["frontend", "transformer", "positions"]),
         "augment": _augments(recipe, modality, at),
     }
+
+
+def _transformer(recipe: Recipe, at: str = "") -> dict[str, Any]:
+    """The section `transformer`, checked, and that of its biases within."""
+    found = recipe.settings(f"{at}transformer", Transformer)
+    if found["bias"] is not None:
+        found["bias"] = _named(recipe, f"{at}transformer.bias", BIASES, given=["heads", "depth"])
+    return found
 
 
 def _several(recipe: Recipe) -> dict[str, Any]:
@@ -168,7 +183,7 @@ def _several(recipe: Recipe) -> dict[str, Any]:
         raise recipe.error("transformer", "transformer: each modality has its own here; leave this one out")
     values: dict[str, Any] = {"backbone": backbone, "tokenizer": None, "modality": {}}
     if backbone == "shared":
-        values["transformer"] = recipe.settings("transformer", Transformer)
+        values["transformer"] = _transformer(recipe)
     for name in names:
         modality, at = MODALITIES[name], f"modality.{name}."
         if modality.tokenizers:
@@ -304,7 +319,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         run,
         encoder,
         config,
-        objective=objective if config["objective"]["name"] in (*LABELLED, *PAIRED) else None,
+        objective=objective if config["objective"]["name"] in (*LABELLED, *CODERS, *PAIRED) else None,
     )
     train_loop(
         objective,
@@ -399,7 +414,7 @@ def refuse(modality: Modality, objective: str, recipe: Recipe | None = None) -> 
         raise ValueError(sentence) if recipe is None else recipe.error("objective.name", sentence)
 
 
-def learn_tokenizer(recipe: Recipe, manifest: Manifest, run: Path | None = None) -> str | None:
+def learn_tokenizer(recipe: Recipe, rows: Iterable[Mapping[str, Any]], run: Path | None = None) -> str | None:
     """The tokenizer of a run, as JSON: that of `init`, that which the run has already, or a new one.
 
     The main process makes it, so that all have the same.
@@ -417,7 +432,7 @@ def learn_tokenizer(recipe: Recipe, manifest: Manifest, run: Path | None = None)
             made = kept.read_text(encoding="utf-8")
         else:
             table = next(kind.tokenizers for name in members(recipe.values) if (kind := MODALITIES[name]).tokenizers)
-            texts = (row["text"] for row in manifest if "text" in row)
+            texts = (row["text"] for row in rows if "text" in row)
             made = recipe.placed(lambda: _make(table, recipe.values["tokenizer"], texts=texts))
     return distributed.broadcast_text(made)
 
@@ -518,35 +533,54 @@ def _claim(run: Path, recipe: Recipe) -> bool:
         RecipeError: it holds something else.
     """
     problem, resume = "", False
-    if distributed.is_main() and run.exists():
-        if not run.is_dir():
-            problem = f"{run}: this is a file; give a folder with --out"
-        elif (run / "recipe.yaml").is_file():
-            resume = True
-            saved = parse((run / "recipe.yaml").read_text(encoding="utf-8"), source=str(run / "recipe.yaml"))
-            # resolved again: a setting that is newer than the run was at its default
-            before = dict(leaves(resolve(saved).values))
-            now = dict(leaves(recipe.values))
-            differing = [key for key in before | now if key not in PRACTICAL and before.get(key) != now.get(key)]
-            if differing:
-                key = differing[0]
-                more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-                problem = (
-                    f"{run}: holds another run, in which {key} is {before.get(key)!r} and not {now.get(key)!r}{more}; "
-                )
-                # not taken over by itself: that run may have begun a minute ago, and be running
-                problem += (
-                    "choose another folder with --out, or remove this one"
-                    if checkpoint.latest(run / "checkpoints", say=lambda sentence: None) is not None
-                    else "it has no checkpoint, so unless it is still running there is nothing in it worth keeping: "
-                    "remove it, or choose another folder with --out"
-                )
-        elif any(path.name != "recipe.yaml.tmp" for path in run.iterdir()):  # that one is of a run killed as it began
-            problem = f"{run}: holds files that are not of a run; choose another folder with --out"
+    if distributed.is_main():
+        # told to all before anything is raised: the others would wait for an answer
+        try:
+            resume = _holds(run, recipe)
+        except RecipeError as error:
+            problem = str(error)
+        except (OSError, ValueError) as error:
+            problem = f"{run}: its recipe cannot be read ({error}); choose another folder with --out"
     problem, resume = json.loads(distributed.broadcast_text(json.dumps([problem, resume])))
     if problem:
         raise RecipeError(problem)
     return bool(resume)
+
+
+def _holds(run: Path, recipe: Recipe) -> bool:
+    """Whether a folder holds the run of this recipe; false where there is nothing yet.
+
+    Raises:
+        RecipeError: it holds something else.
+        OSError, ValueError: its recipe cannot be read.
+    """
+    if not run.exists():
+        return False
+    if not run.is_dir():
+        raise RecipeError(f"{run}: this is a file; give a folder with --out")
+    if not (run / "recipe.yaml").is_file():
+        if any(path.name != "recipe.yaml.tmp" for path in run.iterdir()):  # that one is of a run killed as it began
+            raise RecipeError(f"{run}: holds files that are not of a run; choose another folder with --out")
+        return False
+    saved = parse((run / "recipe.yaml").read_text(encoding="utf-8"), source=str(run / "recipe.yaml"))
+    # resolved again: a setting that is newer than the run was at its default
+    before = dict(leaves(resolve(saved).values))
+    now = dict(leaves(recipe.values))
+    differing = [key for key in before | now if key not in PRACTICAL and before.get(key) != now.get(key)]
+    if differing:
+        key = differing[0]
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        # not taken over by itself: that run may have begun a minute ago, and be running
+        way_out = (
+            "choose another folder with --out, or remove this one"
+            if checkpoint.latest(run / "checkpoints", say=lambda sentence: None) is not None
+            else "it has no checkpoint, so unless it is still running there is nothing in it worth keeping: "
+            "remove it, or choose another folder with --out"
+        )
+        raise RecipeError(
+            f"{run}: holds another run, in which {key} is {before.get(key)!r} and not {now.get(key)!r}{more}; {way_out}"
+        )
+    return True
 
 
 def _flat(labels: Iterable[Any], objective: Config) -> Iterator[Any]:
@@ -583,5 +617,7 @@ def _teacher(config: Config) -> Encoder:
     return encoder
 
 
-def _target(config: Config) -> Any:
-    return MODALITIES[config["modality"]].targets[config["objective"]["target"]]
+def _target(config: Config) -> Target | None:
+    """None where an objective does without one."""
+    name = config["objective"]["target"]
+    return None if name is None else MODALITIES[config["modality"]].targets[name]

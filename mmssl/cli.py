@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 
+from mmssl.memory import keep_freed_memory
+
 P = ParamSpec("P")
 N = TypeVar("N", int, float)
 
@@ -53,6 +55,7 @@ def command(example: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     def decorate(function: Callable[P, None]) -> Callable[P, None]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            keep_freed_memory()
             try:
                 function(*args, **kwargs)
             except (ValueError, OSError, RuntimeError) as error:
@@ -105,7 +108,9 @@ def embed(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="File to write, for numpy.load.")] = Path("embeddings.npz"),
+    out: Annotated[Path, typer.Option(help="File to write: .npz for numpy.load, or .parquet.")] = Path(
+        "embeddings.npz"
+    ),
     modality: Annotated[
         str | None, typer.Option(help="What the clips are, for a run on several modalities.", show_default=False)
     ] = None,
@@ -120,44 +125,56 @@ def embed(
         ),
     ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Keep every token, not only one vector a clip.")] = False,
+    window: Annotated[
+        float | None, typer.Option(help="Seconds: cut longer recordings into windows.", show_default="whole clips")
+    ] = None,
+    overlap: Annotated[float, typer.Option(help="Seconds that two windows share.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of products.")] = "float32",
     device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
     on_bad_clip: Annotated[
-        Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or name it and go on.")
-    ] = "raise",
+        Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or give it an empty row and go on.")
+    ] = "skip",
+    part: Annotated[str, typer.Option(metavar="N/OF", help="Of several processes that share the work, this one.")] = (
+        "1/1"
+    ),
 ) -> None:
     """Write the embeddings of files: one vector a clip and, if asked for, one a token.
 
-    The file holds `ids` and `scene` (clips, width), with --tokens `tokens`, `valid` and for sound `time_ms`; with
-    several layers an axis of layers in front, which `layers` names.
+    A .npz file holds `ids` and `scene` (clips, width), with --tokens `tokens`, `valid` and for sound and video
+    `time_ms`; with several layers an axis of layers in front, which `layers` names. A .parquet file has a row a clip:
+    `id`, `scene`, `error`. The same command goes on where it was cut off, from the parts beside --out.
     """
-    from mmssl.embed import load, write_npz
-    from mmssl.memory import keep_freed_memory
+    from mmssl.embed import load
+    from mmssl.store import write_embeddings
 
-    keep_freed_memory()
     embedder = load(model, device=device, precision=precision).of(modality)
     layers = (
         list(range(embedder.depth + 1))
         if layer == "all"
         else [_number("--layer", part, int) for part in layer.split(",")]
     )
-    found = embedder.embed(
+    number, _, of = part.partition("/")
+    done = write_embeddings(
+        embedder,
         inputs,
-        layer=layers,
+        out,
+        layers=layers,
         pool=pool,
         tokens=tokens,
+        window=window,
+        overlap=overlap,
         batch_size=batch_size,
         on_bad_clip=on_bad_clip,
+        part=(_number("--part", number, int), _number("--part", of, int)),
         progress=sys.stderr.isatty(),
+        tell=lambda name, reason: print(f"left out: {name}: {reason}", file=sys.stderr),
     )
-    for name, reason in found[0].bad.items():
-        print(f"left out: {name}: {reason}", file=sys.stderr)
-    written = write_npz(out, found if len(layers) > 1 else found[0], layers=layers)
-    clips, width = found[0].scene.shape
-    bad = int(found[0].scene.isnan().all(1).sum())
-    read = f"{clips - bad} clips, {bad} could not be read" if bad else f"{clips} clips"
-    print(f"{written}: {read}, width {width}, layer {layer}")
+    if done.path is None:
+        print(f"{out}: part {part} is done, and others are not yet")
+        return
+    read = f"{done.clips - done.bad} clips, {done.bad} could not be read" if done.bad else f"{done.clips} clips"
+    print(f"{done.path}: {read}, width {done.width}, layer {layer}")
 
 
 @command("mmssl evaluate runs/mae_base --task linear --train train.jsonl --valid valid.jsonl --test test.jsonl")
@@ -165,13 +182,15 @@ def evaluate(
     model: Model,
     test: Annotated[Path, typer.Option(help="Manifest of the clips to measure on.", show_default=False)],
     task: Annotated[
-        Literal["linear", "knn", "classify", "ctc", "retrieval", "zero-shot"],
+        Literal["linear", "knn", "cluster", "verify", "rank", "ood", "classify", "ctc", "retrieval", "zero-shot"],
         typer.Option(
-            help="linear, knn: fitted on frozen features; classify, ctc: what a fine-tuned run says; retrieval, "
-            "zero-shot: of a run on several modalities."
+            help="linear, knn: fitted on frozen features; cluster, verify, rank, ood: of those features themselves; "
+            "classify, ctc: what a fine-tuned run says; retrieval, zero-shot: of a run on several modalities."
         ),
     ] = "linear",
-    train: Annotated[Path | None, typer.Option(help="Manifest to fit on: linear and knn.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Manifest to fit on, to be near to (ood), or to center on (verify).")
+    ] = None,
     valid: Annotated[
         Path | None, typer.Option(help="Manifest to choose layer and settings on.", show_default="a fifth of --train")
     ] = None,
@@ -197,9 +216,19 @@ def evaluate(
     ] = None,
     label_share: Annotated[float | None, typer.Option(help="The same by share: 0.01 fits on a hundredth.")] = None,
     draws: Annotated[int, typer.Option(help="Draws of few labels.")] = 5,
-    k: Annotated[str, typer.Option(help="Neighbors of knn; of several, 5,20, the best on --valid.")] = "20",
+    k: Annotated[str, typer.Option(help="Neighbors of knn; of several, 5,20, the best on --valid; of ood.")] = "20",
     beam: Annotated[int | None, typer.Option(help="Width of the search: ctc.", show_default="the best path")] = None,
+    lm: Annotated[
+        Path | None, typer.Option(help="ctc: n-gram model, an ARPA file, whose words are written.", show_default=False)
+    ] = None,
+    lm_weight: Annotated[float, typer.Option(help="With --lm: its weight, to be chosen on other clips.")] = 2.0,
+    word_score: Annotated[float, typer.Option(help="With --lm: added for each word.")] = 0.0,
     spans: Annotated[int, typer.Option(help="classify: mean over so many parts of each clip; sound, video.")] = 1,
+    crops: Annotated[int, typer.Option(help="classify: so many crops of each, side by side; pictures, video.")] = 1,
+    trials: Annotated[
+        Path | None, typer.Option(help="verify: pairs to tell, a line is 1 or 0 and two ids.", show_default="all pairs")
+    ] = None,
+    ood: Annotated[Path | None, typer.Option(help="ood: manifest of clips of another kind than --test.")] = None,
     baseline: Annotated[
         Literal["random", "pixels", "logmel"] | None,
         typer.Option(help="Measure this in the encoder's place: random weights, raw pixels, log-mel energies."),
@@ -213,14 +242,12 @@ def evaluate(
         Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or leave it out and count it.")
     ] = "raise",
 ) -> None:
-    """Measure an encoder on labelled clips: accuracy, or word and character error rates.
+    """Measure an encoder: accuracy, clusters, verification, rank, distances, or word and character error rates.
 
     Every score comes with its interval and with one line that says how it was measured.
     """
-    from mmssl.memory import keep_freed_memory
     from mmssl.tasks import evaluate
 
-    keep_freed_memory()
     neighbors = [_number("--k", part, int) for part in k.split(",")]
     scores = evaluate(
         model,
@@ -240,7 +267,13 @@ def evaluate(
         draws=draws,
         k=neighbors[0] if len(neighbors) == 1 else neighbors,
         beam=beam,
+        lm=lm,
+        lm_weight=lm_weight,
+        word_score=word_score,
         spans=spans,
+        crops=crops,
+        trials=trials,
+        ood=ood,
         baseline=baseline,
         seed=seed,
         device=device,
@@ -378,8 +411,8 @@ def convert(
 
     To read one of theirs, this is not needed: give its folder or name to embed, evaluate, or init=.
 
-    Layouts: wav2vec2, hubert, data2vec-audio, vit, vit_mae, dinov2, dinov2_with_registers, clip_vision_model,
-    siglip_vision_model, videomae, audio-spectrogram-transformer.
+    Layouts: wav2vec2, hubert, data2vec-audio, wavlm, vit, vit_mae, dinov2, dinov2_with_registers, beit,
+    data2vec-vision, clip_vision_model, siglip_vision_model, videomae, audio-spectrogram-transformer.
 
     Written are weights, settings, preprocessor and, for CTC, head and vocabulary. What a layout cannot say of an
     encoder is refused by the name of the setting.
@@ -389,6 +422,40 @@ def convert(
     print(f"{folder}: {convert(source, folder, to=to)}")
 
 
+@command("mmssl report runs/mae_base --data test.jsonl")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(help="Manifest of clips to show the embeddings of; with labels, the better.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="report.html in RUN")] = None,
+    label: Annotated[str, typer.Option(help="Key of a row that holds its class.")] = "label",
+    pool: Annotated[str, typer.Option(help="mean, class, slices:4, grid:2x2; +std adds deviations.")] = "mean",
+    batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
+    device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
+) -> None:
+    """Write a run as one page of HTML: curves, health, pictures, costs, bad clips, recipe; it needs nothing but itself.
+
+    With --data a map of the embeddings (UMAP where it is installed, PCA elsewhere), nearest neighbors, how well each
+    layer tells labels apart and, of a run of classify, what it takes for what. Runs that go on or broke off have a page
+    too.
+    """
+    from mmssl.report import write_report
+
+    print(
+        write_report(
+            run,
+            out,
+            data=data,
+            label=label,
+            pool=pool,
+            device=device,
+            batch_size=batch_size,
+            progress=sys.stderr.isatty(),
+        )
+    )
+
+
 @command("mmssl units train.jsonl valid.jsonl --features mfcc --codes 100 --out units/mfcc100")
 def units(
     manifests: Annotated[
@@ -396,7 +463,7 @@ def units(
         typer.Argument(metavar="MANIFEST", help="Clusters are of the first; all get units.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the codebook, units and manifests.", show_default=False)],
-    codes: Annotated[int | None, typer.Option(help="Clusters.", show_default=False)] = None,
+    codes: Annotated[int | None, typer.Option(help="Clusters; with --topics: how many units there are.")] = None,
     features: Annotated[
         Literal["mfcc", "logmel"] | None, typer.Option(help="Cluster these, every 10 ms of sound.", show_default=False)
     ] = None,
@@ -404,11 +471,22 @@ def units(
         Path | None, typer.Option(help="Cluster the tokens of this run or exported encoder.", show_default=False)
     ] = None,
     codec: Annotated[
-        str | None, typer.Option(help="Write the codes of this EnCodec: a folder or a name.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Write the codes of this EnCodec, a folder or a name, or of this run of vq_wav2vec.",
+            show_default=False,
+        ),
     ] = None,
-    bandwidth: Annotated[float, typer.Option(help="With --codec: kbit per second.")] = 6.0,
+    bandwidth: Annotated[float, typer.Option(help="With an EnCodec: kbit per second.")] = 6.0,
     layer: Annotated[int, typer.Option(help="With --model: -1 is the output, i the output of block i.")] = -1,
-    key: Annotated[str, typer.Option(help="Of the rows, for the place of their units.")] = "units",
+    topics: Annotated[
+        int | None, typer.Option(help="Write a topic of each clip, of so many, from the units it has.")
+    ] = None,
+    of: Annotated[str, typer.Option(help="With --topics: key of the rows at which their units stand.")] = "units",
+    ngram: Annotated[int, typer.Option(help="With --topics: units in a row that are counted together.")] = 1,
+    key: Annotated[
+        str | None, typer.Option(help="Of the rows, for their units (units) or topics (topic).", show_default=False)
+    ] = None,
     frames: Annotated[int, typer.Option(help="Tokens that k-means is fitted on.")] = 1_000_000,
     rate: Annotated[int, typer.Option(help="With --features: samples per second.")] = 16_000,
     modality: Annotated[Literal["speech", "audio"], typer.Option(help="With --features and --codec.")] = "speech",
@@ -422,13 +500,33 @@ def units(
         Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or name it and leave it out.")
     ] = "raise",
 ) -> None:
-    """Cluster the features of clips, and write the unit of each moment beside the rows of manifests.
+    """Cluster the features of clips, and write the unit of each moment, or a topic of each clip, beside the rows.
 
     The manifests in the folder are for objectives that predict units. The same command goes on where it was cut off,
     and with other manifests it uses the codebook that the folder holds.
     """
+    from mmssl.topics import write_topics
     from mmssl.units import write_units
 
+    if topics is not None:
+        if codes is None or (features, model, codec) != (None, None, None):
+            raise ValueError(
+                "--topics: topics are of units that rows have already; say how many there are with --codes, and leave "
+                "out --features, --model and --codec"
+            )
+        for one in write_topics(
+            manifests,
+            out,
+            topics=topics,
+            codes=codes,
+            of=of,
+            key=key or "topic",
+            ngram=ngram,
+            seed=seed,
+            progress=sys.stderr.isatty(),
+        ):
+            print(f"{one.manifest}: {one.clips} clips, {one.perplexity:.1f} of {topics} topics in use")
+        return
     number, _, parts = part.partition("/")
     found = write_units(
         manifests,
@@ -439,7 +537,7 @@ def units(
         bandwidth=bandwidth,
         model=model,
         layer=layer,
-        key=key,
+        key=key or "units",
         frames=frames,
         rate=rate,
         modality=modality,
@@ -463,10 +561,20 @@ def units(
 @command("mmssl recipes image/mae_base > mine.yaml")
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Print this one.", show_default=False)] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Which objective goes with which modality, in Markdown.")
+    ] = False,
 ) -> None:
     """List the recipes that come with mmssl, or print one, to start your own from."""
     from mmssl.recipe import find, header, shipped
 
+    if matrix:
+        if name is not None:
+            raise ValueError(f"--matrix: shows every objective, so it goes without the recipe {name}")
+        from mmssl.matrix import table
+
+        print(table(), end="")
+        return
     if name is not None:
         print(find(name).read_text(encoding="utf-8"), end="")
         return
@@ -474,12 +582,12 @@ def recipes(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("recipe", "what", "result", box=box.SIMPLE_HEAD)
+    listed = Table("recipe", "what", "result", box=box.SIMPLE_HEAD)
     for short, path in shipped().items():
         said = header(path.read_text(encoding="utf-8"))
-        table.add_row(short, said["title"].partition(". ")[0], said.get("result", "not yet run"))
+        listed.add_row(short, said["title"].partition(". ")[0], said.get("result", "not yet run"))
     console = Console()
-    console.print(table)
+    console.print(listed)
     console.print("Run one: mmssl pretrain RECIPE data.train=FILE   See one: mmssl recipes RECIPE", highlight=False)
 
 

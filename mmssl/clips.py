@@ -22,18 +22,26 @@ from torch import Tensor
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
 from mmssl.data.manifest import Manifest
+from mmssl.data.units import check_units
 from mmssl.encoder import Encoder
 from mmssl.loading import build_augment, build_reader, build_span, clips_of
 from mmssl.modalities import MODALITIES
+from mmssl.modalities.modality import Modality
 from mmssl.types import BadClip, Frontend
 
 Input: TypeAlias = str | Path | BinaryIO | np.ndarray | Tensor | Manifest
+Part: TypeAlias = ManifestDataset | str | tuple[str, Callable[[], Tensor]]
 # Clips are read in windows, sorted by length within, and embedded in groups. Windows start small, so that the model
 # has something to do soon, and double up to so many groups, or so many values whichever comes first.
 WINDOW_GROUPS = 16
 WINDOW_VALUES = 2**24
 # what an array of each media is
-_AXES = {"audio": "(samples,)", "image": "(channels, height, width)", "video": "(channels, frames, height, width)"}
+_AXES = {
+    "audio": "(samples,)",
+    "codes": "(codebooks, steps)",
+    "image": "(channels, height, width)",
+    "video": "(channels, frames, height, width)",
+}
 KINDS = "path, glob, folder, manifest, caption, binary file, array and tensor"
 
 
@@ -57,7 +65,6 @@ def find_clips(
     listed: Iterable[Input] = [cast(Input, inputs)] if single else cast("Iterable[Input]", inputs)
     modality, frontend = config["modality"], encoder.frontend
     kind = MODALITIES[modality]
-    clips = Clips(modality, frontend)
     augment = build_augment(config["augment_eval"], modality, frontend)
     read = build_reader(modality, frontend)
     span = build_span(config["augment_eval"], modality, frontend)
@@ -68,6 +75,7 @@ def find_clips(
         # nothing that is done for evaluation is random; the augmentations take a generator all the same
         return augment(make(*given), np.random.default_rng(0))
 
+    clips = Clips(modality, frontend, partial(ready, read_part))
     for place, item in enumerate(listed):
         if isinstance(item, Manifest) or (isinstance(item, (str, Path)) and str(item).endswith(".jsonl")):
             manifest = item if isinstance(item, Manifest) else Manifest(item)
@@ -77,13 +85,15 @@ def find_clips(
                 clips.add((caption, partial(ready, read, caption)))
         elif isinstance(item, (str, Path)):
             for path in _expand(str(item), kind.suffixes, modality):
-                clips.add((path, partial(ready, read_part, path)))
+                clips.add(path)
         elif isinstance(item, (np.ndarray, Tensor)):
             batch = _split(item, f"input {place}", kind.media, frontend.min_length)
             for i, clip in enumerate(batch):
                 name = f"input {place}" if len(batch) == 1 else f"input {place}.{i}"
                 if kind.media == "audio":
                     clips.add((name, partial(ready, _wave, clip, name, rate, settings["rate"])))
+                elif kind.media == "codes":
+                    clips.add((name, partial(ready, _codes, clip, name, settings["codes"])))
                 else:
                     clips.add((name, partial(ready, _picture, clip, name, settings["channels"])))
         elif hasattr(item, "read"):
@@ -95,34 +105,44 @@ def find_clips(
     return clips
 
 
-def spread_out(config: Mapping[str, Any], spans: int) -> list[dict[str, Any]]:
-    """The configs that read so many parts of each clip, evenly from its beginning to its end, in place of its middle.
+def spread_out(config: Mapping[str, Any], *, spans: int, crops: int) -> list[dict[str, Any]]:
+    """The configs that read so many parts of each clip in place of its middle.
+
+    Args:
+        spans: parts of its time, evenly from the beginning to the end.
+        crops: of each of them parts of the frame, evenly from one end of its longer side to the other.
 
     Raises:
-        ValueError: less than one, or several where clips are read whole.
+        ValueError: less than one, or several of a modality or by steps that have but one.
     """
-    if spans < 1:
-        raise ValueError(f"spans={spans}: must be at least 1")
-    if spans == 1:
-        return [dict(config)]
-    kind, steps = MODALITIES[config["modality"]], config["augment_eval"]
-    table = {**kind.spans, **kind.augments}
-    if not any(_is_part(table[step["name"]]) for step in steps):
-        names = [name for name, step in table.items() if _is_part(step)]
-        raise ValueError(
-            f"spans={spans}: this run's augment.eval reads clips whole"
-            + (f", and not a part of each such as {' or '.join(names)}" if names else "")
-            + "; leave spans out"
-        )
-    shares = [place / (spans - 1) for place in range(spans)]
+    kind = MODALITIES[config["modality"]]
+    steps = _spread(config["augment_eval"], f"spans={spans}", spans, kind.durations, "no time to choose from", kind)
     return [
-        {**config, "augment_eval": [step | ({"at": at} if _is_part(table[step["name"]]) else {}) for step in steps]}
-        for at in shares
+        {**config, "augment_eval": part}
+        for span in steps
+        for part in _spread(span, f"crops={crops}", crops, kind.sizes, "no frame to crop", kind)
     ]
 
 
-def _is_part(step: Callable[..., Any]) -> bool:
-    return "at" in inspect.signature(step).parameters
+def _spread(
+    steps: list[dict[str, Any]], given: str, parts: int, changing: Collection[str], lacks: str, kind: Modality
+) -> list[list[dict[str, Any]]]:
+    """The steps so many times, each time with another place for those among `changing` that have one."""
+    if parts < 1:
+        raise ValueError(f"{given}: must be at least 1")
+    if parts == 1:
+        return [steps]
+    if not changing:
+        raise ValueError(f"{given}: {kind.name} has {lacks}; leave {given.partition('=')[0]} out")
+    table = {**kind.augments, **kind.spans}
+    placed = [name for name in changing if "at" in inspect.signature(table[name]).parameters]
+    if not any(step["name"] in placed for step in steps):
+        raise ValueError(
+            f"{given}: this run's augment.eval has no step that reads a part of each clip, such as "
+            f"{' or '.join(placed)}; leave {given.partition('=')[0]} out"
+        )
+    shares = [place / (parts - 1) for place in range(parts)]
+    return [[step | ({"at": at} if step["name"] in placed else {}) for step in steps] for at in shares]
 
 
 @dataclass(frozen=True)
@@ -144,18 +164,22 @@ class Item:
 class Clips:
     """What is to be embedded, read clip by clip.
 
-    A manifest stays a manifest: its rows are not listed.
+    A manifest stays a manifest: its rows are not listed. Of a file no more is kept than its path.
+
+    Args:
+        read_file: a path to a clip that is fit for the frontend.
     """
 
-    def __init__(self, modality: str, frontend: Frontend) -> None:
+    def __init__(self, modality: str, frontend: Frontend, read_file: Callable[[str], Tensor]) -> None:
         self.modality = modality
         self.frontend = frontend
+        self.read_file = read_file
         self.rate = frontend.reader_settings.get("rate")
-        self._parts: list[ManifestDataset | tuple[str, Callable[[], Tensor]]] = []
+        self._parts: list[Part] = []
         self._ends: list[int] = []
 
-    def add(self, part: ManifestDataset | tuple[str, Callable[[], Tensor]]) -> None:
-        """Rows of a manifest, or (name, how to read it)."""
+    def add(self, part: Part) -> None:
+        """Rows of a manifest, a path, or (name, how to read it)."""
         self._parts.append(part)
         self._ends.append(len(self) + (len(part) if isinstance(part, ManifestDataset) else 1))
 
@@ -167,15 +191,23 @@ class Clips:
         part, row = self._find(place)
         return part.manifest.place(row) if isinstance(part, ManifestDataset) else ""
 
+    def name(self, place: int) -> str:
+        """What the clip at `place` is called."""
+        part, row = self._find(place)
+        if isinstance(part, ManifestDataset):
+            return str(part.manifest[row]["id"])
+        return part if isinstance(part, str) else part[0]
+
     def read(self, place: int) -> Item:
         """The clip at `place`, fit for the frontend."""
         part, row = self._find(place)
-        name = part.manifest[row]["id"] if isinstance(part, ManifestDataset) else part[0]
+        name = self.name(place)
         try:
             if isinstance(part, ManifestDataset):
                 sample = part.read(row, 0)
             else:
-                sample = Sample(name, {self.modality: part[1]()}, {self.modality: self.rate}, None, 0)
+                clip = self.read_file(part) if isinstance(part, str) else part[1]()
+                sample = Sample(name, {self.modality: clip}, {self.modality: self.rate}, None, 0)
             self._try(sample)
         except BadClip as error:
             return Item(place, name, error=error)
@@ -183,7 +215,7 @@ class Clips:
             return Item(place, name, error=BadClip(name, str(error).removeprefix(f"{name}: ")))
         return Item(place, name, sample)
 
-    def _find(self, place: int) -> tuple[ManifestDataset | tuple[str, Callable[[], Tensor]], int]:
+    def _find(self, place: int) -> tuple[Part, int]:
         """What holds the clip at `place`, and its row in there."""
         number = bisect_right(self._ends, place)
         return self._parts[number], place - (self._ends[number - 1] if number else 0)
@@ -197,8 +229,12 @@ class Clips:
         self.frontend.lengths(collate_samples([sample]).raw)
 
 
-def windows(clips: Clips, batch_size: int) -> Generator[list[Item], None, None]:
-    """Clips in order, many at a time, read by one thread while the caller works on those before."""
+def windows(clips: Clips, batch_size: int, places: range | None = None) -> Generator[list[Item], None, None]:
+    """Clips in order, many at a time, read by one thread while the caller works on those before.
+
+    Args:
+        places: of the clips to read; all by default.
+    """
     ready: queue.Queue[list[Item] | Exception | None] = queue.Queue(maxsize=1)
     stopped = threading.Event()
 
@@ -213,7 +249,7 @@ def windows(clips: Clips, batch_size: int) -> Generator[list[Item], None, None]:
         window: list[Item] = []
         values, most = 0, batch_size
         try:
-            for place in range(len(clips)):
+            for place in range(len(clips)) if places is None else places:
                 if stopped.is_set():
                     return
                 window.append(clips.read(place))
@@ -240,13 +276,13 @@ def windows(clips: Clips, batch_size: int) -> Generator[list[Item], None, None]:
 
 
 def groups(items: Sequence[Item], batch_size: int, batch_seconds: float) -> Iterator[list[Item]]:
-    """Clips that are computed together: sound of similar length, pictures and video of the same shape."""
+    """Clips that are computed together: sound and codes of similar length, pictures and video of the same shape."""
     group: list[Item] = []
     for item in sorted(items, key=lambda item: item.shape):
         assert item.sample is not None
         rate = next(iter(item.sample.rates.values()))
-        if len(item.shape) == 1:
-            full = rate is not None and (len(group) + 1) * item.shape[0] > batch_seconds * rate
+        if len(item.shape) < 3:
+            full = rate is not None and (len(group) + 1) * item.shape[-1] > batch_seconds * rate
         else:
             full = bool(group) and group[0].shape != item.shape
         if group and (full or len(group) == batch_size):
@@ -326,6 +362,18 @@ def _wave(x: Tensor, name: str, rate: float | None, own_rate: float) -> Tensor:
         from mmssl.modalities.speech.reader import resample
 
         return torch.from_numpy(resample(x.numpy(), rate, own_rate))
+    return x
+
+
+def _codes(x: Tensor, name: str, codes: Sequence[int]) -> Tensor:
+    """Codes as a reader would give them."""
+    if x.is_floating_point() or x.dtype is torch.bool:
+        raise BadClip(name, f"codes of type {x.dtype}; give whole numbers")
+    x = x.detach().long().cpu()
+    try:
+        check_units(x.t().numpy(), codes)
+    except ValueError as error:
+        raise BadClip(name, str(error)) from None
     return x
 
 

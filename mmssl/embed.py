@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmssl.assemble import build_encoders, build_objective
-from mmssl.clips import Clips, Input, find_clips, groups, spread_out, windows
+from mmssl.clips import Clips, Input, Item, find_clips, groups, spread_out, windows
 from mmssl.convert.folder import open_encoder
 from mmssl.data.batching import collate_samples
 from mmssl.data.text import CharVocabulary
 from mmssl.encoder import Encoder, Encoders
 from mmssl.evaluation.speech import best_path, prefix_beam
+from mmssl.evaluation.word_beam import WordBeam
 from mmssl.nn.pooling import NAMES, Pool
 from mmssl.recipe import members
-from mmssl.types import BadClip, Batch, Embeddings, Encoded, Tokens, valid_mask
+from mmssl.recordings import Windows, by_steps, encode_long, time_axis
+from mmssl.types import BadClip, Batch, Embeddings, Encoded, Raw, Tokens, valid_mask
 
 log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
+# a layer, what was encoded, and the tokens that it is of -> (B, E)
+Pooling = Callable[[Tensor, Encoded, Tokens], Tensor]
 
 
 def load(path: str | Path, *, device: str = "auto", precision: Precision = "float32") -> Embedder:
@@ -36,8 +40,9 @@ def load(path: str | Path, *, device: str = "auto", precision: Precision = "floa
 
     Args:
         path: folder of a run or of an exported encoder: config.json and encoder.safetensors, and
-            objective.safetensors where the run was fine-tuned. Or a folder of transformers in one of the layouts of
-            `mmssl.convert.LAYOUTS`, or the name of one on the Hugging Face hub: only then is the network touched.
+            objective.safetensors where the run was fine-tuned or gives codes. Or a folder of transformers in one of
+            the layouts of `mmssl.convert.LAYOUTS`, or the name of one on the Hugging Face hub: only then is the network
+            touched.
         device: "auto" takes a GPU where there is one.
         precision: "bfloat16" computes products in half the bits; what comes out is float32 all the same.
 
@@ -55,6 +60,14 @@ def load(path: str | Path, *, device: str = "auto", precision: Precision = "floa
     # a name of the hub says more than the folder that it was put in
     name = str(source.folder if Path(path).exists() else path)
     return Embedder(encoder, source.config, device=device, precision=precision, head=source.objective, name=name)
+
+
+def _only(raw: Raw, row: int) -> Raw:
+    """One clip of a batch, without padding."""
+    length = int(raw.lengths[row])
+    return Raw(
+        raw.data[row : row + 1].narrow(time_axis(raw), 0, length), raw.lengths[row : row + 1], [raw.ids[row]], raw.rate
+    )
 
 
 def _check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], place: str | Path) -> None:
@@ -84,8 +97,6 @@ class Embedder:
         encoder: or anything else with its `tokens`, `forward`, `frontend`, `dim` and `depth`; or several encoders.
         config: what config.json holds.
         device, precision: see `load`.
-        head: the objective's own weights, for `predict` and for the space of several encoders; empty or None where it
-            has none.
         name: what protocols call it.
         joint: of one of several encoders, what it encodes -> (B, J), its clips in the space of all.
     """
@@ -157,7 +168,7 @@ class Embedder:
             return self
         assert modality is not None
         config = {**own[modality], "objective": None, "classes": None, "vocabulary": None}
-        device, joint = str(self.device), partial(self._with_head().joint, modality)
+        device, joint = str(self.device), partial(self.objective.joint, modality)
         return Embedder(
             self.encoder[modality], config, device=device, precision=self.precision, name=self.name, joint=joint
         )
@@ -171,7 +182,9 @@ class Embedder:
         layer: int = ...,
         pool: str | None = ...,
         rate: float | None = ...,
-        tokens: bool = ...,
+        tokens: bool | Literal["steps"] = ...,
+        window: float | None = ...,
+        overlap: float = ...,
         batch_size: int = ...,
         batch_seconds: float = ...,
         on_bad_clip: Literal["raise", "skip"] = ...,
@@ -187,7 +200,9 @@ class Embedder:
         layer: Sequence[int] | Literal["all"],
         pool: str | None = ...,
         rate: float | None = ...,
-        tokens: bool = ...,
+        tokens: bool | Literal["steps"] = ...,
+        window: float | None = ...,
+        overlap: float = ...,
         batch_size: int = ...,
         batch_seconds: float = ...,
         on_bad_clip: Literal["raise", "skip"] = ...,
@@ -202,7 +217,9 @@ class Embedder:
         layer: int | Sequence[int] | Literal["all"] = -1,
         pool: str | None = None,
         rate: float | None = None,
-        tokens: bool = True,
+        tokens: bool | Literal["steps"] = True,
+        window: float | None = None,
+        overlap: float = 1.0,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
@@ -221,7 +238,12 @@ class Embedder:
             pool: how tokens become the scene, see `Pool.named`; "joint" for vectors of length 1 in the space of several
                 modalities, of the output alone. By default "joint" where there is such a space, and else "mean".
             rate: samples per second of arrays, where it is not the encoder's own.
-            tokens: keep every token, not only the scenes.
+            tokens: keep every token, not only the scenes; "steps" keeps one for each step of time, the mean over the
+                bands or patches of that step. Their times are in `Embeddings.time_ms`.
+            window: seconds: sound and video that are longer are cut into windows of that length, so that what is
+                computed at a time does not grow with them. One that a window covers is embedded as without it. The
+                recording itself, and what is kept of it, must have room in memory.
+            overlap: seconds that two windows share; each gives the half nearer to its middle, see `encode_long`.
             batch_size: most clips computed at a time.
             batch_seconds: most seconds of sound computed at a time; a longer clip goes alone.
             on_bad_clip: "raise" stops at the first clip that cannot be read; "skip" goes on, and gives it a row of NaN
@@ -238,26 +260,124 @@ class Embedder:
         one = self.of(modality)
         if one is not self:
             same: dict[str, Any] = {"rate": rate, "tokens": tokens, "batch_size": batch_size, "progress": progress}
-            same |= {"batch_seconds": batch_seconds, "on_bad_clip": on_bad_clip}
+            same |= {"batch_seconds": batch_seconds, "on_bad_clip": on_bad_clip, "window": window, "overlap": overlap}
             return one.embed(inputs, layer=layer, pool=pool, **same)
         layers = self._layers(layer)
         clips = find_clips(inputs, self.config, self.encoder, rate=rate)
-        gathered = [_Gathered(len(clips), keep=tokens) for _ in layers]
+        gathered = [_Gathered(len(clips), keep=bool(tokens)) for _ in layers]
+
         pooled = self._pool(pool, layers)
+        cut = self._cut(window, overlap, batch_size, batch_seconds)
 
         def compute(batch: Batch, places: list[int]) -> None:
-            raw = batch.raw.to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                given = self.encoder.tokens(raw)
-                encoded = self.encoder(given, layers=sorted({i for i in layers if i >= 0}))
-            times = self._times(given) if tokens else None
-            for i, into in zip(layers, gathered, strict=True):
-                x = encoded.x if i < 0 else encoded.layers[i]
-                into.add(places, pooled(x, encoded, given), x[:, encoded.n_prefix :], given.lengths, times)
+            self._embed(batch, layers, pooled, tokens, cut, places, gathered)
 
         names, bad = self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
         found = [into.result(names, bad) for into in gathered]
         return found[0] if isinstance(layer, int) else found
+
+    def stream(
+        self,
+        inputs: Input | Sequence[Input] | Clips,
+        *,
+        layers: Sequence[int] = (-1,),
+        pool: str | None = None,
+        tokens: bool | Literal["steps"] = False,
+        window: float | None = None,
+        overlap: float = 1.0,
+        batch_size: int = 16,
+        batch_seconds: float = 60.0,
+        on_bad_clip: Literal["raise", "skip"] = "raise",
+        places: range | None = None,
+        progress: bool = False,
+    ) -> Iterator[list[Embeddings]]:
+        """Embed clips in their order, a few hundred at a time: for more clips than memory has room for.
+
+        Args:
+            inputs, pool, tokens, window, overlap, batch_size, batch_seconds, on_bad_clip, progress: see `embed`.
+            layers: see `layer` of `embed`.
+            places: of the clips to embed; all by default.
+
+        Yields:
+            One `Embeddings` a layer, of the clips that come next. Scenes have no width where none of them can be read.
+        """
+        asked = self._layers(layers)
+        clips = inputs if isinstance(inputs, Clips) else find_clips(inputs, self.config, self.encoder, rate=None)
+        pooled = self._pool(pool, asked)
+        cut = self._cut(window, overlap, batch_size, batch_seconds)
+        gathered: list[_Gathered] = []
+        first = 0
+
+        def compute(batch: Batch, places: list[int]) -> None:
+            self._embed(batch, asked, pooled, tokens, cut, [place - first for place in places], gathered)
+
+        def begin(ahead: list[Item]) -> None:
+            nonlocal first
+            first = ahead[0].place
+            gathered[:] = [_Gathered(len(ahead), keep=bool(tokens)) for _ in asked]
+
+        run = self._windows(clips, compute, batch_size, batch_seconds, on_bad_clip, progress, places, begin)
+        for ahead in run:
+            names = [item.name for item in ahead]
+            bad = {item.name: item.error.reason for item in ahead if item.error is not None}
+            del ahead  # and with it the clips themselves, before whoever asked goes on
+            yield [into.result(names, bad) for into in gathered]
+
+    def _cut(self, window: float | None, overlap: float, batch_size: int, batch_seconds: float) -> Windows | None:
+        if window is None:
+            return None
+        rate = self.encoder.frontend.reader_settings.get("rate")
+        return Windows.of_seconds(window, overlap, rate=rate, batch_size=batch_size, batch_seconds=batch_seconds)
+
+    def _embed(
+        self,
+        batch: Batch,
+        layers: Sequence[int],
+        pool: Pooling,
+        tokens: bool | Literal["steps"],
+        cut: Windows | None,
+        places: list[int],
+        gathered: Sequence[_Gathered],
+    ) -> None:
+        """Compute a batch, and put each layer of it where it belongs."""
+        raw = batch.raw
+        if cut is not None and int(raw.lengths.max()) > cut.length:
+            # such clips seldom share a batch: each alone
+            done = [([place], self._encode_one(_only(raw, row), layers, cut)) for row, place in enumerate(places)]
+        else:
+            done = [(places, self._encode(raw, layers))]
+        for rows, (given, encoded, found) in done:
+            lengths, times = given.lengths, self._times(given) if tokens else None
+            for x, into in zip(found, gathered, strict=True):
+                kept, scene = x[:, encoded.n_prefix :], pool(x, encoded, given)
+                if tokens == "steps":
+                    if times is None:
+                        raise ValueError("tokens='steps': pictures have no steps of time; take tokens=True")
+                    kept, size, at = by_steps(kept, lengths, times, math.prod(given.grid[1:]))
+                    into.add(rows, scene, kept, size, at)
+                else:
+                    into.add(rows, scene, kept, lengths, times)
+
+    def _encode(self, raw: Raw, layers: Sequence[int]) -> tuple[Tokens, Encoded, list[Tensor]]:
+        """What the frontend and the encoder make of a batch, and its layers in the order asked for."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            given = self.encoder.tokens(raw.to(self.device))
+            encoded = self.encoder(given, layers=sorted({i for i in layers if i >= 0}))
+        return given, encoded, [encoded.x if i < 0 else encoded.layers[i] for i in layers]
+
+    def _encode_one(self, raw: Raw, layers: Sequence[int], cut: Windows) -> tuple[Tokens, Encoded, list[Tensor]]:
+        """One clip, in windows where it is longer than one."""
+        if int(raw.lengths[0]) <= cut.length:
+            return self._encode(raw, layers)
+        least = self.encoder.frontend.min_length
+        shortest = replace(
+            raw, data=raw.data.narrow(time_axis(raw), 0, least).to(self.device), lengths=torch.tensor([least])
+        )
+        step_ms = self.encoder.tokens(shortest).step_ms
+        assert step_ms is not None
+        assert raw.rate is not None
+        step = round(step_ms * raw.rate / 1000)
+        return encode_long(raw, lambda part: self._encode(part, layers), cut, step=step)
 
     def each(
         self,
@@ -297,6 +417,9 @@ class Embedder:
         inputs: Input | Sequence[Input],
         *,
         beam: int | None = None,
+        lm: str | Path | None = None,
+        lm_weight: float = 2.0,
+        word_score: float = 0.0,
         rate: float | None = None,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
@@ -306,7 +429,10 @@ class Embedder:
         """What a fine-tuned encoder says of each clip: its likeliest class, or its transcript.
 
         Args:
-            beam: of the search for the likeliest transcript; None takes the best path. For transcripts only.
+            beam: of the search for the likeliest transcript; None takes the best path, or with `lm` its own default.
+                For transcripts only.
+            lm: n-gram language model, an ARPA file, whose words are then written: see `WordBeam`.
+            lm_weight, word_score: see `WordBeam`; to be chosen on validation clips.
             inputs, rate, batch_size, batch_seconds, on_bad_clip, progress: see `embed`; None for a clip that was
                 skipped.
 
@@ -315,8 +441,12 @@ class Embedder:
         """
         objective, config = self._fine_tuned(), self.config
         vocabulary = None if config["vocabulary"] is None else CharVocabulary(config["vocabulary"])
-        if beam is not None and vocabulary is None:
-            raise ValueError(f"beam={beam}: {self.name} tells classes, and only transcripts are searched for")
+        if (beam is not None or lm is not None) and vocabulary is None:
+            raise ValueError(f"beam={beam}, lm={lm}: {self.name} tells classes, and only transcripts are searched for")
+        words = None
+        if lm is not None and vocabulary is not None:
+            width = {} if beam is None else {"beam": beam}
+            words = WordBeam(lm, vocabulary.symbols, lm_weight=lm_weight, word_score=word_score, **width)
         clips = find_clips(inputs, self.config, self.encoder, rate=rate)
         said: list[str | None] = [None] * len(clips)
 
@@ -325,6 +455,8 @@ class Embedder:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 if vocabulary is None:
                     texts = [config["classes"][i] for i in objective.predict(batch).argmax(1).tolist()]
+                elif words is not None:
+                    texts = words(*objective.log_probs(batch.raw))
                 else:
                     log_probs, lengths = objective.log_probs(batch.raw)
                     ids = best_path(log_probs, lengths) if beam is None else prefix_beam(log_probs, lengths, beam=beam)
@@ -340,6 +472,7 @@ class Embedder:
         inputs: Input | Sequence[Input],
         *,
         spans: int = 1,
+        crops: int = 1,
         rate: float | None = None,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
@@ -353,18 +486,22 @@ class Embedder:
         Args:
             spans: of sound and video: mean over so many parts of each clip, evenly from its beginning to its end, each
                 as long as the middle one that is read otherwise.
+            crops: of pictures and video: mean over so many crops, evenly from one end of the longer side to the other,
+                each as large as the middle one that is taken otherwise; with several spans, so many of each. VideoMAE's
+                views of Kinetics-400 are 5 spans x 3 crops (Tong et al. 2022, arXiv:2203.12602). A clip is
+                read once for each view.
             inputs, rate, batch_size, batch_seconds, on_bad_clip, progress: see `embed`; NaN for a clip that was
                 skipped.
 
         Raises:
             ValueError: this encoder was not fine-tuned, or tells no classes, or reads clips whole where there are to be
-                several spans.
+                several spans or crops.
         """
         objective = self._fine_tuned()
         if self.config["classes"] is None:
             raise ValueError(f"{self.name} writes transcripts and tells no classes; use predict")
         parts = []
-        for config in spread_out(self.config, spans):
+        for config in spread_out(self.config, spans=spans, crops=crops):
             clips = find_clips(inputs, config, self.encoder, rate=rate)
             found = torch.full((len(clips), len(self.config["classes"])), torch.nan)
 
@@ -375,10 +512,10 @@ class Embedder:
 
             self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
             parts.append(found)
-        return torch.stack(parts).mean(0)
+        # in float64, so that the mean of the same is the same
+        return torch.stack(parts).double().mean(0).float()
 
-    def _pool(self, pool: str | None, layers: Sequence[int]) -> Callable[[Tensor, Encoded, Tokens], Tensor]:
-        """Layer, what was encoded, and its tokens -> (B, E)."""
+    def _pool(self, pool: str | None, layers: Sequence[int]) -> Pooling:
         if pool is None:
             pool = "mean" if self._joint is None or list(layers) != [-1] else "joint"
         if pool != "joint":
@@ -404,22 +541,31 @@ class Embedder:
         return list(asked)
 
     def _fine_tuned(self) -> Any:
-        if not self.of()._head:
+        if self.config.get("classes") is None and self.config.get("vocabulary") is None:
             raise ValueError(
                 f"{self.name}: was pretrained and not fine-tuned, so there is nothing to predict with; "
                 "`mmssl finetune` it first, or use embed"
             )
-        return self._with_head()
+        return self.objective
 
-    def _with_head(self) -> Any:
-        """The objective with its own weights."""
+    @property
+    def objective(self) -> Any:
+        """What the encoder was trained with, as it ended.
+
+        Raises:
+            ValueError: its weights were not exported.
+        """
         if self._objective is None:
+            if not self._head:
+                raise ValueError(
+                    f"{self.name}: holds an encoder without the objective that trained it; those of fine-tuned runs, "
+                    "of vq_wav2vec and of clip are exported"
+                )
             objective = build_objective(self.config, self.encoder)
             # all but the encoder, which is loaded already
             own = {name: tensor for name, tensor in objective.state_dict().items() if not name.startswith("encoder.")}
-            head = self._head or {}
-            _check(own, head, self.name)
-            objective.load_state_dict(head, strict=False)
+            _check(own, self._head, self.name)
+            objective.load_state_dict(self._head, strict=False)
             self._objective = objective.eval().requires_grad_(False).to(self.device)
         return self._objective
 
@@ -429,7 +575,6 @@ class Embedder:
             return None
         return tokens.coords[..., tokens.axes.index("t")] * tokens.step_ms + tokens.span_ms / 2
 
-    @torch.no_grad()  # not inference mode: what is returned may be trained on
     def _run(
         self,
         clips: Clips,
@@ -442,18 +587,48 @@ class Embedder:
         all_may_be_bad: bool = False,
     ) -> tuple[list[str], dict[str, str]]:
         """Call `compute` on groups of clips that were read ahead; ids in order, and the reasons of bad clips."""
+        names, bad, left_out = [""] * len(clips), {}, 0
+        for window in self._windows(clips, compute, batch_size, batch_seconds, on_bad_clip, progress):
+            for item in window:
+                names[item.place] = item.name
+                if item.error is not None:
+                    bad[item.name] = item.error.reason
+                    left_out += 1
+        if left_out == len(clips) and not all_may_be_bad:
+            first = next(iter(bad))
+            raise ValueError(f"none of the {len(clips)} clips can be read; the first is {first} ({bad[first]})")
+        return names, bad
+
+    @torch.no_grad()  # not inference mode: what is returned may be trained on
+    def _windows(
+        self,
+        clips: Clips,
+        compute: Callable[[Batch, list[int]], None],
+        batch_size: int,
+        batch_seconds: float,
+        on_bad_clip: str,
+        progress: bool,
+        places: range | None = None,
+        begin: Callable[[list[Item]], None] = lambda window: None,
+    ) -> Iterator[list[Item]]:
+        """Read clips ahead, and yield each window of them once `compute` was called on all of its groups.
+
+        Args:
+            places: of the clips; all by default.
+            begin: called with each window before it is computed.
+        """
         if batch_size < 1 or batch_seconds <= 0:
             raise ValueError(f"batch_size={batch_size}, batch_seconds={batch_seconds}: both must be above 0")
         if on_bad_clip not in ("raise", "skip"):
             raise ValueError(f"on_bad_clip={on_bad_clip!r}: choose raise or skip")
-        names, bad, left_out = [""] * len(clips), {}, 0
+        count = len(clips) if places is None else len(places)
         tokenizer = clips.frontend.reader_settings.get("tokenizer")
         before = 0 if tokenizer is None else tokenizer.cut
-        with closing(windows(clips, batch_size)) as ahead, bar("embedding", len(clips), shown=progress) as advance:
+        with closing(windows(clips, batch_size, places)) as ahead, bar("embedding", count, shown=progress) as advance:
             for window in ahead:
+                begin(window)
                 good = []
                 for item in window:
-                    names[item.place] = item.name
                     if item.error is None:
                         good.append(item)
                     elif on_bad_clip == "raise":
@@ -463,73 +638,19 @@ class Embedder:
                             f"{item.error.reason}{f' (at {line})' if line else ''}; on_bad_clip=skip (--on-bad-clip "
                             "skip) goes on without such clips",
                         )
-                    else:
-                        bad[item.name] = item.error.reason
-                        left_out += 1
                 for group in groups(good, batch_size, batch_seconds):
                     samples = [item.sample for item in group if item.sample is not None]
                     compute(collate_samples(samples), [item.place for item in group])
                     advance(len(group))
                 advance(len(window) - len(good))
+                yield window
         if tokenizer is not None and tokenizer.cut > before:
             log.warning(
                 "%d of %d captions are longer than the context of %d tokens, and were cut",
                 tokenizer.cut - before,
-                len(clips),
+                count,
                 tokenizer.context,
             )
-        if left_out == len(clips) and not all_may_be_bad:
-            first = next(iter(bad))
-            raise ValueError(f"none of the {len(clips)} clips can be read; the first is {first} ({bad[first]})")
-        return names, bad
-
-
-def write_npz(
-    path: str | Path, embeddings: Embeddings | Sequence[Embeddings], *, layers: Sequence[int] | None = None
-) -> Path:
-    """Write embeddings as a .npz file that numpy opens without unpickling, all or nothing.
-
-    Holds `ids` and `scene`; where tokens were kept `tokens`, `valid` and, for sound, `time_ms`; where clips were bad
-    `bad_ids` and `bad_reasons`. With several layers `scene` and `tokens` get an axis of layers in front, and `layers`
-    names them.
-
-    Raises:
-        ValueError: layers without names, or not one for each.
-    """
-    several = not isinstance(embeddings, Embeddings)
-    found = list(embeddings) if not isinstance(embeddings, Embeddings) else [embeddings]
-    if several and (layers is None or len(layers) != len(found)):
-        raise ValueError(f"{path}: {len(found)} layers of embeddings need as many names, got {layers}")
-    first = found[0]
-    arrays: dict[str, Any] = {
-        "ids": np.array(first.ids, dtype=np.str_),
-        "scene": np.stack([one.scene.numpy() for one in found]) if several else first.scene.numpy(),
-    }
-    if several:
-        arrays["layers"] = np.array(layers, dtype=np.int64)
-    if first.tokens.shape[1]:
-        arrays["tokens"] = np.stack([one.tokens.numpy() for one in found]) if several else first.tokens.numpy()
-        arrays["valid"] = first.valid.numpy()
-        if first.time_ms is not None:
-            arrays["time_ms"] = first.time_ms.numpy()
-    if first.bad:
-        arrays["bad_ids"] = np.array(list(first.bad), dtype=np.str_)
-        arrays["bad_reasons"] = np.array(list(first.bad.values()), dtype=np.str_)
-    path = Path(path)
-    if path.suffix != ".npz":
-        path = path.with_name(path.name + ".npz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with unfinished.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        if error.filename is None:  # a full disk names no file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    return path
 
 
 class _Gathered:
@@ -557,7 +678,8 @@ class _Gathered:
                 self.times[place] = times[row, :length].clone()
 
     def result(self, names: list[str], bad: dict[str, str]) -> Embeddings:
-        assert self.scene is not None
+        if self.scene is None:
+            self.scene = torch.zeros(self.count, 0)
         longest = max((len(x) for x in self.tokens.values()), default=0)
         width = next((x.shape[1] for x in self.tokens.values()), 0)
         tokens = torch.zeros(self.count if longest else len(names), longest, width)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.nn.masking import take
-from mmssl.nn.positions import Learned, SinCos
+from mmssl.nn.positions import READ_CONTENT, shared
 from mmssl.nn.transformer import Transformer
 from mmssl.types import Encoded, Frontend, Hide, MaskPlan, Point, Raw, Tokens, valid_mask
 
@@ -51,6 +51,17 @@ class Encoder(nn.Module):
     def n_prefix(self) -> int:
         return 0 if self.prefix is None else len(self.prefix)
 
+    def skips_parameters(self, hide: Hide) -> bool:
+        """Whether some parameters get no gradient in some updates of an objective that hides tokens so.
+
+        They are the mask token where nothing is replaced, blocks that are left out, and features that are not trained.
+        """
+        return (
+            (self.mask_token is not None and hide != "replace")
+            or self.transformer.layer_drop > 0
+            or getattr(self.frontend, "grad_mult", 1.0) == 0
+        )
+
     def refuse_lookahead(self, objective: str) -> None:
         """For objectives that predict what is to come.
 
@@ -62,10 +73,10 @@ class Encoder(nn.Module):
                 f"transformer.causal=false: {objective} predicts tokens to come, which an encoder that sees them only "
                 "copies; set it to true"
             )
-        if not isinstance(self.positions, SinCos | Learned):
+        if isinstance(self.positions, READ_CONTENT):
             raise ValueError(
                 f"positions: {type(self.positions).__name__} reads tokens to come, which {objective} predicts; choose "
-                "sincos or learned"
+                "sincos, flat_sincos, learned or none"
             )
 
     def tokens(self, raw: Raw) -> Tokens:
@@ -118,7 +129,13 @@ class Encoder(nn.Module):
         attended = None
         if plan is not None and hide == "unseen":
             attended = torch.nn.functional.pad(~plan.masked, (self.n_prefix, 0), value=True)
-        x, kept = self.transformer(x, lengths, layers=layers, point=point, attended=attended)
+        bias: Sequence[Tensor] = ()
+        if self.transformer.bias is not None:
+            coords = shared(tokens.coords)
+            if plan is not None and hide == "drop":
+                coords = take(tokens.coords, plan.keep)
+            bias = self.transformer.bias(coords, tokens, self.n_prefix)
+        x, kept = self.transformer(x, lengths, layers=layers, point=point, attended=attended, bias=bias)
         return Encoded(x=x, lengths=lengths, layers=kept, n_prefix=self.n_prefix)
 
 

@@ -130,7 +130,8 @@ class Recipe:
             section: dotted key of a mapping; its `name`, which chose `target`, is not passed on unless it is a setting.
             target: class or function whose signature says what may stand in the section.
             given: arguments that the program passes itself, so that a recipe may not.
-            named: argument -> table, for those that a recipe gives by a name in a table; the name is what is returned.
+            named: argument -> table, for those that a recipe gives by a name in a table; the name is what is returned,
+                or None where the recipe gives none and the default is none.
 
         Returns:
             name -> plain value (numbers, text, lists, mappings), for every setting of `target`.
@@ -150,9 +151,12 @@ class Recipe:
         settings: dict[str, Any] = {}
         for name, (annotation, default) in parameters.items():
             key = f"{section}.{name}"
-            if name in tables:
-                self.choice(key, tables[name])
-                settings[name] = written[name]
+            if name in tables and default is None and written.get(name) is None:
+                settings[name] = None
+            elif name in tables:
+                if tables[name]:  # where there is nothing to choose from, what the section becomes knows why
+                    self.choice(key, tables[name])
+                settings[name] = written.get(name)
             elif name in written:
                 settings[name] = self._checked(key, written[name], annotation)
             elif default is inspect.Parameter.empty:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,16 +18,20 @@ from mmssl.crossmodal import retrieval, zero_shot
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import Classes
 from mmssl.embed import Embedder, Precision, load
+from mmssl.evaluation.clusters import cluster
+from mmssl.evaluation.geometry import measure_rank
 from mmssl.evaluation.knn import fit_knn
+from mmssl.evaluation.novelty import measure_novelty
 from mmssl.evaluation.probe import STRENGTHS, fit_linear
 from mmssl.evaluation.protocol import Fit, Split, hold_out, measure
 from mmssl.evaluation.score import Score, average_precisions, student, wilson
 from mmssl.evaluation.speech import error_rates
+from mmssl.evaluation.verification import all_pairs, read_trials, verify
 from mmssl.modalities import MODALITIES
 from mmssl.types import Encoded, Raw, Tokens
 
 Clips = str | Path | Manifest
-Task = Literal["linear", "knn", "classify", "ctc", "retrieval", "zero-shot"]
+Task = Literal["linear", "knn", "cluster", "verify", "rank", "ood", "classify", "ctc", "retrieval", "zero-shot"]
 Baseline = Literal["random", "pixels", "logmel"]
 
 
@@ -50,7 +54,13 @@ def evaluate(
     draws: int = 5,
     k: int | Sequence[int] = 20,
     beam: int | None = None,
+    lm: str | Path | None = None,
+    lm_weight: float = 2.0,
+    word_score: float = 0.0,
     spans: int = 1,
+    crops: int = 1,
+    trials: str | Path | None = None,
+    ood: Clips | None = None,
     baseline: Baseline | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -64,7 +74,10 @@ def evaluate(
     "linear" and "knn" fit a logistic regression or a nearest-neighbor classifier on frozen features of `train`; layer
     and settings are chosen on `valid`, and `test` is touched once. "classify" and "ctc" measure what a fine-tuned run
     says of the clips of `test`, and fit nothing. "retrieval" and "zero-shot" measure a run on several modalities, see
-    `mmssl.crossmodal`, and fit nothing either.
+    `mmssl.crossmodal`, and fit nothing either. The others measure the frozen features of `test` themselves, of one
+    layer, and choose nothing: "cluster", how far k-means finds the classes; "verify", how well pairs of one class are
+    told from pairs of two; "rank", of how many directions features make use, without labels; "ood", how well clips of
+    another kind are told by their distance from `train`.
 
     Args:
         run: see `mmssl.load`; or an `Embedder`.
@@ -73,16 +86,20 @@ def evaluate(
             be used with few labels.
         modality: see `Embedder.embed`.
         classes: of "zero-shot", see `mmssl.crossmodal.read_prompts`.
-        layer: see `Embedder.embed`; "select" chooses among all of them, the output after the final norm included.
+        layer: see `Embedder.embed`; "select" chooses among all of them, the output after the final norm included; where
+            nothing is chosen it is that output.
         pool: see `Pool.named`.
         label: the key of a row that holds its class.
         by: a key such as "speaker": settings are chosen by leaving out each of its values in `train` in turn, and there
             is no `valid`.
         strength: C of "linear", where it is not to be chosen.
         labels_per_class, label_share: fit on a few labels only, in `draws` random draws.
-        k: of "knn"; of several the best on validation.
-        beam: of "ctc", see `Embedder.predict`.
-        spans: of "classify", see `Embedder.probabilities`.
+        k: of "knn"; of several the best on validation. Of "ood", the neighbor whose distance counts.
+        beam, lm, lm_weight, word_score: of "ctc", see `Embedder.predict`.
+        spans, crops: of "classify", see `Embedder.probabilities`.
+        trials: of "verify", the pairs to tell: see `read_trials`; None for all pairs of clips, or a draw where they are
+            too many.
+        ood: of "ood", manifest of the clips to be told from those of `test`.
         baseline: measure this in place of the encoder: "random", the same network with new weights (from `seed`);
             "pixels", the raw picture; "logmel", log-mel energies every 10 ms. Read and pooled as for the encoder.
         device, precision: see `mmssl.load`.
@@ -91,7 +108,9 @@ def evaluate(
 
     Returns:
         {"accuracy": Score}; {"wer": Score, "cer": Score} for "ctc"; {"map": Score}, the mean average precision, for
-        "classify" where clips have several classes; {"image_to_text_at_1": Score, ...} for "retrieval".
+        "classify" where clips have several classes; {"image_to_text_at_1": Score, ...} for "retrieval"; {"nmi",
+        "ari"} for "cluster", {"eer", "min_dcf_0.01", "min_dcf_0.05"} for "verify", {"rank_me", "spread"} for "rank",
+        {"auroc"} for "ood".
 
     Raises:
         ValueError: something that this task needs is missing, or manifests that do not fit each other.
@@ -112,14 +131,27 @@ def evaluate(
     if baseline is not None:
         embedder = as_baseline(embedder, baseline, seed=seed)
     settings: dict[str, Any] = {"batch_size": batch_size, "on_bad_clip": on_bad_clip, "progress": progress}
-    if spans != 1 and task != "classify":
-        raise ValueError(f"spans={spans}: several parts of a clip are read for task classify only; leave spans out")
+    views = {"spans": spans, "crops": crops}
+    for name, number in views.items():
+        if number != 1 and task != "classify":
+            raise ValueError(
+                f"{name}={number}: several parts of a clip are read for task classify only; leave {name} out"
+            )
+    if trials is not None and task != "verify":
+        raise ValueError(f"trials={trials}: pairs of clips are told apart by task verify only; leave trials out")
+    if (ood is None) == (task == "ood"):
+        raise ValueError(f"ood={ood}: task ood takes the manifest of clips from outside, and no other task does")
     if task in ("classify", "ctc"):
         if baseline is not None:
             raise ValueError(f"baseline={baseline}: {task} measures what a fine-tuned run says; leave the baseline out")
-        return _fine_tuned(embedder, task, _manifest(test), label, beam, spans, settings)
+        search = {"beam": beam, "lm": lm, "lm_weight": lm_weight, "word_score": word_score}
+        return _fine_tuned(embedder, task, _manifest(test), label, search, views, settings)
+    if task in ("cluster", "verify", "rank", "ood"):
+        return _frozen(embedder, task, test, train, ood, trials, layer, pool, label, k, settings)
     if task not in ("linear", "knn"):
-        raise ValueError(f"task={task!r}: choose linear, knn, classify, ctc, retrieval or zero-shot")
+        raise ValueError(
+            f"task={task!r}: choose linear, knn, cluster, verify, rank, ood, classify, ctc, retrieval or zero-shot"
+        )
     if train is None:
         raise ValueError(f"task={task}: is fitted on labelled clips, give their manifest as train")
     if by is not None and valid is not None:
@@ -207,6 +239,80 @@ def labelled(
     read = torch.isfinite(found[0].scene).all(1)
     features = {layer: one.scene[read] for layer, one in zip(layers, found, strict=True)}
     return Split(features, torch.tensor(numbers)[read], None if groups is None else groups[read]), int((~read).sum())
+
+
+def _frozen(
+    embedder: Embedder,
+    task: str,
+    test: Clips,
+    train: Clips | None,
+    ood: Clips | None,
+    trials: str | Path | None,
+    layer: int | Sequence[int] | Literal["select"],
+    pool: str,
+    label: str,
+    k: int | Sequence[int],
+    settings: dict[str, Any],
+) -> dict[str, Score]:
+    """What is measured of one layer's features, nothing fitted to labels and nothing chosen: see `evaluate`."""
+    layers = [-1] if layer == "select" else [layer] if isinstance(layer, int) else list(layer)
+    if len(layers) != 1:
+        raise ValueError(f"layer={layer}: task {task} measures one layer, and chooses none; name one")
+    skipped = 0
+
+    def collect(clips: Clips) -> tuple[Tensor, Tensor]:
+        nonlocal skipped
+        scene = embedder.embed(_manifest(clips), layer=layers[0], pool=pool, tokens=False, **settings).scene
+        read = torch.isfinite(scene).all(1)
+        skipped += int((~read).sum())
+        return scene, read
+
+    scene, read = collect(test)
+    manifest = _manifest(test)
+    if task == "rank":
+        scores = measure_rank(scene[read])
+    elif task == "ood":
+        if train is None or ood is None or not isinstance(k, int):
+            raise ValueError(f"task=ood: measures the distance to one neighbor in train, got train={train} and k={k}")
+        bank, outside = (found[good] for found, good in map(collect, (train, ood)))
+        scores = measure_novelty(bank, scene[read], outside, k=k)
+    elif task == "verify" and trials is not None:
+        first, second, target = read_trials(trials, [row["id"] for row in manifest])
+        both = read.numpy()[first] & read.numpy()[second]
+        # NaN would spoil the check for features that are not finite; no trial that is left has a clip without any
+        features = scene.nan_to_num()
+        scores = verify(
+            features, first[both], second[both], target[both], center=_center(collect, train), trials="listed"
+        )
+    else:
+        classes = Classes.from_labels(manifest.values(label))
+        numbers = torch.tensor([classes.encode(name) for name in manifest.values(label)])[read]
+        if task == "cluster":
+            scores = cluster(scene[read], numbers)
+        else:
+            first, second, target = all_pairs(numbers)
+            every = len(first) == len(numbers) * (len(numbers) - 1) // 2
+            which = "all pairs" if every else "pairs drawn at random"
+            scores = verify(scene[read], first, second, target, center=_center(collect, train), trials=which)
+    note = f"{embedder.name}, layer {layers[0]}, pool {pool}" + (
+        f"; {skipped} clips could not be read" if skipped else ""
+    )
+    return {
+        name: replace(
+            score,
+            protocol=f"{score.protocol}; {note}",
+            details={**score.details, "layer": layers[0], "pool": pool, "encoder": embedder.name},
+        )
+        for name, score in scores.items()
+    }
+
+
+def _center(collect: Callable[[Clips], tuple[Tensor, Tensor]], train: Clips | None) -> Tensor | None:
+    """The mean of training features, where there are training clips."""
+    if train is None:
+        return None
+    scene, read = collect(train)
+    return scene[read].mean(0)
 
 
 def as_baseline(embedder: Embedder, baseline: Baseline, *, seed: int = 0) -> Embedder:
@@ -305,8 +411,8 @@ def _fine_tuned(
     task: str,
     manifest: Manifest,
     label: str,
-    beam: int | None,
-    spans: int,
+    search: dict[str, Any],
+    views: dict[str, Any],
     settings: dict[str, Any],
 ) -> dict[str, Score]:
     """What a fine-tuned run says of clips, against what their rows say."""
@@ -314,7 +420,7 @@ def _fine_tuned(
     if embedder.config.get(wanted) is None:
         raise ValueError(f"task={task}: {embedder.name} has no {wanted}; give a run that was fine-tuned for it")
     if task == "classify" and embedder.config["objective"].get("multi_label"):
-        return {"map": _several_classes(embedder, manifest, label, spans, settings)}
+        return {"map": _several_classes(embedder, manifest, label, views, settings)}
     if task == "ctc":
         truth = [normalize("NFC", text) for text in manifest.values("text")]  # as the vocabulary spells
     else:
@@ -323,31 +429,41 @@ def _fine_tuned(
             if name not in embedder.config["classes"]:
                 raise ValueError(f"{manifest.place(place)}: the label {name!r} is none that {embedder.name} knows")
     said: list[str | None]
-    if spans != 1:
-        found = embedder.probabilities(manifest, spans=spans, **settings)
+    if any(number != 1 for number in views.values()):
+        found = embedder.probabilities(manifest, **views, **settings)
         places = found.argmax(1).tolist()
         read = torch.isfinite(found).all(1).tolist()
         said = [embedder.config["classes"][i] if here else None for i, here in zip(places, read, strict=True)]
     else:
-        said = embedder.predict(manifest, beam=beam, **settings)
+        said = embedder.predict(manifest, **search, **settings)
     pairs = [(right, guess) for right, guess in zip(truth, said, strict=True) if guess is not None]
     skipped = len(truth) - len(pairs)
     note = f"{embedder.name}" + (f"; {skipped} clips could not be read" if skipped else "")
     if task == "ctc":
-        decoding = "best path" if beam is None else f"prefix beam of {beam}"
-        rates = error_rates([right for right, _ in pairs], [guess for _, guess in pairs], decoding=decoding)
+        rates = error_rates([right for right, _ in pairs], [guess for _, guess in pairs], decoding=_decoding(**search))
         return {name: replace(rate, protocol=f"{rate.protocol}; {note}") for name, rate in rates.items()}
     right = sum(one == other for one, other in pairs)
     low, high = wilson(right, len(pairs))
-    protocol = f"the fine-tuned run's own classes{_of_spans(spans)}; test touched once; {note}"
+    protocol = f"the fine-tuned run's own classes{_of_views(**views)}; test touched once; {note}"
     return {"accuracy": Score("classify", right / len(pairs), low, high, len(pairs), protocol)}
 
 
-def _of_spans(spans: int) -> str:
-    return f", mean over {spans} spans of each clip" if spans > 1 else ""
+def _decoding(beam: int | None, lm: str | Path | None, lm_weight: float, word_score: float) -> str:
+    """How transcripts were searched for."""
+    if lm is None:
+        return ("best path" if beam is None else f"prefix beam of {beam}") + ", no language model"
+    width = "" if beam is None else f" of {beam}"
+    return f"beam{width} over the words of {Path(lm).name}, weight {lm_weight:g}, {word_score:g} a word"
 
 
-def _several_classes(embedder: Embedder, manifest: Manifest, label: str, spans: int, settings: dict[str, Any]) -> Score:
+def _of_views(spans: int, crops: int) -> str:
+    parts = [f"{number} {name}" for name, number in (("spans", spans), ("crops", crops)) if number > 1]
+    return f", mean over {' x '.join(parts)} of each clip" if parts else ""
+
+
+def _several_classes(
+    embedder: Embedder, manifest: Manifest, label: str, views: dict[str, Any], settings: dict[str, Any]
+) -> Score:
     """The mean average precision of a run whose clips have several classes each."""
     classes = Classes(embedder.config["classes"])
     truth = torch.zeros(len(manifest), len(classes), dtype=torch.bool)
@@ -356,7 +472,7 @@ def _several_classes(embedder: Embedder, manifest: Manifest, label: str, spans: 
             truth[place, classes.encode_all(names)] = True
         except ValueError as error:
             raise ValueError(f"{manifest.place(place)}: {error}") from None
-    found = embedder.probabilities(manifest, spans=spans, **settings)
+    found = embedder.probabilities(manifest, **views, **settings)
     read = torch.isfinite(found).all(1)
     precisions = average_precisions(found[read].numpy(), truth[read].numpy())
     heard = precisions[~np.isnan(precisions)]
@@ -365,7 +481,7 @@ def _several_classes(embedder: Embedder, manifest: Manifest, label: str, spans: 
     low, high = student(heard.tolist())
     protocol = (
         f"mean over the {len(heard)} of {len(classes)} classes that test clips have, interval over those classes"
-        f"{_of_spans(spans)}; test touched once; {embedder.name}"
+        f"{_of_views(**views)}; test touched once; {embedder.name}"
     )
     skipped = int((~read).sum())
     protocol += f"; {skipped} clips could not be read" if skipped else ""

@@ -36,7 +36,8 @@ def valid_mask(lengths: Tensor, size: int, device: torch.device | str = "cpu") -
 class Raw:
     """What a reader gives: one modality of a batch.
 
-    data: (B, L) waveform | (B, C, H, W) | (B, C, T, H, W), float32, pictures in [0, 1] | (B, L) int64 ids.
+    data: (B, L) waveform | (B, C, H, W) | (B, C, T, H, W), float32, pictures in [0, 1] | (B, G, T) int64 codes, of G
+        codebooks at each step | (B, L) int64 ids.
     lengths: (B,) int64 on the CPU, real units along time (samples, frames, ids); 1 for pictures.
     ids: a key for each clip.
     rate: units along time per second, where there is a time.
@@ -277,6 +278,8 @@ class Frontend(nn.Module, ABC):
     learned: whether `feat` is learned. Reconstructing learned features collapses, so MAE refuses them.
     dim, feature_dim: widths of `x` and of `feat`.
     project: `feat` to `x`, without dropout: for objectives that alter the features before they become tokens.
+    codes: of each codebook how many codes it has, where what a token measures is discrete: one token a step of the raw
+        codes; empty elsewhere.
     bands: frequency bands of a frame, where the features of a token are whole frames of a spectrogram, end to end; 0
         elsewhere.
     reader_settings: keyword arguments for the modality's reader: the rate or the channels that this frontend reads.
@@ -290,6 +293,7 @@ class Frontend(nn.Module, ABC):
     feature_dim: int
     project: nn.Module
     bands: int = 0
+    codes: tuple[int, ...] = ()
     reader_settings: dict[str, Any]
     grad_mult: float
     min_length: int

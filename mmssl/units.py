@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +145,54 @@ class Codec(nn.Module):
         return Encoded(tokens.x, tokens.lengths, dict.fromkeys(layers, tokens.x), n_prefix=0)
 
 
+class RunCodes(nn.Module):
+    """In place of an encoder and its frontend: the codes of a run that gives some, as numbers, one token a step.
+
+    Args:
+        embedder: of a run of vq_wav2vec.
+
+    Raises:
+        ValueError: the run gives no codes.
+    """
+
+    depth = 0
+
+    def __init__(self, embedder: Embedder) -> None:
+        super().__init__()
+        self.objective = embedder.objective
+        if not hasattr(self.objective, "quantizer"):
+            name = embedder.config["objective"]["name"]
+            raise ValueError(
+                f"codec={embedder.name}: {name} gives no codes; take a run of vq_wav2vec, or cluster the tokens of "
+                "this one as a model"
+            )
+        self.reader_settings = self.objective.encoder.frontend.reader_settings
+        self.min_length = self.objective.encoder.frontend.min_length
+
+    @property
+    def frontend(self) -> RunCodes:
+        return self
+
+    @property
+    def stamp(self) -> str:
+        """What tells these codes from others."""
+        digest = blake2b(digest_size=8)
+        for tensor in self.objective.quantizer.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def lengths(self, raw: Raw) -> Tensor:
+        found: Tensor = self.objective.encoder.frontend.lengths(raw)
+        return found
+
+    def tokens(self, raw: Raw) -> Tokens:
+        codes, tokens = self.objective.codes(raw)
+        return replace(tokens, x=codes.float())
+
+    def forward(self, tokens: Tokens, *, layers: Sequence[int] = ()) -> Encoded:
+        return Encoded(tokens.x, tokens.lengths, dict.fromkeys(layers, tokens.x), n_prefix=0)
+
+
 def write_units(
     manifests: Sequence[str | Path | Manifest],
     out: str | Path,
@@ -182,12 +230,13 @@ def write_units(
         out: the folder.
         codes: clusters; a codec has codes of its own.
         features: "mfcc" (39 numbers) or "logmel" (80), every 10 ms; or
-        codec, bandwidth: nothing is clustered, and the units are the codes of EnCodec, see `Codec`; or
+        codec, bandwidth: nothing is clustered, and the units are the codes of EnCodec, see `Codec`, or, where `codec`
+            is the folder of a run of vq_wav2vec, its own; or
         model, layer: the output of block `layer` of an encoder, as `Embedder.embed` counts them.
         key: of the rows.
         frames: tokens that k-means is fitted on; they lie in a file in the meantime.
         rate, modality: how `features` and what a codec reads are read: samples per second (a codec has its own),
-            "speech" or "audio".
+            "speech" or "audio". A run has settings of its own.
         seed: of the sample and of k-means.
         part: (n, of): write each of-th shard only, from the n-th on, so that several processes share the work. The last
             one to be ready writes the manifests.
@@ -198,10 +247,7 @@ def write_units(
         BadClip: a clip cannot be read.
         ValueError: settings that do not go together, a folder with another codebook, or too few tokens.
     """
-    opened = [given if isinstance(given, Manifest) else Manifest(given) for given in manifests]
-    names = [manifest.path.stem for manifest in opened]
-    if len(set(names)) < len(names) or not names:
-        raise ValueError(f"manifests: {', '.join(names) or 'none'}; give at least one, each with a name of its own")
+    opened = open_all(manifests, out)
     if [features, codec, model].count(None) != 2:
         raise ValueError(
             "features: say what is clustered, either features (mfcc, logmel) or a model and its layer; or give a codec"
@@ -215,17 +261,22 @@ def write_units(
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part={part[0]}/{part[1]}: parts are numbered from 1 to how many there are")
     folder = Path(out)
-    if any(manifest.path.parent.resolve() == folder.resolve() for manifest in opened):
-        raise ValueError(f"out={out}: the manifests there would be written over; give another folder")
+    made: Any
+    stamp = f"{codec} at {bandwidth:g}"
     if model is not None:
         embedder = load(model, device=device)
+    elif codec is not None and (Path(codec) / "encoder.safetensors").is_file():
+        run = load(codec, device=device)
+        made = RunCodes(run)
+        embedder, stamp = Embedder(made, run.config, device=device, name=run.name), made.stamp
     else:
-        made: Any = Codec(codec, bandwidth=bandwidth) if codec is not None else Spectral(features or "mfcc", rate=rate)
-        embedder = Embedder(made, {"modality": modality, "augment_eval": []}, device=device, name=str(features))
+        made = Codec(codec, bandwidth=bandwidth) if codec is not None else Spectral(features or "mfcc", rate=rate)
+        embedder = Embedder(
+            made, {"modality": modality, "augment_eval": []}, device=device, name=str(codec or features)
+        )
     settings: dict[str, Any] = {"layer": layer, "batch_size": batch_size, "on_bad_clip": on_bad_clip}
     folder.mkdir(parents=True, exist_ok=True)
     if codec is not None:
-        stamp = f"{codec} at {bandwidth:g}"
         return [
             _finish(
                 manifest,
@@ -239,14 +290,13 @@ def write_units(
     assert codes is not None
     said = {"features": features, "model": None if model is None else str(model), "layer": layer, "codes": codes}
     said |= {"rate": rate, "modality": modality} if model is None else {}
-    centers = _codebook(folder, said)
+    kept = read_kept(folder, "codebook", said)
+    centers = None if kept is None else kept["centers"]
     if centers is None:
         if part[0] > 1:
             raise ValueError(f"{folder}: holds no codebook yet; part 1 fits it, start the others when it is there")
         centers = _fit(embedder, opened[0], folder, codes, frames, seed, settings, progress)
-        write_tensors(folder / "codebook.safetensors.tmp", {"centers": centers})
-        os.replace(folder / "codebook.safetensors.tmp", folder / "codebook.safetensors")
-        _write_json(folder / "codebook.json", said)
+        keep(folder, "codebook", said, {"centers": centers})
     nearest = _Nearest(centers, embedder.device)
     stamp = blake2b(centers.numpy().tobytes(), digest_size=8).hexdigest()
     found = []
@@ -276,23 +326,45 @@ def _as_they_are(x: Tensor) -> np.ndarray:
     return x.cpu().numpy().astype(np.uint16)
 
 
-def _codebook(folder: Path, said: dict[str, Any]) -> Tensor | None:
-    """The centers that a folder holds; None where there are none.
+def open_all(manifests: Sequence[str | Path | Manifest], out: str | Path) -> list[Manifest]:
+    """Manifests of which others of the same names are to be written into a folder.
 
     Raises:
-        ValueError: they are of something else.
+        ValueError: none, two of one name, or one that lies in that folder.
     """
-    description = folder / "codebook.json"
+    opened = [given if isinstance(given, Manifest) else Manifest(given) for given in manifests]
+    names = [manifest.path.stem for manifest in opened]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"manifests: {', '.join(names) or 'none'}; give at least one, each with a name of its own")
+    if any(manifest.path.parent.resolve() == Path(out).resolve() for manifest in opened):
+        raise ValueError(f"out={out}: the manifests there would be written over; give another folder")
+    return opened
+
+
+def keep(folder: Path, name: str, said: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write what was fitted, and by which settings, for `read_kept`."""
+    write_tensors(folder / f"{name}.safetensors.tmp", tensors)
+    os.replace(folder / f"{name}.safetensors.tmp", folder / f"{name}.safetensors")
+    _write_json(folder / f"{name}.json", said)
+
+
+def read_kept(folder: Path, name: str, said: dict[str, Any]) -> dict[str, Tensor] | None:
+    """What a folder holds of an earlier fit; None where there is nothing.
+
+    Raises:
+        ValueError: it is of something else.
+    """
+    description = folder / f"{name}.json"
     if not description.is_file():
         return None
     there = json.loads(description.read_text(encoding="utf-8"))
-    other = next((name for name in said if there.get(name) != said[name]), None)
+    other = next((key for key in said if there.get(key) != said[key]), None)
     if other is not None:
         raise ValueError(
-            f"{description}: the codebook here was made with {other}={there.get(other)!r}, and not {said[other]!r}; "
+            f"{description}: the {name} here was made with {other}={there.get(other)!r}, and not {said[other]!r}; "
             "choose another folder, or remove this one"
         )
-    return read_tensors(folder / "codebook.safetensors")["centers"]
+    return read_tensors(folder / f"{name}.safetensors")
 
 
 def _fit(
@@ -359,7 +431,7 @@ def _sample(
         advance(room)
 
     with bar("a sample for k-means", frames, shown=progress) as advance:
-        for places in _spread(len(manifest), seed):
+        for places in scattered(len(manifest), seed):
             embedder.each(manifest.select(places), see, **settings)
             if count >= frames:
                 break
@@ -368,7 +440,7 @@ def _sample(
     return kept[:count]
 
 
-def _spread(count: int, seed: int) -> Iterator[np.ndarray]:
+def scattered(count: int, seed: int) -> Iterator[np.ndarray]:
     """Each of `count` places once, some at a time, jumping so that any first few lie evenly over all of them."""
     step = max(1, round(count * (math.sqrt(5) - 1) / 2))
     while math.gcd(step, count) > 1:

@@ -72,7 +72,7 @@ class Validation:
         pairs = [pair for _, part in shares for pair in part]
         if any(reference for reference, _ in pairs):
             references, hypotheses = zip(*pairs, strict=True)
-            rates = error_rates(references, hypotheses, decoding="best path")
+            rates = error_rates(references, hypotheses, decoding="best path, no language model")
             scores |= {name: rate.value for name, rate in rates.items()}
         return scores
 

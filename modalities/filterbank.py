@@ -18,7 +18,7 @@ Window = Literal["hanning", "povey", "hamming", "rectangular"]
 FLOOR = torch.finfo(torch.float32).eps
 # bands multiplied at a time, and frames worked on at a time on the CPU, in whose cache they then stay
 _BLOCK = 16
-_PIECE = 512
+_PIECE = 1024
 
 
 @lru_cache(maxsize=32)
@@ -106,19 +106,23 @@ class Filterbank(nn.Module):
             )
         self.preemphasis, self.dither = preemphasis, dither
         self.fft = 2 ** math.ceil(math.log2(self.width))
+        taper = _window(window, self.width)
+        # what becomes of a frame's first sample, which counts as its own predecessor: nothing where tapers begin at 0
+        self.edge = (1 - preemphasis) * float(taper[0])
         self.taper: Tensor
-        self.bank: Tensor
-        self.register_buffer("taper", _window(window, self.width), persistent=False)
+        self.register_buffer("taper", taper, persistent=False)
         bank = triangles(rate, self.fft, bands, low=low, high=top, sides="mel").clone()
         bank[-1] = 0.0  # Kaldi leaves the bin at half the rate out
         # A bank is a band of a matrix: neighboring filters share a few bins, and the rest of their columns is zero.
         # Each bin stands twice, for the squares of its real and of its imaginary part, so that nobody has to add them.
         bank = bank.repeat_interleave(2, 0)
-        self.register_buffer("bank", bank, persistent=False)
-        self.blocks: list[tuple[slice, slice]] = []
-        for first in range(0, bands, _BLOCK):
-            used = bank[:, first : first + _BLOCK].any(1).nonzero()[:, 0].tolist() or [0]
-            self.blocks.append((slice(used[0], used[-1] + 1), slice(first, first + _BLOCK)))
+        self.bands = bands
+        self.blocks: list[slice] = []
+        for i, block in enumerate(bank.split(_BLOCK, 1)):
+            used = block.any(1).nonzero()[:, 0].tolist() or [0]
+            self.blocks.append(slice(used[0], used[-1] + 1))
+            # in one piece: rows that lie a power of two apart would share their place in the cache
+            self.register_buffer(f"bank{i}", block[self.blocks[-1]].contiguous(), persistent=False)
 
     def frames(self, samples: Tensor) -> Tensor:
         """Whole frames in so many samples."""
@@ -143,38 +147,48 @@ class Filterbank(nn.Module):
                 waves = waves.clone()
                 for wave, samples, seed in zip(waves, lengths.tolist(), seeds.tolist(), strict=True):
                     wave[:samples] += self.dither * normal(seed, samples, name="dither", device=waves.device)
-            frames = waves.unfold(1, self.width, self.hop)[:, :size]
-            out = waves.new_full((len(waves), size, self.bank.shape[1]), math.log(FLOOR))
-            if waves.device.type == "cpu":
-                scratch = waves.new_zeros(_PIECE, self.fft)
-                for clip, count in enumerate(counts.tolist()):
-                    for start in range(0, count, _PIECE):
-                        part = clip, slice(start, min(start + _PIECE, count))
-                        self._energies(frames[part], scratch[: part[1].stop - start], out[part])
-            else:
-                self._energies(frames, waves.new_zeros(len(waves), size, self.fft), out)
+            out = waves.new_empty(len(waves), size, self.bands)
+            if waves.device.type != "cpu":
+                padded = waves.new_zeros(len(waves), size, self.fft)
+                self._cut(waves, padded, torch.zeros_like(waves))
+                torch.log(
+                    self._energies(padded.flatten(0, 1), torch.empty_like(out).flatten(0, 1)).view_as(out), out=out
+                )
                 # where padding was worked on, too
-                out = torch.where(valid_mask(counts, size, waves.device)[..., None], out, math.log(FLOOR))
+                return torch.where(valid_mask(counts, size, waves.device)[..., None], out, math.log(FLOOR))
+            piece = min(size, _PIECE)
+            padded, energies = waves.new_zeros(piece, self.fft), waves.new_empty(piece, self.bands)
+            emphasized = waves.new_zeros(piece * self.hop + self.width)
+            for wave, count, own in zip(waves, counts.tolist(), out, strict=True):
+                for first in range(0, count, piece):
+                    rows = min(piece, count - first)
+                    self._cut(wave[first * self.hop :], padded[:rows], emphasized)
+                    torch.log(self._energies(padded[:rows], energies[:rows]), out=own[first : first + rows])
+                own[count:] = math.log(FLOOR)
             return out
 
-    def _energies(self, frames: Tensor, scratch: Tensor, out: Tensor) -> None:
-        """Log-mel energies of frames.
+    def _cut(self, waves: Tensor, padded: Tensor, emphasized: Tensor) -> None:
+        """Frames, tapered and without their mean.
 
         Args:
-            frames: (..., width) samples.
-            scratch: (..., fft) to work in; zero from `width` on, and left so.
-            out: (..., F) to be filled.
+            waves: (..., L) samples.
+            padded: (..., T, fft) to be filled with as many frames; zero past their width, and left so.
+            emphasized: (..., at least L) to work in; zero at the first.
         """
-        inside = scratch[..., : self.width]
-        torch.sub(frames[..., 1:], frames[..., :-1], alpha=self.preemphasis, out=inside[..., 1:])
-        # the first sample of a frame counts as its own predecessor
-        torch.mul(frames[..., :1], 1 - self.preemphasis, out=inside[..., :1])
-        inside -= (1 - self.preemphasis) * frames.mean(-1, keepdim=True)
-        inside *= self.taper
-        squares = torch.view_as_real(torch.fft.rfft(scratch)).flatten(-2).square_()
-        for bins, bands in self.blocks:
-            out[..., bands] = squares[..., bins] @ self.bank[bins, bands]
-        out.clamp_min_(FLOOR).log_()
+        size = (padded.shape[-2] - 1) * self.hop + self.width
+        waves, emphasized = waves[..., :size], emphasized[..., :size]
+        torch.sub(waves[..., 1:], waves[..., :-1], alpha=self.preemphasis, out=emphasized[..., 1:])
+        frames, inside = waves.unfold(-1, self.width, self.hop), padded[..., : self.width]
+        torch.mul(emphasized.unfold(-1, self.width, self.hop), self.taper, out=inside)
+        torch.mul(frames[..., 0], self.edge, out=inside[..., 0])  # in any case: what comes before is none of it
+        inside.addcmul_(frames.mean(-1, keepdim=True), self.taper, value=self.preemphasis - 1)
+
+    def _energies(self, padded: Tensor, out: Tensor) -> Tensor:
+        """Band energies (T, F) of frames (T, fft)."""
+        squares = torch.view_as_real(torch.fft.rfft(padded)).flatten(-2).square_()
+        for i, (bins, part) in enumerate(zip(self.blocks, out.split(_BLOCK, 1), strict=True)):
+            torch.mm(squares[:, bins], getattr(self, f"bank{i}"), out=part)
+        return out.clamp_min_(FLOOR)
 
 
 def fill_to(frames: Tensor, size: int) -> Tensor:
@@ -187,14 +201,15 @@ def _mel(hertz: Tensor) -> Tensor:
 
 
 def _window(name: str, width: int) -> Tensor:
-    # symmetric, as Kaldi has them
-    hann = torch.hann_window(width, periodic=False)
-    windows = {
-        "hanning": hann,
-        "povey": hann**0.85,
-        "hamming": torch.hamming_window(width, periodic=False, alpha=0.54, beta=0.46),
-        "rectangular": torch.ones(width),
-    }
+    # symmetric, as Kaldi has them; on the CPU whatever the default device, as the first value is read
+    with torch.device("cpu"):
+        hann = torch.hann_window(width, periodic=False)
+        windows = {
+            "hanning": hann,
+            "povey": hann**0.85,
+            "hamming": torch.hamming_window(width, periodic=False, alpha=0.54, beta=0.46),
+            "rectangular": torch.ones(width),
+        }
     if name not in windows:
         raise ValueError(f"frontend.window={name!r}: choose one of {', '.join(windows)}")
     return windows[name]

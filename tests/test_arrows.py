@@ -14,7 +14,7 @@ ARROWS = {
     "recipe": [],
     "nn": ["types"],
     "encoder": PARTS,
-    "modalities": PARTS,
+    "modalities": [*PARTS, "data.units"],  # the codes that `mmssl units` writes are what one modality reads
     "objectives": [*PARTS, "encoder", "distributed"],
     "data": ["types"],
     "evaluation": [*PARTS, "encoder"],
@@ -36,10 +36,16 @@ ARROWS = {
         "convert",
     ],
     "clips": [*PARTS, "encoder", "modalities", "data", "loading"],
-    "embed": ["recipe", *PARTS, "encoder", "data", "evaluation", "assemble", "clips", "convert"],
+    "recordings": ["types"],
+    "embed": ["recipe", *PARTS, "encoder", "data", "evaluation", "assemble", "clips", "convert", "recordings"],
     "crossmodal": ["modalities", "data", "evaluation", "embed"],
+    "hear": ["embed"],
+    "store": ["types", "clips", "embed"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "assemble", "embed", "crossmodal"],
+    "matrix": ["recipe", "modalities", "objectives", "assemble"],
+    "report": ["recipe", "types", "data", "evaluation", "clips", "embed", "training.health"],
     "units": [*PARTS, "modalities", "data", "embed", "training.checkpoint"],
+    "topics": ["data", "embed", "units"],
     "normalization": ["recipe", "types", "modalities", "data", "loading", "assemble"],
 }
 FREE = {"__init__", "__main__", "cli", "recipes"}  # the front door may use every room; recipes hold no code

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmssl import distributed
 from mmssl.assemble import build_encoder, build_frontend, finetune, pretrain, resolve, train
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import load as load_encoder
@@ -205,6 +206,36 @@ def test_a_run_goes_on_with_settings_that_are_newer_than_it(image_rows: Callable
         train(mae(image_rows, f"data.train={data}", "transformer.activation=quick_gelu"), folder)
 
 
+@pytest.mark.parametrize(
+    ("saved", "sentence"),
+    [
+        (b"modality: image\nobjectiv: {name: mae}\n", "recipe.yaml"),
+        (b"modality: [image\n", "recipe.yaml"),
+        (b"\xff\xfe\x00", "its recipe cannot be read"),
+    ],
+)
+def test_a_saved_recipe_that_is_broken_is_told_to_all_processes_before_any_of_them_ends(
+    saved: bytes,
+    sentence: str,
+    image_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(saved)
+    recipe, told = mae(image_rows), []
+    monkeypatch.setattr(distributed, "broadcast_text", lambda text: told.append(text) or text)
+    with pytest.raises(RecipeError, match=sentence) as main:
+        pretrain(recipe, tmp_path)
+    assert len(told) == 1
+    # another process, which does not look, and gets what the main one sent
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "broadcast_text", lambda text: told[0])
+    with pytest.raises(RecipeError) as other:
+        pretrain(recipe, tmp_path)
+    assert str(other.value) == str(main.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
 def test_a_folder_without_a_checkpoint_is_begun_again_by_the_same_command_alone(
     image_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,8 +395,8 @@ def test_views_are_named_where_a_modality_has_some(image_rows: Callable[..., Pat
     with pytest.raises(RecipeError, match="unknown objective.views 'frames'.* Known: crops"):
         resolve(load("small/mae_image", [settings.replace("crops", "frames"), *data]))
     sound = settings.replace("pixels", "spectrogram").replace(", views: crops", "")
-    with pytest.raises(RecipeError, match="'objective.views' is missing; one of: none"):
-        resolve(load("small/mae_audio", [sound, *data]))
+    with pytest.raises(RecipeError, match="two views of a clip, and there are none for SpectrogramPatches"):
+        pretrain(load("small/mae_audio", [sound, *data]), tmp_path / "none")
 
 
 def test_a_run_over_a_folder_of_which_a_third_is_broken_uses_every_good_clip(

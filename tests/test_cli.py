@@ -142,7 +142,7 @@ def test_a_folder_with_other_files_is_left_alone(pretrained: Path, manifests: Pa
         (["manifest", "nowhere"], "nowhere: no such folder"),
         (["manifest", "a.jsonl"], "a.jsonl: a manifest already"),
         (["manifest", "a.jsonl", "--stats", "small/mae_audio"], "a.jsonl: no such manifest"),
-        (["manifest", ".", "--modality", "smell"], "--modality smell: one of speech, audio, image, video"),
+        (["manifest", ".", "--modality", "smell"], "--modality smell: one of speech, audio, "),
         (["manifest", ".", "--column", "text"], "--column text: expected NAME=VALUE"),
         (["manifest", ".", "--split", "train=most"], "--split: 'most' is no number"),
         (
@@ -218,20 +218,27 @@ def test_a_wav_file_that_was_cut_off_is_told_of(sounds: Path, tmp_path: Path) ->
 def test_clips_that_could_not_be_read_are_counted_apart(pretrained: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "e.npz"
     clips = [pictures / "train/checks/1.png", tmp_path / "missing.png", tmp_path / "missing.png"]
-    text = ok("embed", pretrained, *clips, "--on-bad-clip", "skip", "--out", out)
+    text = ok("embed", pretrained, *clips, "--out", out)
     assert text == f"{out}: 1 clips, 2 could not be read, width 16, layer -1\n"
-    assert said("embed", pretrained, *clips, "--out", out).endswith(
+    assert said("embed", pretrained, *clips, "--on-bad-clip", "raise", "--out", tmp_path / "other.npz").endswith(
         "no such file or directory; on_bad_clip=skip (--on-bad-clip skip) goes on without such clips"
     )
 
 
 def test_a_full_disk_is_named_with_the_file(pretrained: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "e.npz.tmp").symlink_to("/dev/full")
-    assert (
-        said("embed", pretrained, pictures, "--out", tmp_path / "e.npz")
-        == f"{tmp_path / 'e.npz'}: no space left on device"
-    )
-    assert list(tmp_path.iterdir()) == []
+    command = ["embed", pretrained, pictures, "--out", tmp_path / "e.npz"]
+    assert said(*command) == f"{tmp_path / 'e.npz'}: no space left on device"
+    # what was computed is kept, and enough once there is room
+    assert [path.name for path in tmp_path.iterdir()] == ["e.npz.merging"]
+    assert ok(*command).startswith(f"{tmp_path / 'e.npz'}: 16 clips")
+
+
+def test_processes_that_share_the_work_say_what_is_missing(pretrained: Path, pictures: Path, tmp_path: Path) -> None:
+    command = ["embed", pretrained, pictures, "--out", tmp_path / "e.npz", "--part"]
+    assert ok(*command, "2/2") == f"{tmp_path / 'e.npz'}: part 2/2 is done, and others are not yet\n"
+    assert ok(*command, "1/2") == f"{tmp_path / 'e.npz'}: 16 clips, width 16, layer -1\n"
+    assert said(*command, "half") == "--part: 'half' is no number"
 
 
 def test_recipes_are_listed_and_printed() -> None:
@@ -260,6 +267,22 @@ def test_help_answers_at_once_and_imports_no_torch() -> None:
     assert heavy == "[]"
     # of this process alone, whatever else the machine does
     assert float(seconds) < 1.0
+
+
+def test_every_command_keeps_the_memory_that_it_frees_and_help_asks_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("mmssl.cli.keep_freed_memory", lambda: asked.append(True))
+    commands = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+    assert {"pretrain", "embed", "units"} <= set(commands)
+    for number, command in enumerate(app.registered_commands, 1):
+        assert command.callback is not None
+        with pytest.raises(TypeError):  # none of its arguments is given
+            command.callback(nothing=None)
+        assert len(asked) == number
+    ok("units", "--help")
+    assert len(asked) == len(commands)
 
 
 def test_the_module_is_the_command() -> None:

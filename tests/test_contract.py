@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 
+from mmssl import matrix
 from mmssl.assemble import refuse
 from mmssl.encoder import Encoder
 from mmssl.modalities import MODALITIES
@@ -34,6 +35,15 @@ def speech(lengths=LENGTHS, fill=0.0):
     return Raw(torch.stack(waves), torch.tensor(lengths), [f"s{i}" for i in range(len(lengths))], 8000.0)
 
 
+def codes(lengths=(20, 12, 15, 8), fill=0):
+    """Of two codebooks, with 5 and 3 codes; runs of two steps."""
+    steps = torch.arange(max(lengths)) // 2
+    rows = [torch.stack([(3 * row + steps) % 5, (row + 2 * steps) % 3]) for row in range(len(lengths))]
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None, None]
+    data = torch.where(real, torch.stack(rows), fill or 0)
+    return Raw(data, torch.tensor(lengths), [f"c{i}" for i in range(len(lengths))], 50.0)
+
+
 def image(lengths=(1, 1, 1, 1)):
     return Raw(torch.rand(len(lengths), 3, 16, 24), torch.tensor(lengths), [f"i{i}" for i in range(len(lengths))])
 
@@ -54,7 +64,7 @@ def text(lengths=(9, 4, 7, 5), fill=0):
 
 def over_time(data):
     """(B, T, ...), of clips that have a time."""
-    return data.transpose(1, 2) if data.ndim == 5 else data
+    return data.transpose(1, 2) if data.ndim in (3, 5) else data
 
 
 def cut(raw, row):
@@ -81,6 +91,7 @@ CLIPS = {
         {"bands": 12, "size": [4, 4], "window_ms": 10, "hop_ms": 2.5, "rate": 8000},
         lambda: SinCos(DIM),
     ),
+    "codes/codes": (codes, {"codes": [5, 3], "rate": 50}, lambda: Convolutional(DIM, kernel=8, groups=4)),
     "image/patches": (image, {"size": [4, 4]}, lambda: SinCos(DIM)),
     "video/tubes": (video, {"size": [2, 4, 4], "rate": 5}, lambda: SinCos(DIM)),
     "text/tokens": (text, {"tokenizer": byte_bpe([""], entries=258)}, lambda: SinCos(DIM)),
@@ -88,9 +99,32 @@ CLIPS = {
 SOURCES = [f"{name}/{frontend}" for name, modality in MODALITIES.items() for frontend in modality.frontends]
 SETTINGS = {
     "wav2vec2": {"negatives": 5, "codes": 8, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
-    "hubert": {"units": {"units": 5}, "dim": 8, "mask_prob": 0.4, "mask_span": 2, "feature_penalty": 0.1},
+    "hubert": {
+        "units": {"units": 5},
+        "dim": 8,
+        "mask_prob": 0.4,
+        "mask_span": 2,
+        "feature_penalty": 0.1,
+        "regression": 0.1,
+    },
     "best_rq": {"codes": 8, "code_dim": 4, "mask_span": 2},
+    "bert": {"mask_prob": 0.4, "mask_span": 2},
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "cae": {
+        "mask": "blocks",
+        "mask_size": 2,
+        "regressor_depth": 2,
+        "regressor_heads": 2,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    },
+    "encodec_mae": {
+        "units": {"units": 5},
+        "mask_size": 2,
+        "decoder_dim": 16,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    },
     "jepa": {
         "blocks": [[2, 0.2, 0.3], [1, 0.5, 0.5]],
         "predictor_dim": 16,
@@ -135,6 +169,7 @@ BODIES |= {"npc": {"window": 1}, "mp3": {}}
 TARGET = {
     "speech": "log_mel",
     "audio": "normalized_spectrogram",
+    "codes": "features",
     "image": "normalized_pixels",
     "video": "normalized_pixels",
 }
@@ -152,6 +187,13 @@ REFUSED = {
     ("siam_mae", "speech/waveform"): "there are none for Waveform",
     ("siam_mae", "speech/logmel"): "there are none for LogMel",
     ("siam_mae", "audio/spectrogram"): "there are none for SpectrogramPatches",
+    ("siam_mae", "codes/codes"): "there are none for Codes",
+    ("tera", "codes/codes"): "choose frontend logmel",
+    **{
+        (name, "codes/codes"): "Codes learns what it measures"
+        for name in ("mae", "cae", "apc", "npc", "denoise", "best_rq")
+    },
+    **{("bert", source): "BERT predicts the codes that it reads" for source in CLIPS if source != "codes/codes"},
     **{(name, "text/tokens"): f"{name} is not for text: it" for name in MODALITIES["text"].refuses},
 }
 
@@ -177,16 +219,19 @@ def objective(name, source):
     if "target" in inspect.signature(OBJECTIVES[name]).parameters:
         target = MODALITIES[modality].targets[TARGET[modality]]
         settings |= {"target": target.values, "target_dim": target.dim(body.frontend)}
-        if (
-            name == "mae" and modality == "audio"
-        ):  # as Audio-MAE has it: a block with windows, and one with shifted ones
+        learned = target.learned and body.frontend.learned
+        settings |= {"target_learned": learned}
+        if name == "hubert" and learned:  # it can do without
+            settings |= {"regression": 0.0, "target": None, "target_learned": False}
+        # as Audio-MAE has it: a block with windows, and one with shifted ones
+        if name == "mae" and modality == "audio":
             settings |= {"decoder_window": [2, 2], "decoder_depth": 2}
     return OBJECTIVES[name](body, **settings)
 
 
 def units(name, source, raw):
-    """For HuBERT: of each clip its own, by its id, one for each step in time or, without a time, for each token."""
-    if name != "hubert":
+    """For what predicts them: each clip's own, by its id, one a step in time or, without a time, for each token."""
+    if name not in ("hubert", "encodec_mae"):
         return {}
     tokens = encoder(source).tokens(raw)
     timed = tokens.step_ms is not None
@@ -228,6 +273,14 @@ def test_every_frontend_and_objective_is_here():
 def test_a_pair_that_makes_no_sense_says_so(name, source):
     with pytest.raises(ValueError, match=REFUSED[name, source]):
         objective(name, source)
+
+
+@each_source
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_pair_is_refused_here_where_the_matrix_refuses_it(name, source):
+    sentence = matrix.refusal(name, source)
+    assert (sentence is None) == ((name, source) not in REFUSED), sentence
+    assert sentence is None or REFUSED[name, source] in sentence
 
 
 # 1, 2 and 4: a clip is itself, whatever stands beside it and whatever padding holds
@@ -331,8 +384,10 @@ def test_a_token_sees_the_time_that_it_names_and_no_other(source):
     end = begin + round(tokens.span_ms * raw.rate / 1000)
     for unit, seen in ((begin - 1, False), (begin, True), (end - 1, True), (end, False)):
         data = raw.data.clone()
-        over_time(data)[:, unit] = torch.nan
-        lost = frontend(replace(raw, data=data)).x.isnan()[tokens.coords[..., 0] == step]
+        spoilt = over_time(data)
+        spoilt[:, unit] = torch.nan if data.is_floating_point() else (spoilt[:, unit] == 0).long()
+        x = frontend(replace(raw, data=data)).x
+        lost = (x.isnan() if data.is_floating_point() else x != tokens.x)[tokens.coords[..., 0] == step]
         assert lost.all() if seen else not lost.any()
 
 
@@ -376,6 +431,20 @@ def test_gradients_reach_every_part(name, source):
     assert all(p.grad is None for p in teachers)
     # the mask token has no part in objectives that drop tokens or hide none
     assert missing == ([] if model.hide == "replace" else ["encoder.mask_token"])
+
+
+@each_pair
+def test_a_batch_with_nothing_to_learn_from_leaves_out_no_more_than_is_said(name, source):
+    """Clips of one step, and of one patch: most objectives then find nothing to predict, or nothing to tell it from."""
+    model = objective(name, source)
+    steps = 2 if (name, source) == ("siam_mae", "video/tubes") else 1  # the one that is seen, and the one that is asked
+    raw = CLIPS[source][0]([steps * model.encoder.frontend.min_length] * 4)
+    if raw.data.ndim > 2:
+        raw = replace(raw, data=raw.data[..., :4, :4])
+    model(batch(name, source, raw)).total.backward()
+    unreached = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert unreached == ([] if model.hide == "replace" else ["encoder.mask_token"])
+    assert model.skips_parameters == bool(unreached)
 
 
 @each_pair

@@ -7,7 +7,7 @@ from mmssl.encoder import Encoder
 from mmssl.modalities.image.frontend import Patches
 from mmssl.modalities.speech.frontend import Waveform
 from mmssl.nn.masking import random_mask
-from mmssl.nn.positions import Convolutional, SinCos
+from mmssl.nn.positions import POSITIONS, Convolutional, SinCos
 from mmssl.nn.transformer import Transformer
 from mmssl.types import Raw
 
@@ -95,3 +95,42 @@ def test_two_encoders_may_hold_one_transformer():
     one = Encoder(Patches(dim=16, size=(4, 4)), trunk, SinCos(16))
     two = Encoder(Waveform(dim=16), trunk, Convolutional(16, kernel=8, groups=4))
     assert one.transformer is two.transformer
+
+
+@pytest.mark.parametrize(("build", "raw"), CASES)
+@pytest.mark.parametrize("hide", ["none", "drop", "replace", "unseen"])
+def test_a_mask_token_is_left_without_gradient_by_all_who_replace_nothing(build, raw, hide):
+    encoder = build(mask_token=True)
+    tokens = encoder.tokens(raw)
+    plan = None if hide == "none" else random_mask(tokens.lengths, ratio=0.5, seeds=torch.arange(len(raw)))
+    encoder(tokens, plan, hide).x.sum().backward()
+    assert encoder.skips_parameters(hide) == (encoder.mask_token.grad is None) == (hide != "replace")
+    assert not build().skips_parameters(hide)
+
+
+def test_blocks_left_out_and_features_that_are_not_trained_get_no_gradient():
+    assert Encoder(
+        Patches(dim=16, size=(4, 4)), Transformer(dim=16, depth=2, heads=2, layer_drop=0.1), SinCos(16)
+    ).skips_parameters("none")
+    encoder = speech()
+    encoder.frontend.grad_mult = 0.0
+    encoder(encoder.tokens(waves([1200, 700]))).x.sum().backward()
+    assert encoder.skips_parameters("none")
+    assert any(parameter.grad is None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_through_which_a_token_sees_later_ones_are_refused_to_look_ahead_and_no_others(name):
+    torch.manual_seed(0)
+    settings = {"flat_sincos": {"grid": [4, 3]}, "learned": {"grid": [4, 3]}}
+    settings |= {"conv": {"kernel": 4, "groups": 4}, "stacked_conv": {"kernel": 3, "groups": 4}}
+    body = Transformer(dim=16, depth=1, heads=2, causal=True)
+    encoder = Encoder(Patches(dim=16, size=(4, 4)), body, POSITIONS[name](16, **settings.get(name, {}))).eval()
+    tokens = encoder.tokens(pictures())
+    before = encoder(tokens).tokens[:, :6]
+    tokens.x.data[:, 6:] += 1
+    if torch.equal(encoder(tokens).tokens[:, :6], before):
+        encoder.refuse_lookahead("looking ahead")
+    else:
+        with pytest.raises(ValueError, match=f"{type(encoder.positions).__name__} reads tokens to come"):
+            encoder.refuse_lookahead("looking ahead")

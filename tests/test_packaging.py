@@ -75,7 +75,7 @@ def test_the_wheel_holds_every_module_and_recipe(installed: Path) -> None:
         (Path(MAPPED[folder].replace(".", "/")) / path.relative_to(ROOT / folder)).as_posix()
         for folder in MAPPED
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".typed")
+        if path.suffix in (".py", ".yaml", ".typed", ".html")
     }
     assert wanted <= shipped, f"left out of the wheel: {sorted(wanted - shipped)}"
     assert {name for name in shipped if not name.endswith(".pyc")} - wanted == {"mmssl/recipes/README.md"}
@@ -91,7 +91,7 @@ def test_the_installed_command_works_from_any_folder(installed: Path) -> None:
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
-    names = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn"}
+    names = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn", "flashlight": "flashlight-text"}
     imported = {
         node.module.partition(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.partition(".")[0]
         for folder in MAPPED
@@ -100,7 +100,9 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
         if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module)
         for alias in node.names
     }
-    wanted = setup()["options"]["install_requires"] + setup()["options.extras_require"]["codec"]
+    wanted = setup()["options"]["install_requires"] + "".join(
+        setup()["options.extras_require"][e] for e in ("codec", "lm", "parquet")
+    )
     declared = re.findall(r"^([A-Za-z][\w-]*)", wanted, re.MULTILINE)
     ours = imported - set(sys.stdlib_module_names) - {"mmssl"}
     assert {names.get(name, name) for name in ours} == set(declared)

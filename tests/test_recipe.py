@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,6 +182,19 @@ def test_an_argument_may_be_a_name_in_a_table() -> None:
         parse("model: {dim: 3, x: pixel}", source="a.yaml").settings("model", Part, named=tables)
     with pytest.raises(RecipeError, match="a.yaml:1: 'model.x' is missing; one of: pixels, log_mel"):
         parse("model: {dim: 3}", source="a.yaml").settings("model", Part, named=tables)
+
+
+def test_a_name_that_an_objective_can_do_without_may_be_left_out_or_be_null() -> None:
+    class Loose:
+        def __init__(self, *, dim: int, x: Callable[[int], int] | None = None) -> None:
+            self.dim, self.x = dim, x
+
+    tables: dict[str, dict[str, object]] = {"x": {"pixels": 1, "log_mel": 2}}
+    for text, chosen in (("{dim: 3}", None), ("{dim: 3, x: null}", None), ("{dim: 3, x: pixels}", "pixels")):
+        settings = parse(f"model: {text}", source="a.yaml").settings("model", Loose, named=tables)
+        assert settings == {"dim": 3, "x": chosen}
+    with pytest.raises(RecipeError, match="a.yaml:1: unknown model.x 'pixel'"):
+        parse("model: {dim: 3, x: pixel}", source="a.yaml").settings("model", Loose, named=tables)
 
 
 def test_shipped_recipes_have_short_names() -> None:

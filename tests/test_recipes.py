@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mmssl.assemble import build_encoders, build_objective, export_config, finetune, pretrain, resolve
 from mmssl.data.manifest import Manifest, split_rows, write_manifest
 from mmssl.data.scan import scan
+from mmssl.data.units import write_shard
 from mmssl.modalities import MODALITIES
 from mmssl.objectives import LABELLED
 from mmssl.recipe import Recipe, header, load, shipped
@@ -36,6 +38,15 @@ def manifests(sounds: Path, pictures: Path, videos: Path, tmp_path_factory: pyte
         for split, rows in split_rows(found.rows).items():
             units = {"rate": 50, "values": [step // 4 % 3 for step in range(40)]}  # longer than every sound
             write_manifest(folder / name / f"{split}.jsonl", [{**row, "units": units} for row in rows])
+            if name == "speech":  # two codebooks' codes of the same clips
+                values = np.arange(40 * len(rows))[:, None] // 3 % [3, 2]
+                shard = folder / f"{split}.safetensors"
+                write_shard(shard, values, rate=50, lengths=np.full(len(rows), 40), of="sounds")
+                coded = [
+                    {**row, "seconds": 0.8, "codes": {"path": str(shard), "first": 40 * n, "count": 40}}
+                    for n, row in enumerate(rows)
+                ]
+                write_manifest(folder / "codes" / f"{split}.jsonl", coded)
     return {name: folder / name for name in MODALITIES}
 
 
@@ -65,6 +76,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
         "waveform": {
             "frontend.layers": [[8, k, s] for k, s in ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))]
         },
+        "codes": {"frontend.codes": "[3, 2]", "frontend.rate": 50},
         "conv": {"positions.kernel": 7, "positions.groups": 2},
         "stacked_conv": {"positions.kernel": 7, "positions.groups": 2},
         "wav2vec2": {"objective.dim": 8, "objective.codes": 4, "objective.negatives": 3},
@@ -79,9 +91,12 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
         },
         "hubert": {"objective.dim": 8, "objective.units": "{units: 3}"},
         "best_rq": {"objective.codes": 8},
+        "cae": {"objective.regressor_heads": 2, "objective.decoder_heads": 2},
     }
+    per_name["encodec_mae"] = {"objective.units": "{units: 3}", "objective.weights": "{}"}
     decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
     per_name |= dict.fromkeys(("mae", "siam_mae", "denoise", "dbot"), decoder)
+    per_name["encodec_mae"] |= decoder
     if not name.startswith("small/"):  # 16 frames of 224 x 224 are 1,568 tokens otherwise
         per_name["tubes"] = {"frontend.size": [2, 56, 56], "data.batch_size": 2}
     for section in ("frontend", "positions", "objective"):
@@ -99,7 +114,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 59
+    assert len(RECIPES) == 68
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -12,7 +12,9 @@ from mmssl.assemble import build_encoder, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.text import Classes
 from mmssl.embed import load
+from mmssl.evaluation.geometry import rank_me, spread
 from mmssl.evaluation.score import average_precisions
+from mmssl.modalities import MODALITIES
 from mmssl.tasks import LogMel, as_baseline, evaluate, labelled
 from mmssl.training.checkpoint import export_encoder
 from mmssl.types import Raw
@@ -49,6 +51,12 @@ AUDIO: dict[str, Any] = {
     "objective": {"name": "classify", "multi_label": True},
     "classes": ["high", "long", "low"],
     "vocabulary": None,
+}
+
+VIDEO: dict[str, Any] = {
+    **IMAGE,
+    "modality": "video",
+    "frontend": {"name": "tubes", "size": [2, 8, 8], "rate": 8, "channels": 1, "mean": [0.5], "std": [0.5]},
 }
 
 
@@ -111,6 +119,57 @@ def test_few_labels_stay_few(image: Path, seen: dict[str, Path]) -> None:
     assert score.deviation is not None
 
 
+def test_a_share_of_the_labels_is_of_every_class(image: Path, seen: dict[str, Path]) -> None:
+    given: dict[str, Any] = {"train": seen["train"], "test": seen["test"], "layer": 0, "task": "knn", "k": 1}
+    score = evaluate(image, label_share=0.01, draws=4, **given)["accuracy"]
+    # a hundredth of 6 is none, so it is one of each of 2 classes
+    assert [draw["n_train"] for draw in score.details["draws"]] == [2] * 4
+    assert "1 % of the labels, 4 draws" in score.protocol
+
+
+def test_frozen_features_are_measured_as_they_are(heard: dict[str, Path], tmp_path: Path) -> None:
+    run = exported(tmp_path / "run", SPEECH)
+    given: dict[str, Any] = {"test": heard["train"], "baseline": "logmel", "pool": "slices:2+std"}
+    features = as_baseline(load(run), "logmel").embed(heard["train"], pool="slices:2+std").scene
+    clusters = evaluate(run, task="cluster", **given)
+    assert clusters["nmi"].value == clusters["ari"].value == pytest.approx(1.0)
+    assert "log-mel energies, layer -1, pool slices:2+std" in clusters["nmi"].protocol
+    rank = evaluate(run, task="rank", **given)
+    assert (rank["rank_me"].value, rank["spread"].value) == (rank_me(features), spread(features))
+    words = evaluate(run, task="verify", **given)
+    assert words["eer"].value == 0.0
+    assert "all pairs: 30 of one class, 36 of two" in words["eer"].protocol
+    assert json.loads(words["min_dcf_0.01"].to_json())["details"]["layer"] == -1
+
+
+def test_listed_trials_leave_out_clips_that_cannot_be_read(heard: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{**row, "id": f"{row['label']}/{n}"} for n, row in enumerate(Manifest(heard["train"]))]
+    write_manifest(tmp_path / "m.jsonl", [*rows, {"audio": "missing.wav", "id": "low/missing"}])
+    names = [row["id"] for row in rows]
+    lines = [f"{int(a[0] == b[0])} {a} {b}" for a, b in [(names[0], names[n]) for n in range(1, 12)]]
+    (tmp_path / "trials.txt").write_text("\n".join([*lines, f"1 {names[0]} low/missing"]))
+    given: dict[str, Any] = {"test": tmp_path / "m.jsonl", "baseline": "logmel", "on_bad_clip": "skip"}
+    run = exported(tmp_path / "run", SPEECH)
+    score = evaluate(run, task="verify", trials=tmp_path / "trials.txt", train=heard["test"], **given)["eer"]
+    assert "listed: 5 of one class, 6 of two" in score.protocol
+    assert "centered on the training clips" in score.protocol
+    assert "1 clips could not be read" in score.protocol
+    assert score.n == 12
+
+
+def test_clips_of_another_kind_are_told_by_their_distance(heard: dict[str, Path], tmp_path: Path) -> None:
+    rows = {split: list(Manifest(heard[split])) for split in heard}
+    for name, kept in (("train", "low"), ("test", "low"), ("ood", "high")):
+        manifest = rows["train" if name == "train" else "test"]
+        write_manifest(tmp_path / f"{name}.jsonl", [row for row in manifest if row["label"] == kept])
+    run = exported(tmp_path / "run", SPEECH)
+    given: dict[str, Any] = {name: tmp_path / f"{name}.jsonl" for name in ("train", "test", "ood")}
+    score = evaluate(run, task="ood", k=2, baseline="logmel", **given)["auroc"]
+    assert (score.value, score.n) == (1.0, 4)
+    with pytest.raises(ValueError, match="the distance to one neighbor in train, got train=None"):
+        evaluate(run, task="ood", **{**given, "train": None})
+
+
 def test_random_weights_are_the_same_network_with_others(image: Path, seen: dict[str, Path]) -> None:
     trained = load(image)
     with torch.no_grad():
@@ -166,6 +225,25 @@ def test_a_fine_tuned_run_is_measured_on_what_it_writes(heard: dict[str, Path], 
     assert "prefix beam of 2" in scores["wer"].protocol
 
 
+def test_a_run_may_write_the_words_of_a_language_model(image: Path, heard: dict[str, Path], tmp_path: Path) -> None:
+    run = exported(tmp_path / "run", SPEECH, tuned=True)
+    words = ["<unk>", "<s>", "</s>", "low", "high"]
+    unigrams = "".join(f"-0.7\t{word}\t0\n" for word in words)
+    counts = "\\data\\\nngram 1=5\nngram 2=1\n\n"
+    ngrams = f"\\1-grams:\n{unigrams}\n\\2-grams:\n-0.7\tlow high\n\n\\end\\\n"
+    (tmp_path / "lm.arpa").write_text(counts + ngrams)
+    pytest.importorskip("flashlight.lib.text")
+    given: dict[str, Any] = {"lm": tmp_path / "lm.arpa", "beam": 20, "word_score": 40.0}
+    said = load(run).predict(heard["test"], **given)
+    # so high a price of silence makes any run speak, and in whole words
+    assert {word for text in said for word in (text or "").split()} <= {"low", "high"}
+    assert all(said)
+    scores = evaluate(run, task="ctc", test=heard["test"], **given)
+    assert "beam of 20 over the words of lm.arpa, weight 2, 40 a word" in scores["wer"].protocol
+    with pytest.raises(ValueError, match="tells classes, and only transcripts are searched for"):
+        load(image).predict(torch.rand(1, 8, 8), lm=tmp_path / "lm.arpa")
+
+
 def test_clips_that_cannot_be_read_are_counted_and_not_measured(
     image: Path, seen: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -188,11 +266,22 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
     ("given", "words"),
     [
         ({"task": "linear", "train": None}, "give their manifest as train"),
-        ({"task": "cluster"}, "choose linear, knn, classify, ctc, retrieval or zero-shot"),
+        ({"task": "regress"}, "choose linear, knn, cluster, verify, rank, ood, classify, ctc, retrieval or zero-shot"),
+        ({"task": "cluster", "layer": [0, 1]}, "task cluster measures one layer, and chooses none; name one"),
+        ({"task": "knn", "trials": "t.txt"}, "told apart by task verify only"),
+        ({"task": "ood"}, "task ood takes the manifest of clips from outside"),
+        ({"task": "knn", "ood": "o.jsonl"}, "and no other task does"),
+        ({"task": "rank"}, "leaves out each of 10 groups of clips for its interval, got 4 clips"),
         ({"baseline": "logmel"}, "choose random, or pixels"),
         ({"task": "classify", "baseline": "pixels"}, "leave the baseline out"),
         ({"task": "knn", "spans": 3}, "for task classify only"),
-        ({"task": "classify", "spans": 3}, r"spans=3: this run's augment.eval reads clips whole; leave spans out"),
+        ({"task": "classify", "spans": 3}, "spans=3: image has no time to choose from; leave spans out"),
+        (
+            {"task": "classify", "crops": 3},
+            "no step that reads a part of each clip, such as center_crop; leave crops",
+        ),
+        ({"task": "classify", "crops": 0}, "crops=0: must be at least 1"),
+        ({"task": "linear", "crops": 3}, "for task classify only; leave crops out"),
         ({"task": "classify", "spans": 0}, "spans=0: must be at least 1"),
         ({"label": "speaker"}, "no 'speaker'"),
         ({"layer": 5}, "has layers 0 to 2"),
@@ -240,8 +329,56 @@ def test_spans_are_read_from_the_beginning_to_the_end_and_averaged(heard: dict[s
     truth = [AUDIO["classes"].index(name) for name in Manifest(tmp_path / "test.jsonl").values("label")]
     assert score["accuracy"].value == sum(map(int.__eq__, said, truth)) / 4
     assert "mean over 3 spans of each clip" in score["accuracy"].protocol
-    with pytest.raises(ValueError, match=r"reads clips whole, and not a part of each such as center_crop"):
+    with pytest.raises(ValueError, match=r"no step that reads a part of each clip, such as center_crop; leave spans"):
         whole.probabilities(waves, spans=2)
+    with pytest.raises(ValueError, match="crops=3: audio has no frame to crop; leave crops out"):
+        embedder.probabilities(waves, crops=3)
+
+
+def test_spans_times_crops_are_the_mean_over_each_part_by_itself(tmp_path: Path) -> None:
+    steps = [{"name": "center_span", "frames": 8}, {"name": "center_crop", "size": [16, 16]}]
+    run = exported(tmp_path / "run", {**VIDEO, "augment_eval": steps}, tuned=True)
+    embedder, whole = load(run), load(exported(tmp_path / "whole", VIDEO, tuned=True))
+    files = [filmed(tmp_path / f"{tall}x{wide}.mp4", tall, wide) for tall, wide in ((24, 40), (40, 24), (32, 32))]
+    found = embedder.probabilities(files, spans=2, crops=3)
+    # 8 of 24 frames, and 16 of 24 and 40 pixels: 16 frames, 8 and 24 pixels are left beside them
+    wide, tall, square = (MODALITIES["video"].read(path, rate=8, channels=1) for path in files)
+    places = [(start, place) for start in (0, 16) for place in (0, 12, 24)]
+    parts = [wide[:, start : start + 8, 4:20, place : place + 16] for start, place in places]
+    torch.testing.assert_close(found[0], whole.probabilities(parts).mean(0))
+    parts = [tall[:, start : start + 8, place : place + 16, 4:20] for start, place in places]
+    torch.testing.assert_close(found[1], whole.probabilities(parts).mean(0))
+    # all three of a square are its middle
+    parts = [square[:, start : start + 8, 8:24, 8:24] for start in (0, 16)]
+    torch.testing.assert_close(found[2], whole.probabilities(parts).mean(0))
+    assert torch.equal(found[2], embedder.probabilities(files, spans=2)[2])
+    assert not torch.allclose(found[:2], embedder.probabilities(files, spans=2)[:2], atol=1e-5)
+
+
+def test_crops_of_pictures_are_averaged_and_the_score_says_so(seen: dict[str, Path], tmp_path: Path) -> None:
+    run = exported(tmp_path, {**IMAGE, "augment_eval": [{"name": "center_crop", "size": 8}]}, tuned=True)
+    embedder = load(run)
+    picture = torch.rand(1, 8, 24, generator=torch.Generator().manual_seed(0))
+    parts = [embedder.probabilities(picture[..., left : left + 8]) for left in (0, 8, 16)]
+    torch.testing.assert_close(embedder.probabilities(picture, crops=3), torch.stack(parts).mean(0))
+    score = evaluate(run, task="classify", test=seen["test"], crops=3)["accuracy"]
+    assert "mean over 3 crops of each clip" in score.protocol
+    # square pictures: the three are one
+    assert score.value == evaluate(run, task="classify", test=seen["test"])["accuracy"].value
+
+
+def filmed(path: Path, tall: int, wide: int) -> Path:
+    """24 frames of noise at 8 a second."""
+    import av
+
+    frames = np.random.default_rng(tall).integers(0, 256, (24, tall, wide), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = wide, tall, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="gray").reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    return path
 
 
 def labels_of(manifest: Path, folder: Path, names: list[str]) -> Path:

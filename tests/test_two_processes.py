@@ -7,12 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mmssl import distributed
 from mmssl.assemble import train
 from mmssl.data.manifest import write_manifest
+from mmssl.data.units import write_shard
 from mmssl.objectives import OBJECTIVES, PAIRED
 from mmssl.training.checkpoint import read_tensors
 
@@ -44,6 +46,11 @@ RUNS = {
     "wav2vec2": ("small/wav2vec2_speech", SPEECH | {"objective.dim": 8, "objective.codes": 8}),
     "hubert": ("small/hubert_speech", SPEECH | {"objective.dim": 8, "objective.units": "{units: 3}"}),
     "best_rq": ("small/best_rq_speech", SPEECH | {"objective.codes": 8}),
+    "bert": (
+        "small/bert_codes_speech",
+        {"frontend.codes": "[4, 3]", "frontend.dropout": 0, "positions.kernel": 4, "data.max_seconds": "null"},
+    ),
+    "encodec_mae": ("small/encodec_mae_audio", DECODER | {"objective.units": "{units: 3}"}),
     "ctc": ("small/ctc_speech", SPEECH),
     "tera": ("small/tera_speech", FRAMES),
     "apc": ("small/apc_speech", FRAMES),
@@ -56,6 +63,7 @@ RUNS = {
     "vq_wav2vec": ("small/cpc_speech", AHEAD | {"objective.name": "vq_wav2vec", "objective.codes": 8}),
     "mp3": ("small/mp3_speech", FRAMES),
     "mae": ("small/mae_image", DECODER),
+    "cae": ("small/cae_image", {"objective.regressor_heads": 2, "objective.decoder_heads": 2}),
     "siam_mae": ("small/mae_image", DECODER | {"objective.name": "siam_mae", "objective.views": "crops"}),
     "denoise": ("small/denoise_image", DECODER),
     "dbot": ("small/dbot_image", DECODER),
@@ -73,7 +81,7 @@ RUNS = {
     "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
     "clip": ("small/clip_emoji", {"objective.dim": 8, "objective.same": "text", "tokenizer.entries": 258}),
 }
-KINDS = {"emoji": "image"}  # of a recipe's data -> of the files here
+KINDS = {"audio": "speech", "emoji": "image"}  # of a recipe -> of the files here
 
 
 def commands(folder: Path, *, alone: bool = False) -> dict[str, tuple[str, list[str]]]:
@@ -123,10 +131,15 @@ def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp
             "valid": files["test"],
         }.items():
             units = {"rate": 50, "values": [step // 4 % 3 for step in range(36)]}
-            rows = [
-                {key: str(path), "seconds": 0.7, "label": f"{n % 2}", "text": f"{'ab' * (n % 3)}a", "units": units}
-                for n, path in enumerate(paths)
-            ]
+            rows = []
+            for n, path in enumerate(paths):
+                codes = path if path == broken else tmp_path / f"{n}.safetensors"
+                if path != broken:
+                    steps = np.arange(36)
+                    pairs = np.stack([(steps // 4 + n) % 4, steps // 3 % 3], 1).astype(np.uint16)
+                    write_shard(codes, pairs, rate=50.0, lengths=np.array([36]), of="pairs of codes")
+                rows.append({key: str(path), "seconds": 0.7, "label": f"{n % 2}", "text": f"{'ab' * (n % 3)}a"})
+                rows[-1] |= {"units": units, "codes": {"path": str(codes)}}
             write_manifest(tmp_path / f"{kind}_{name}.jsonl", rows)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import mmssl.units
-from mmssl.assemble import pretrain
+from mmssl.assemble import build_encoder, export_config, finetune, pretrain, resolve
 from mmssl.cli import app
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.units import read_units
@@ -17,8 +17,9 @@ from mmssl.embed import load
 from mmssl.modalities.speech.mfcc import MFCC
 from mmssl.modalities.speech.reader import read
 from mmssl.recipe import load as load_recipe
-from mmssl.training.checkpoint import read_tensors
-from mmssl.units import Written, _spread, write_units
+from mmssl.training.checkpoint import export_encoder, read_tensors
+from mmssl.types import Raw
+from mmssl.units import Written, scattered, write_units
 
 MFCC_UNITS = {"codes": 4, "features": "mfcc", "rate": 8000, "frames": 10_000}
 
@@ -188,9 +189,9 @@ def test_the_chain_of_two_iterations(
 
 def test_each_place_is_looked_at_once_and_the_first_lie_all_over() -> None:
     for count in (1, 2, 7, 1000, 1024):
-        places = np.concatenate(list(_spread(count, seed=3)))
+        places = np.concatenate(list(scattered(count, seed=3)))
         assert sorted(places.tolist()) == list(range(count))
-    first = np.sort(next(_spread(100_000, seed=0)))
+    first = np.sort(next(scattered(100_000, seed=0)))
     assert len(first) == 200
     assert np.diff(first).max() < 3 * 100_000 / 200
 
@@ -268,5 +269,66 @@ def test_the_codes_of_a_codec_are_those_of_its_own_class(manifests: list[Path], 
     assert found.perplexity > 1.5
     with pytest.raises(ValueError, match="bandwidth=3: .* knows"):
         write_units(manifests[1:], tmp_path / "v", codec=tmp_path / "codec", bandwidth=3.0)
+    with pytest.raises(ValueError, match="layer=3: .*codec has layers 0 to 0"):
+        write_units(manifests[1:], tmp_path / "v", codec=tmp_path / "codec", bandwidth=1.0, layer=3)
     with pytest.raises(ValueError, match="a codec has its own"):
         write_units(manifests[1:], tmp_path / "v", codec=tmp_path / "codec", codes=3)
+
+
+def test_the_chain_of_codes(manifests: list[Path], tmp_path: Path) -> None:
+    """vq-wav2vec, its codes in rows, BERT that reads them, CTC on its encoder, transcripts of held-out codes."""
+    toy = [
+        "transformer.dim=16",
+        "transformer.depth=2",
+        "transformer.heads=2",
+        "trainer.steps=2",
+        "trainer.eval_every=2",
+    ]
+    data = [f"data.train={manifests[0]}", f"data.valid={manifests[1]}", "objective.codes=6"]
+    first = pretrain(load_recipe("small/vq_wav2vec_speech", [*toy, *data, "frontend.bands=8"]), tmp_path / "vq")
+    assert (first / "objective.safetensors").is_file()
+    with pytest.raises(ValueError, match="was pretrained and not fine-tuned"):
+        load(first).predict(manifests[1])
+
+    spelled = tmp_path / "spelled.jsonl"
+    write_manifest(spelled, [{**row, "text": "lo"} for row in Manifest(manifests[1])])
+    out = tmp_path / "codes"
+    found = write_units([manifests[0], spelled], out, codec=first, key="codes")
+    assert [one.clips for one in found] == [10, 4]
+    objective = load(first).objective
+    for row in Manifest(out / "spelled.jsonl"):
+        wave = read(row["audio"], rate=8000)
+        codes, tokens = objective.codes(Raw(wave[None], torch.tensor([len(wave)]), ["a"], 8000.0))
+        units = read_units(row["codes"], [6, 6])
+        assert torch.equal(units.values, codes)
+        assert units.rate == 1000 / tokens.step_ms == 50.0
+
+    small = [*toy, "positions.kernel=4", "positions.groups=2"]
+    codes_of = ["frontend.codes=[6,6]", f"data.train={out / 'train.jsonl'}", f"data.valid={out / 'spelled.jsonl'}"]
+    second = pretrain(load_recipe("small/bert_codes_speech", [*small, *codes_of]), tmp_path / "bert")
+    assert '"codes_1_accuracy"' in (second / "log.jsonl").read_text()
+    embedded = load(second).embed(out / "spelled.jsonl")
+    for row, valid in zip(Manifest(out / "spelled.jsonl"), embedded.valid, strict=True):
+        assert int(valid.sum()) == row["codes"]["count"]
+    assert embedded.time_ms is not None
+    assert embedded.time_ms[0, :2].tolist() == [10.0, 30.0]
+    numbers = read_units(next(iter(Manifest(out / "spelled.jsonl")))["codes"], [6, 6]).values[0].t()
+    alone = load(second).embed(numbers)
+    torch.testing.assert_close(alone.scene[0], embedded.scene[0], rtol=1e-4, atol=1e-5)
+
+    labelled = [f"data.train={out / 'spelled.jsonl'}", f"data.valid={out / 'spelled.jsonl'}", f"init={second}"]
+    third = finetune(
+        load_recipe("small/ctc_speech", [*toy[3:], *labelled, "modality=codes", "augment={}"]), tmp_path / "ctc"
+    )
+    said = load(third).predict(out / "spelled.jsonl")
+    assert len(said) == 4
+    assert all(isinstance(text, str) for text in said)
+
+
+def test_a_run_without_codes_is_no_codec(manifests: list[Path], tmp_path: Path) -> None:
+    config = export_config(
+        resolve(load_recipe("small/wav2vec2_speech", [f"data.train={manifests[0]}"])), Manifest(manifests[0])
+    )
+    export_encoder(tmp_path / "run", build_encoder(config), config)
+    with pytest.raises(ValueError, match="holds an encoder without the objective that trained it"):
+        write_units(manifests, tmp_path / "u", codec=tmp_path / "run")

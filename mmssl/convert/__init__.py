@@ -4,9 +4,10 @@ A layout is a row of `LAYOUTS`: which settings of theirs are which of ours, and 
 """
 
 from mmssl.convert.ast import AST
+from mmssl.convert.beit import BEIT, DATA2VEC_VISION
 from mmssl.convert.clip import CLIP, SIGLIP
 from mmssl.convert.layout import Layout
-from mmssl.convert.speech import DATA2VEC_AUDIO, HUBERT, WAV2VEC2
+from mmssl.convert.speech import DATA2VEC_AUDIO, HUBERT, WAV2VEC2, WAVLM
 from mmssl.convert.videomae import VIDEOMAE
 from mmssl.convert.vit import DINOV2, DINOV2_WITH_REGISTERS, VIT, VIT_MAE
 
@@ -17,10 +18,13 @@ LAYOUTS: dict[str, Layout] = {
         WAV2VEC2,
         HUBERT,
         DATA2VEC_AUDIO,
+        WAVLM,
         VIT,
         VIT_MAE,
         DINOV2,
         DINOV2_WITH_REGISTERS,
+        BEIT,
+        DATA2VEC_VISION,
         CLIP,
         SIGLIP,
         VIDEOMAE,
@@ -29,9 +33,3 @@ LAYOUTS: dict[str, Layout] = {
 }
 # a model of several towers -> the layout of the one that is read
 TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-# what our Transformer does not have
-REFUSED = {
-    "wavlm": "its attention has a gated bias of relative positions",
-    "beit": "its attention has a bias of relative positions",
-    "data2vec-vision": "its attention has a bias of relative positions",
-}

@@ -141,7 +141,7 @@ _SHARED: dict[str, Any] = {
     "nested": "vision_config",
     "grid": picture_grid,
 }
-_BESIDE = ("text_model.", "logit_scale", "text_projection.", "visual_projection.", "embeddings.position_ids")
+_BESIDE = ("text_model.", "logit_scale", "text_projection.", "visual_projection.")
 CLIP = Layout(
     model_type="clip_vision_model",
     architecture="CLIPVisionModel",

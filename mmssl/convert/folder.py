@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmssl.convert import LAYOUTS, REFUSED, TOWERS
+from mmssl.convert import LAYOUTS, TOWERS
 from mmssl.convert.ctc import TOKENIZER, read_head, write_head
 from mmssl.convert.layout import Config
 from mmssl.convert.translate import layout_for, to_ours, to_theirs
@@ -32,7 +32,8 @@ _CONFIG, _WEIGHTS, _OLD_WEIGHTS = "config.json", "model.safetensors", "pytorch_m
 # in the first that there is
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _NESTED = ("feature_extractor", "image_processor", "video_processor")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# no path of several folders, none from here, home or the root, and none that ends as files do, in a dot and a letter
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/(?![\w.-]*\.[A-Za-z]\w*$)[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,20 @@ def _fetch(name: str) -> Path:
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
-        raise ValueError(f"{name}: no such folder, and names of the hub need `pip install mmssl[hub]`") from None
+        raise ValueError(
+            f"{name}: there is no such folder, and if it is meant as a name of the hub, that needs `pip install "
+            "mmssl[hub]`"
+        ) from None
     try:
         folder = Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(hub.snapshot_download(name, allow_patterns=["*.json", f"{_OLD_WEIGHTS[:-4]}*.bin"]))
     except Exception as error:  # of that library, of its client and of the socket: all mean the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{name}: no such folder, and it could not be had from the hub ({reason})") from error
+        raise ValueError(
+            f"{name}: as a path, there is no folder {name.partition('/')[0]} here, and as a name of the hub it could "
+            f"not be had ({reason}); correct one or the other"
+        ) from error
     return folder
 
 
@@ -140,8 +147,6 @@ def read_transformers(folder: Path) -> Exported:
     """
     given = _read_json(folder / _CONFIG)
     kind = str(given["model_type"])
-    if kind in REFUSED:
-        raise ValueError(f"{folder}: a {kind} cannot be read, because {REFUSED[kind]}, which our Transformer has not")
     if TOWERS.get(kind, kind) not in LAYOUTS:
         raise ValueError(f"{folder}: layout {kind!r}: mmssl reads {', '.join([*LAYOUTS, *TOWERS])}")
     layout = LAYOUTS[TOWERS.get(kind, kind)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmssl.encoder import Encoder
 from mmssl.modalities import MODALITIES
+from mmssl.nn.bias import BIASES
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
 
@@ -71,6 +72,7 @@ class Layout:
     drawn: tensors that published files may lack, because embedding does not use them: drawn anew, of width D.
     older: how names end in files of older versions, and how they end today.
     grid: our config -> the cells of a table of positions, to write fixed positions into; None where there is no table.
+    positions: kinds of positions that it can say beside that of its defaults.
     """
 
     model_type: str
@@ -89,6 +91,7 @@ class Layout:
     drawn: tuple[str, ...] = ()
     older: Mapping[str, str] = field(default_factory=dict)
     grid: Callable[[Config], Sequence[int]] | None = None
+    positions: tuple[str, ...] = ()
 
 
 def same(ours: str, theirs: str) -> Pair:
@@ -176,5 +179,8 @@ def completed(config: Settings) -> Config:
         sections[section] = {**defaults_of(constructor), **config[section]}
     transformer = sections["transformer"]
     transformer["mlp_dim"] = transformer["mlp_dim"] or 4 * transformer["dim"]
+    if transformer["bias"] is not None:
+        bias = transformer["bias"]
+        transformer["bias"] = {"name": bias["name"], **defaults_of(BIASES[bias["name"]]), **bias}
     done: Config = json.loads(json.dumps({**config, **sections}))
     return done

@@ -136,13 +136,14 @@ def preprocessor_of(ours: Config, kind: str) -> Config:
 
 
 def picture_size(ours: Config) -> list[int]:
-    """Height and width of what is embedded, in pixels: of the table of positions, else of the steps before it.
+    """Height and width of what is embedded, in pixels: of a table of positions, else of the steps before it.
 
     Raises:
         ValueError: neither says so.
     """
     tall, wide = ours["frontend"]["size"][-2:]
-    grid = ours["positions"].get("grid") or ours["positions"].get("train_grid")
+    positions, bias = ours["positions"], ours["transformer"]["bias"] or {}
+    grid = positions.get("grid") or positions.get("train_grid") or bias.get("grid")
     if grid is not None:
         return [grid[-2] * tall, grid[-1] * wide]
     for step in reversed(ours["augment_eval"]):

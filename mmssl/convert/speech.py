@@ -1,4 +1,4 @@
-"""Wav2Vec2, HuBERT and Data2VecAudio: one encoder under three names, with two kinds of positions.
+"""Wav2Vec2, HuBERT, Data2VecAudio and WavLM: one encoder under four names, with positions of two kinds and a bias.
 
 From config.json come sizes, norms and rates of dropout; from preprocessor_config.json `sampling_rate` and
 `do_normalize`. What theirs does not say is set here: below a group norm the convolutions learn at a tenth of the rate,
@@ -84,6 +84,15 @@ def _read_data2vec(theirs: Settings, preprocessor: Settings, names: Collection[s
     return ours
 
 
+def _read_wavlm(theirs: Settings, preprocessor: Settings, names: Collection[str]) -> Config:
+    ours = _read(theirs, preprocessor, names)
+    ours["transformer"] |= {
+        "bias": {"name": "buckets", "buckets": theirs["num_buckets"], "furthest": theirs["max_bucket_distance"]},
+        "gated_bias": True,
+    }
+    return ours
+
+
 def _write(ours: Config) -> tuple[Config, Config]:
     frontend, positions, transformer = ours["frontend"], ours["positions"], ours["transformer"]
     layers, norm = frontend.get("layers", []), frontend.get("norm", "group")
@@ -118,6 +127,13 @@ def _write_data2vec(ours: Config) -> tuple[Config, Config]:
     theirs, preprocessor = _write(ours)
     theirs["conv_pos_kernel_size"] = ours["positions"].get("kernel", 0)
     theirs["num_conv_pos_embeddings"] = ours["positions"].get("depth", 0)
+    return theirs, preprocessor
+
+
+def _write_wavlm(ours: Config) -> tuple[Config, Config]:
+    theirs, preprocessor = _write(ours)
+    bias = ours["transformer"]["bias"] or {}
+    theirs |= {"num_buckets": bias.get("buckets", 0), "max_bucket_distance": bias.get("furthest", 0)}
     return theirs, preprocessor
 
 
@@ -170,6 +186,23 @@ def _pairs_data2vec(ours: Config, theirs: Settings) -> list[Pair]:
     return pairs
 
 
+def _pairs_wavlm(ours: Config, theirs: Settings) -> list[Pair]:
+    pairs = _pairs(ours, theirs)
+    for i in range(ours["transformer"]["depth"]):
+        gate, there = f"transformer.blocks.{i}.attention.gate", f"encoder.layers.{i}.attention"
+        pairs += linear(f"{gate}.project", f"{there}.gru_rel_pos_linear")
+        pairs.append(
+            Pair(
+                (f"{gate}.scale",),
+                (f"{there}.gru_rel_pos_const",),
+                lambda x: [x.flatten()],
+                lambda x: [x[None, :, None, None]],
+            )
+        )
+    # the first block holds what all share
+    return [*pairs, same("transformer.bias.table", "encoder.layers.0.attention.rel_attn_embed.weight")]
+
+
 _DEFAULTS: dict[str, Any] = {
     **dict(zip(_SIZES, (768, 12, 12, 3072), strict=True)),
     **dict.fromkeys(_RATES, 0.1),
@@ -198,7 +231,11 @@ _SHARED: dict[str, Any] = {
     "modality": "speech",
     "fixed": _FIXED,
     "drawn": (_MASK_TOKEN,),
-    "beside": ("lm_head.", "quantizer.", "project_hid.", "project_q.", "projector.", "classifier.", "layer_weights"),
+    "beside": (
+        *("lm_head.", "quantizer.", "project_hid.", "project_q.", "projector.", "classifier.", "layer_weights"),
+        # of a model that tells speakers apart, whose last map bears the name of the convolutions
+        *("tdnn.", "objective.", "feature_extractor.weight", "feature_extractor.bias"),
+    ),
     "preprocessor": {"do_normalize": True, "sampling_rate": 16_000},
 }
 _CONVOLUTIONAL: dict[str, Any] = {
@@ -215,6 +252,18 @@ _CONVOLUTIONAL: dict[str, Any] = {
 }
 WAV2VEC2 = Layout(model_type="wav2vec2", architecture="Wav2Vec2Model", prefixes=("wav2vec2.",), **_CONVOLUTIONAL)
 HUBERT = Layout(model_type="hubert", architecture="HubertModel", prefixes=("hubert.",), **_CONVOLUTIONAL)
+WAVLM = Layout(
+    model_type="wavlm",
+    architecture="WavLMModel",
+    prefixes=("wavlm.",),
+    **{
+        **_CONVOLUTIONAL,
+        "defaults": _DEFAULTS | {"num_buckets": 320, "max_bucket_distance": 800},
+        "read": _read_wavlm,
+        "write": _write_wavlm,
+        "pairs": _pairs_wavlm,
+    },
+)
 DATA2VEC_AUDIO = Layout(
     model_type="data2vec-audio",
     architecture="Data2VecAudioModel",

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 # how many blocks training has left out so far: nothing that a layout could hold
 DRAWS = "transformer.draws"
 # buffers of old files, which hold no weights
-_NO_WEIGHTS = ("embeddings.position_ids",)
+_NO_WEIGHTS = ("position_ids", "relative_position_index")
 
 
 def to_ours(
@@ -71,7 +71,7 @@ def to_ours(
             raise ValueError(
                 f"{place}: the weights hold '{name}', which has no place in a {layout.model_type} with this config.json"
             )
-    return config, ours, {name: tensor for name, tensor in beside.items() if name not in _NO_WEIGHTS}
+    return config, ours, beside
 
 
 def to_theirs(
@@ -121,7 +121,8 @@ def _say(layout: Layout, config: Settings) -> _Said:
         ours["positions"] = {"name": "learned", "grid": grid}
     # parts of another kind have other settings, in which the rest would not be found
     usual = completed(layout.read(layout.defaults, layout.preprocessor, ()))
-    _agree(layout, ours, usual, ["frontend.name", "positions.name"])
+    kinds = ["frontend.name", *(["positions.name"] if ours["positions"]["name"] not in layout.positions else [])]
+    _agree(layout, ours, usual, kinds)
     settings, preprocessor = layout.write(ours)
     full = {**layout.defaults, **settings}
     pairs = layout.pairs(ours, full)
@@ -172,6 +173,8 @@ def _inside(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Te
     prefix = next((prefix for prefix in layout.prefixes if any(name.startswith(prefix) for name in tensors)), "")
     inside, rest = {}, {}
     for name, tensor in tensors.items():
+        if name.rpartition(".")[2] in _NO_WEIGHTS:
+            continue
         tensor = tensor.float() if tensor.is_floating_point() else tensor
         if name.startswith(prefix):
             short = name.removeprefix(prefix)

@@ -8,13 +8,15 @@ the frontend's own 7.5 frames per second (every fourth of 30), which theirs leav
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from mmssl.convert.layout import Config, Layout, Pair, Settings, blocks, linear, same
 from mmssl.convert.pictures import IMAGENET, channels, patches, picture_size, preprocessor_of, sides, steps_of
 from mmssl.convert.vit import CROPPED, DEFAULTS, HEADS, LAYER, NAMES, PATCHES, SELF, plain, their_trunk, trunk
+
+_BIASES = (f"{SELF}.q_bias", f"{SELF}.v_bias")
 
 
 def _read_videomae(theirs: Settings, preprocessor: Settings, names: Collection[str]) -> Config:
@@ -60,23 +62,34 @@ def _pairs_videomae(ours: Config, theirs: Settings) -> list[Pair]:
     pairs = [
         patches(ours, f"{PATCHES}.weight"),
         same("frontend.project.bias", f"{PATCHES}.bias"),
-        *keyless_blocks(ours, LAYER, bias=theirs["qv_bias"]),
+        *keyless_blocks(ours, LAYER, biases=_BIASES if theirs["qv_bias"] else ()),
     ]
     return [*pairs, *linear("transformer.norm", "layernorm")] if ours["transformer"]["final_norm"] else pairs
 
 
-def keyless_blocks(config: Config, layer: str, *, bias: bool = True, ours: str = "transformer") -> list[Pair]:
-    """The tensors of all blocks of VideoMAE, whose keys have no bias; see `blocks`."""
-    pairs = blocks(config, layer, NAMES, bias=False, ours=ours)
-    if not bias:
+def keyless_blocks(
+    config: Config,
+    layer: str,
+    names: Mapping[str, str] = NAMES,
+    *,
+    biases: Sequence[str] = _BIASES,
+    ours: str = "transformer",
+) -> list[Pair]:
+    """The tensors of all blocks where keys have no bias; see `blocks`.
+
+    Args:
+        biases: their names of those of queries and of values within a block; empty where they have none either.
+    """
+    pairs = blocks(config, layer, names, bias=False, ours=ours)
+    if not biases:
         return pairs
     for i in range(config["transformer"]["depth"]):
-        mine, there = f"{ours}.blocks.{i}.attention.qkv.bias", f"{layer.format(i)}.{SELF}"
+        mine, there = f"{ours}.blocks.{i}.attention.qkv.bias", layer.format(i)
         pairs.remove(next(pair for pair in pairs if pair.ours == (mine,)))
         pairs.append(
             Pair(
                 (mine,),
-                (f"{there}.q_bias", f"{there}.v_bias"),
+                tuple(f"{there}.{name}" for name in biases),
                 lambda q, v: [torch.cat([q, torch.zeros_like(q), v])],
                 lambda x: x.chunk(3)[::2],
             )

@@ -52,7 +52,7 @@ _DINO = NAMES | {
 }
 LAYER = "encoder.layer.{}"
 PATCHES = "embeddings.patch_embeddings.projection"
-CLASS, TABLE, _MASK = "embeddings.cls_token", "embeddings.position_embeddings", "embeddings.mask_token"
+CLASS, TABLE, MASK = "embeddings.cls_token", "embeddings.position_embeddings", "embeddings.mask_token"
 
 
 def trunk(theirs: Settings) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def their_trunk(ours: Config) -> Config:
     }
 
 
-def _read_vit(theirs: Settings, preprocessor: Settings, names: Collection[str]) -> Config:
+def read_vit(theirs: Settings, preprocessor: Settings, names: Collection[str]) -> Config:
     (height, width), (tall, wide) = sides(theirs["image_size"]), sides(theirs["patch_size"])
     return {
         "modality": "image",
@@ -87,20 +87,20 @@ def _read_vit(theirs: Settings, preprocessor: Settings, names: Collection[str]) 
         },
         "positions": {"name": "learned", "grid": [height // tall, width // wide]},
         "transformer": trunk(theirs),
-        "encoder": {"prefix": 1, "mask_token": _MASK in names},
+        "encoder": {"prefix": 1, "mask_token": MASK in names},
         "augment_eval": steps_of(preprocessor),
     }
 
 
 def _read_vit_mae(theirs: Settings, preprocessor: Settings, names: Collection[str]) -> Config:
-    ours = _read_vit(theirs, preprocessor, names)
+    ours = read_vit(theirs, preprocessor, names)
     ours["positions"] = {"name": "sincos", "train_grid": ours["positions"]["grid"]}
     return ours
 
 
 def _read_dinov2(theirs: Settings, preprocessor: Settings, names: Collection[str]) -> Config:
     hidden, gated = int(theirs["hidden_size"] * theirs["mlp_ratio"]), theirs["use_swiglu_ffn"]
-    ours = _read_vit(theirs, preprocessor, names)
+    ours = read_vit(theirs, preprocessor, names)
     ours["transformer"] |= {
         # two thirds of it, which a gate makes as many weights of, rounded up to a multiple of 8
         "mlp_dim": (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden,
@@ -118,7 +118,7 @@ def _read_registers(theirs: Settings, preprocessor: Settings, names: Collection[
     return ours
 
 
-def _write_vit(ours: Config) -> tuple[Config, Config]:
+def write_vit(ours: Config) -> tuple[Config, Config]:
     frontend = ours["frontend"]
     theirs = {
         **their_trunk(ours),
@@ -132,12 +132,12 @@ def _write_vit(ours: Config) -> tuple[Config, Config]:
 
 def _write_vit_mae(ours: Config) -> tuple[Config, Config]:
     # as a model that embeds it hides nothing
-    theirs, preprocessor = _write_vit(ours)
+    theirs, preprocessor = write_vit(ours)
     return {**theirs, "mask_ratio": 0.0}, preprocessor
 
 
 def _write_dinov2(ours: Config) -> tuple[Config, Config]:
-    theirs, preprocessor = _write_vit(ours)
+    theirs, preprocessor = write_vit(ours)
     transformer = ours["transformer"]
     del theirs["intermediate_size"]
     gated = transformer["activation"] == "swiglu"
@@ -170,15 +170,16 @@ def body(ours: Config, theirs: Settings, names: dict[str, str] = NAMES) -> list[
         *blocks(ours, LAYER, names, bias=theirs["qkv_bias"]),
     ]
     if ours["encoder"]["mask_token"]:
-        pairs.append(row("mask_token", _MASK))
+        pairs.append(row("mask_token", MASK))
     return pairs
 
 
 def _pairs_vit(ours: Config, theirs: Settings) -> list[Pair]:
-    return [*body(ours, theirs), _class_and_table()]
+    return [*body(ours, theirs), class_and_table()]
 
 
-def _class_and_table() -> Pair:
+def class_and_table() -> Pair:
+    """A class token and a table of positions with one for it."""
     return Pair(
         ("prefix", "positions.table"),
         (CLASS, TABLE),
@@ -208,8 +209,8 @@ def _pairs_dinov2(ours: Config, theirs: Settings) -> list[Pair]:
     gated = {"up": "mlp.weights_in", "down": "mlp.weights_out"} if theirs["use_swiglu_ffn"] else {}
     shared = [pair for pair in body(ours, theirs, _DINO | gated) if pair.ours != ("mask_token",)]
     if ours["encoder"]["mask_token"]:
-        shared.append(Pair(("mask_token",), (_MASK,), lambda x: [x[0]], lambda x: [x[None]]))
-    return [*shared, _class_and_table()]
+        shared.append(Pair(("mask_token",), (MASK,), lambda x: [x[0]], lambda x: [x[None]]))
+    return [*shared, class_and_table()]
 
 
 def _pairs_registers(ours: Config, theirs: Settings) -> list[Pair]:
@@ -259,8 +260,8 @@ VIT = Layout(
     modality="image",
     defaults=DEFAULTS,
     fixed={},
-    read=_read_vit,
-    write=_write_vit,
+    read=read_vit,
+    write=write_vit,
     pairs=_pairs_vit,
     prefixes=("vit.",),
     beside=HEADS,

@@ -240,7 +240,7 @@ def one_pass(
 
 
 def collate_samples(samples: list[Sample]) -> Batch:
-    """One batch: waveforms, ids and video padded with zeros to the longest, pictures stacked, labels padded with 0.
+    """One batch: what has a length padded with zeros to the longest, pictures stacked, labels padded with 0.
 
     Of a modality that some samples lack, the batch has the others' and says which they are.
 
@@ -257,7 +257,7 @@ def collate_samples(samples: list[Sample]) -> Batch:
         if clips[0].ndim == 4:
             data, lengths = _pad_video(name, ids, clips)
         else:
-            data, lengths = _pad_waves(clips) if clips[0].ndim == 1 else _stack_pictures(name, ids, clips)
+            data, lengths = _stack_pictures(name, ids, clips) if clips[0].ndim == 3 else _pad_steps(clips)
         inputs[name] = Raw(data, lengths, ids, samples[0].rates[name])
     labels, label_lengths = _labels(samples)
     seeds = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
@@ -285,11 +285,12 @@ def _per_second(rate: float | None) -> str:
     return "a unit for each token" if rate is None else f"{rate:g} units a second"
 
 
-def _pad_waves(clips: list[Tensor]) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([len(clip) for clip in clips], dtype=torch.int64)
-    data = clips[0].new_zeros(len(clips), int(lengths.max()))
+def _pad_steps(clips: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(L,) waveforms, or (G, T) codes."""
+    lengths = torch.tensor([clip.shape[-1] for clip in clips], dtype=torch.int64)
+    data = clips[0].new_zeros(len(clips), *clips[0].shape[:-1], int(lengths.max()))
     for row, clip in zip(data, clips, strict=True):
-        row[: len(clip)] = clip
+        row[..., : clip.shape[-1]] = clip
     return data, lengths
 
 

@@ -28,7 +28,7 @@ ATTEMPTS = 20  # substitutes tried for one bad clip; so many in a row do not hap
 class Sample:
     """One clip.
 
-    inputs: modality -> (L,) waveform or ids | (C, H, W) picture | (C, T, H, W) video.
+    inputs: modality -> (L,) waveform or ids | (G, T) codes | (C, H, W) picture | (C, T, H, W) video.
     rates: modality -> units along time per second, None where there is no time.
     seed: a function of run seed, epoch and id; masks are drawn from it.
     bad: what was met on the way to this clip and could not be read.

@@ -23,7 +23,7 @@ from mmssl.types import BadClip
 
 Row = dict[str, Any]
 
-MEDIA = ("audio", "image", "video")  # the keys of a row whose values are files
+MEDIA = ("audio", "image", "video", "codes")  # the keys of a row whose values are files
 READ = (*MEDIA, "text")  # the keys whose values a modality may read
 INDEX_FROM = 200_000  # rows: reading fewer takes a second or so, and a file beside each small manifest is clutter
 # key -> what it must be, its types, its least value
@@ -264,7 +264,7 @@ def _default_id(row: Row) -> str:
     part = value[0] if isinstance(value, list) and value else value
     part = part if isinstance(part, dict) else {**row, "path": part}
     name = str(part.get("path"))
-    name += f"#{part['offset']}" if "offset" in part else ""
+    name += "".join(f"#{part[key]}" for key in ("offset", "first") if key in part)
     return name + (f"@{part['start']:g}" if "start" in part else "")
 
 

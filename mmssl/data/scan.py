@@ -74,7 +74,7 @@ def scan(
     """Look through a folder, and through the uncompressed tar files in it, for clips.
 
     Args:
-        media: the key that names a row's file: "audio", "image", "video".
+        media: the key that names a row's file: "audio", "image", "video", "codes".
         probe: (path or binary file) -> what to note of the clip ("seconds", "height"), and perhaps a "remark" for the
             user; raises `BadClip`.
         suffixes: with their dot, in lower case. They choose what is looked at; what a file is, its content decides.

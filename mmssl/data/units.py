@@ -5,8 +5,9 @@ steps each clip has; its metadata says how many steps make a second. A row names
 
     "units": {"path": "train.00000.safetensors", "first": 5124, "count": 312}
 
-or, where there are few, holds them itself: {"rate": 50, "values": [3, 3, 17]}, with lists of G for several labels at
-each step, and without a rate for one step a token. One whole number is one label for all of the clip.
+where without `first` and `count` all of the file is the clip's. Or, where there are few, it holds them itself: {"rate":
+50, "values": [3, 3, 17]}, with lists of G for several labels at each step, and without a rate for one step a token. One
+whole number is one label for all of the clip.
 """
 
 from __future__ import annotations
@@ -72,18 +73,10 @@ def read_units(value: Any, codes: Sequence[int]) -> Units:
     if isinstance(value, int):
         found = np.array([[value]], np.int64)
     elif "path" in value:
-        found, rate = _read_part(value)
+        found, rate = read_shard(value["path"], value.get("first"), value.get("count"))
     else:
         found, rate = _read_values(value)
-    if found.shape[1] != len(codes):
-        raise ValueError(f"{found.shape[1]} labels at each step, where the recipe has codes for {len(codes)}")
-    wrong = np.argwhere((found < 0) | (found >= np.asarray(codes)))
-    if len(wrong):
-        step, label = wrong[0].tolist()
-        raise ValueError(
-            f"unit {found[step, label]} at step {step} is none of the {codes[label]} that the recipe states; set its "
-            "number of codes to that of the codebook"
-        )
+    check_units(found, codes)
     return Units(torch.from_numpy(found)[None], torch.tensor([len(found)]), rate, torch.zeros(1, dtype=torch.float64))
 
 
@@ -109,16 +102,40 @@ def cut_units(units: Units, start: float, seconds: float) -> Units:
     return Units(units.values[:, first:last], torch.tensor([last - first]), units.rate, rest)
 
 
-def _read_part(value: Mapping[str, Any]) -> tuple[np.ndarray, float | None]:
+def check_units(found: np.ndarray, codes: Sequence[int]) -> None:
+    """See that (steps, G) units are of G codebooks with so many codes.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if found.shape[1] != len(codes):
+        raise ValueError(f"{found.shape[1]} labels at each step, where the recipe has codes for {len(codes)}")
+    wrong = np.argwhere((found < 0) | (found >= np.asarray(codes)))
+    if len(wrong):
+        step, label = wrong[0].tolist()
+        raise ValueError(
+            f"unit {found[step, label]} at step {step} is none of the {codes[label]} that the recipe states; set its "
+            "number of codes to that of the codebook"
+        )
+
+
+def read_shard(path: str, first: int | None = None, count: int | None = None) -> tuple[np.ndarray, float | None]:
+    """`count` steps of a shard from `first` on, all of it where neither is given: (steps, G) int64; and their rate.
+
+    Raises:
+        ValueError: there is no such shard, or it has no such steps.
+    """
     from safetensors import SafetensorError, safe_open
 
-    path, first, count = value["path"], value.get("first"), value.get("count")
-    if not isinstance(first, int) or not isinstance(count, int) or first < 0 or count < 0:
-        raise ValueError(f"units in a file need 'first' and 'count', whole numbers from 0 on; got {dict(value)}")
+    given = {"path": path, "first": first, "count": count}
+    whole = first is None and count is None
+    if not whole and not all(isinstance(number, int) and number >= 0 for number in (first, count)):
+        raise ValueError(f"units in a file need 'first' and 'count', whole numbers from 0 on; got {given}")
     try:
         with safe_open(path, "np") as shard:
             part = shard.get_slice("units")
             total = part.get_shape()[0]
+            first, count = (0, total) if first is None or count is None else (first, count)
             if first + count > total:
                 raise ValueError(f"{path} holds {total} units, and not those from {first} to {first + count}")
             rate = (shard.metadata() or {}).get("rate")

@@ -18,7 +18,8 @@ class Score:
     """One number of an evaluation, fit to be printed, compared and stored.
 
     task: "linear", "knn", "ctc", ...
-    value: a share between 0 and 1 (an error rate may pass 1); the mean where there are several draws of labels.
+    value: a share between 0 and 1 (an error rate may pass 1), printed as percent; where `percent` is false a plain
+        number, printed as it is. The mean where there are several draws of labels.
     low, high: 95 % interval of `value`; `protocol` says what it covers.
     n: test clips.
     protocol: how it was measured, in one line.
@@ -35,8 +36,14 @@ class Score:
     metric: str = "accuracy"
     deviation: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    percent: bool = True
 
     def __str__(self) -> str:
+        if not self.percent:
+            return (
+                f"{self.task}: {self.metric} {self.value:.4g} "
+                f"(95 % interval {self.low:.4g} to {self.high:.4g}, n = {self.n:,})\n  {self.protocol}"
+            )
         deviation = "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
         return (
             f"{self.task}: {self.metric} {100 * self.value:.1f}{deviation} % "
@@ -97,6 +104,33 @@ def student(values: Sequence[float]) -> tuple[float, float]:
     half = stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(len(values))
     mean = np.mean(values)
     return float(mean - half), float(mean + half)
+
+
+def jackknife(value: float, without: np.ndarray, counts: np.ndarray | None = None) -> tuple[float, float]:
+    """95 % interval of a smooth statistic from what it is without each clip, or without each group of clips.
+
+    Deterministic, and right for statistics that a bootstrap biases because it draws clips twice (entropies, ranks).
+
+    Source: Tukey 1958; Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 11. By Student's t.
+
+    Args:
+        value: of all clips.
+        without: (G,) the statistic where one clip or group is left out.
+        counts: (G,) how many clips each of these values stands for; None for one each.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    from scipy.special import stdtrit
+
+    weights = np.ones(len(without)) if counts is None else np.asarray(counts, dtype=np.float64)
+    n = weights.sum()
+    if n < 2:
+        raise ValueError(f"a jackknife leaves out at least two clips in turn, got {int(n)}")
+    mean = float(np.average(without, weights=weights))
+    error = np.sqrt((n - 1) / n * (weights * (np.asarray(without) - mean) ** 2).sum())
+    half = stdtrit(n - 1, 0.975) * error
+    return float(value - half), float(value + half)
 
 
 def bootstrap_rate(errors: Sequence[float], sizes: Sequence[float], *, draws: int = 1000) -> tuple[float, float]:

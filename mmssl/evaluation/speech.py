@@ -120,7 +120,7 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str], *, decodin
     more was inserted than was said. See `edits` for what counts as an error.
 
     Args:
-        decoding: how the hypotheses were made, for the protocol line: "best path", "prefix beam of 16".
+        decoding: how the hypotheses were made, for the protocol line: "best path, no language model".
 
     Raises:
         ValueError: no clip, or nothing said in any of them.
@@ -140,7 +140,7 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str], *, decodin
             low=low,
             high=high,
             n=len(clips),
-            protocol=f"{decoding}, no language model; interval over clips drawn anew",
+            protocol=f"{decoding}; interval over clips drawn anew",
             details={
                 "substitutions": sum(clip.substitutions for clip in clips),
                 "deletions": sum(clip.deletions for clip in clips),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from mmssl.nn.masking import clone, first, hidden_count, plan_of
 from mmssl.nn.seeds import uniform
 from mmssl.types import MaskPlan, Tokens, valid_mask
 
+BlockMask = Literal["blocks", "inverse_blocks", "beit_blocks"]
 _POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 # rectangles tried for a clip before what is left to hide is hidden anywhere
 _TRIES = 64
@@ -192,7 +194,7 @@ def rectangles(
 
 
 # (tokens, ratio, size, seeds, clones) -> MaskPlan
-BLOCK_MASKS: dict[str, Callable[..., MaskPlan]] = {
+BLOCK_MASKS: dict[BlockMask, Callable[..., MaskPlan]] = {
     "blocks": block_mask,
     "inverse_blocks": partial(block_mask, inverse=True),
     "beit_blocks": beit_mask,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmssl.nn.predictor import places
 from mmssl.nn.seeds import uniform
-from mmssl.types import valid_mask
+from mmssl.nn.spread import spread
+from mmssl.types import Tokens, valid_mask
 
 # a stream of its own for the negatives of a clip: masks take the small ones
 _NEGATIVES = 1001
@@ -107,6 +112,70 @@ def contrast_ahead(prediction: Tensor, target: Tensor, others: Tensor, lengths: 
         # as in `contrast`, one product of all pairs rather than to gather K vectors for each token
         table = prediction[:, :rows].float() @ target.float().transpose(1, 2) * target.shape[2] ** -0.5
         return table.gather(2, candidates).flatten(0, 1).index_select(0, here)
+
+
+def contrast_steps(
+    predictions: Sequence[Tensor], target: Tensor, tokens: Tokens, *, negatives: int, seeds: Tensor
+) -> list[Tensor]:
+    """The scores of predictions of one step ahead, of two, and so on, see `contrast_ahead`.
+
+    Steps go along the first axis of the tokens; the negatives of a target are the same for all steps.
+
+    Args:
+        predictions: (B, N, C) each, finite past each length; the first of one step ahead.
+        target: (B, N, C), finite past each length.
+        tokens: their grid and lengths are read.
+        negatives: K, for each target.
+        seeds: (B,) int64.
+
+    Returns:
+        for each step (M, 1 + K) float32, the positive first.
+    """
+    others = draw_others(tokens.lengths, negatives, seeds)
+    step = math.prod(tokens.grid[1:])
+    return [
+        contrast_ahead(prediction, target, others, tokens.lengths, shift=ahead * step)
+        for ahead, prediction in enumerate(predictions, 1)
+    ]
+
+
+def binary_cross_entropy(scores: Tensor) -> Tensor:
+    """The loss in nats of a yes for each positive and a no for each of its negatives, summed: (M, 1 + K) -> ()."""
+    return F.softplus(-scores[:, 0]).sum() + F.softplus(scores[:, 1:]).sum()
+
+
+def binary_chance(negatives: int) -> float:
+    """The least `binary_cross_entropy` of a row whose answers are all the same: yes with probability 1 / (1 + K)."""
+    return math.log(1 + negatives) + negatives * math.log((1 + negatives) / negatives)
+
+
+def steps_metrics(
+    logits: Sequence[Tensor], prediction: Tensor, target: Tensor, tokens: Tokens
+) -> dict[str, tuple[float | Tensor, float]]:
+    """Name -> (sum, count), for the log of objectives that look ahead.
+
+    They are those of `contrast_metrics`; the accuracy of the first step ahead and of the last; and how far predictions
+    and targets lie apart in direction, where unrelated ones do by about 1.
+
+    Args:
+        logits: see `contrast_steps`.
+        prediction: (B, N, C), of one step ahead.
+        target: (B, N, C).
+        tokens: their lengths are read.
+    """
+    scores = torch.cat([each.detach() for each in logits])
+    count = len(scores)
+    metrics: dict[str, tuple[float | Tensor, float]] = {
+        name: (value, count) for name, value in contrast_metrics(scores).items()
+    }
+    for ahead in {1, len(logits)}:
+        of = logits[ahead - 1].detach()
+        metrics[f"accuracy_{ahead}"] = contrast_metrics(of)["accuracy"], len(of)
+    real = places(valid_mask(tokens.lengths, target.shape[1]), target.device)
+    for name, x in (("prediction_std", prediction), ("feature_std", target)):
+        directions = F.normalize(x.detach().flatten(0, 1).index_select(0, real).float(), dim=-1)
+        metrics[name] = spread(directions * x.shape[-1] ** 0.5) * count, count
+    return metrics
 
 
 def contrast_metrics(logits: Tensor) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ class CrossBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim, eps=eps) for _ in range(3))
         self.cross = CrossAttention(dim, heads)
-        self.attention = Attention(dim, heads, dropout=0.0, layer_scale=None)
+        self.attention = Attention(dim, heads, dropout=0.0, layer_scale=None, gated=False)
         self.mlp = MLP(dim, mlp_dim, dropout=0.0, activation="gelu", layer_scale=None)
 
     def forward(self, h: Tensor, other: Tensor, layout: Layout) -> Tensor:

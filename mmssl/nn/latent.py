@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmssl.types import valid_mask
+from mmssl.nn.teacher import Teacher
+from mmssl.types import Point, Raw, Tokens, valid_mask
 
 Norm = Literal["none", "layer", "instance"]
+# parts of an encoder that a teacher may copy, see `parts_to_copy`
+Copied = Literal["frontend", "positions"]
 
 
 def instance_norm(x: Tensor, lengths: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -54,6 +57,35 @@ def average_layers(layers: Sequence[Tensor], lengths: Tensor, *, layer_norm: Nor
     return _normalized(total / len(layers), lengths, target_norm)
 
 
+@torch.no_grad()
+def averaged_target(
+    teacher: Teacher,
+    raw: Raw,
+    tokens: Tokens | None,
+    *,
+    layers: Sequence[int],
+    point: Point,
+    layer_norm: Norm,
+    target_norm: Norm,
+) -> Tensor:
+    """What a teacher makes of whole clips, see `average_layers`.
+
+    Args:
+        teacher: of an encoder.
+        tokens: of these clips, for a teacher that copies the student's frontend; None to let it read `raw` itself.
+        layers, point: which of its layers, see `Encoded.layers`.
+
+    Returns:
+        (B, N, D) float32.
+    """
+    if tokens is None:
+        encoder: Any = teacher.module
+        tokens = encoder.tokens(raw)
+    whole = teacher(tokens, layers=layers, point=point)
+    read = [whole.layers[i][:, whole.n_prefix :] for i in layers]
+    return average_layers(read, tokens.lengths, layer_norm=layer_norm, target_norm=target_norm)
+
+
 def regression(prediction: Tensor, target: Tensor, *, beta: float) -> Tensor:
     """The error of each prediction in float32: squared, or smooth L1, summed over D and divided by its root.
 
@@ -86,13 +118,13 @@ def top_layers(depth: int, top_k: int) -> list[int]:
     return list(range(depth - top_k + 1, depth + 1))
 
 
-def parts_to_copy(encoder: nn.Module, copied: Iterable[str]) -> list[str]:
+def parts_to_copy(encoder: nn.Module, copied: Iterable[Copied]) -> list[str]:
     """Those parts of an encoder that a teacher copies which have parameters.
 
     Raises:
         ValueError: the teacher is to read tokens of the student's that dropout has changed.
     """
-    parts = list(copied)
+    parts: list[str] = list(copied)
     frontend = encoder.get_submodule("frontend")
     if "frontend" in parts and getattr(frontend, "dropout", 0.0) > 0:
         raise ValueError(

@@ -51,7 +51,7 @@ class SinCos(nn.Module):
         self.train_grid = train_grid
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
-        coords = _shared(tokens.coords)
+        coords = shared(tokens.coords)
         if self.train_grid is not None:
             sizes = zip(self.train_grid, tokens.grid, tokens.axes, strict=True)
             scale = torch.tensor([1.0 if axis == "t" else old / new for old, new, axis in sizes])
@@ -87,7 +87,7 @@ class FlatSinCos(nn.Module):
                 f"positions: numbered over {self.grid} tokens, and these are {tuple(tokens.grid)}; resize the clips, "
                 "or use sincos positions"
             )
-        number = _number(_shared(tokens.coords), self.grid)[..., None]
+        number = _number(shared(tokens.coords), self.grid)[..., None]
         rates = 10_000.0 ** (-torch.arange(0, self.dim, 2, device=number.device, dtype=torch.float64) / self.dim)
         angles = number.double() * rates
         return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., : self.dim].float()
@@ -126,7 +126,7 @@ class Learned(nn.Module):
             cells = table.T.reshape(1, -1, *grid)
             stretched = F.interpolate(cells, size=tuple(tokens.grid), mode="bicubic", align_corners=False)
             table, grid = stretched.flatten(2)[0].T, tuple(tokens.grid)
-        return table[_number(_shared(tokens.coords), grid)]
+        return table[_number(shared(tokens.coords), grid)]
 
 
 class Convolutional(nn.Module):
@@ -192,7 +192,7 @@ def _number(coords: Tensor, grid: Sequence[int]) -> Tensor:
     return number
 
 
-def _shared(coords: Tensor) -> Tensor:
+def shared(coords: Tensor) -> Tensor:
     """(1, N, A) where all clips have the same coordinates because they are one expanded view."""
     return coords[:1] if coords.stride(0) == 0 or len(coords) == 1 else coords
 
@@ -216,3 +216,5 @@ POSITIONS: dict[str, type[nn.Module]] = {
     "none": NoPositions,
     "stacked_conv": StackedConvolutional,
 }
+# what they add to a token depends on its neighbors
+READ_CONTENT = (Convolutional, StackedConvolutional)

@@ -47,6 +47,24 @@ def normal(seed: int, *shape: int, name: str, device: torch.device | str = "cpu"
     return torch.randn(shape, generator=generator, device=device)
 
 
+def normal_per_clip(counts: Tensor, dim: int, seeds: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal vectors, the clips' end to end, each clip's from its own seed; other devices give others.
+
+    Args:
+        counts: (B,) int64, vectors of each clip.
+        dim: their width.
+        seeds: (B,) int64.
+
+    Returns:
+        (M, dim) float32 on `device`, M the sum of `counts`.
+    """
+    parts = [
+        torch.randn(n, dim, generator=torch.Generator(device).manual_seed(seed), device=device)
+        for n, seed in zip(counts.tolist(), seeds.tolist(), strict=True)
+    ]
+    return torch.cat(parts)
+
+
 def _mix(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * _MIX1
     z = (z ^ (z >> np.uint64(27))) * _MIX2

@@ -23,6 +23,7 @@ class Teacher(nn.Module):
 
     Attributes:
         averaged, copied: which parameter and which buffer is which, by name.
+        decay: of the last update; 1 before the first.
 
     Raises:
         ValueError: a name in `copy` is none of the student's.
@@ -39,6 +40,7 @@ class Teacher(nn.Module):
         self.averaged = [name for name in names if not any(_belongs(name, part) for part in chosen)]
         self.copied = [name for name in names if name not in set(self.averaged)]
         self.copied += [name for name, _ in student.named_buffers()]
+        self.decay = 1.0
         self.train(False)
 
     def train(self, mode: bool = True) -> Teacher:
@@ -58,6 +60,7 @@ class Teacher(nn.Module):
         """
         if not 0 <= decay <= 1:
             raise ValueError(f"ema_decay={decay}: must lie between 0 and 1")
+        self.decay = decay
         theirs = dict(student.named_parameters()) | dict(student.named_buffers())
         ours = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         if self.averaged:

@@ -9,14 +9,15 @@ only and a clip's result is the same alone as beside a longer one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.nn.bias import Gate, build_bias
 from mmssl.nn.linear import Linear
 from mmssl.nn.seeds import seed_of, uniform
 from mmssl.nn.windows import Windows
@@ -72,6 +73,19 @@ class Layout:
         own = self.seen if self.seen.ndim == 2 else self.seen[row : row + 1]
         return own[..., : self.sizes[row], : self.sizes[row]]
 
+    def bias_in(self, row: int, bias: Tensor | None) -> Tensor | None:
+        """(1 or B, heads, N, N) among the real tokens of one row."""
+        if bias is None:
+            return None
+        own = bias if len(bias) == 1 else bias[row : row + 1]
+        return own[..., : self.sizes[row], : self.sizes[row]]
+
+    def pad(self, h: Tensor) -> Tensor:
+        """(M, D) -> (B, longest, D), zero past each length."""
+        padded = h.new_zeros(self.batch, self.longest, h.shape[-1])
+        padded[self.valid] = h
+        return padded
+
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (M, D) real tokens."""
         return x.flatten(0, 1).index_select(0, self.index) if self.ragged else x
@@ -93,27 +107,34 @@ class Layout:
 class Attention(nn.Module):
     """Multi-head self-attention within each clip, or within windows of it."""
 
-    def __init__(self, dim: int, heads: int, *, dropout: float, layer_scale: float | None) -> None:
+    def __init__(self, dim: int, heads: int, *, dropout: float, layer_scale: float | None, gated: bool) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
         self.qkv = Linear(dim, 3 * dim)
         self.out = Linear(dim, dim)
         self.scale = _layer_scale(dim, layer_scale)
+        self.gate = Gate(dim, heads) if gated else None
 
-    def forward(self, h: Tensor, layout: Layout, windows: Windows | None = None) -> Tensor:
+    def forward(self, h: Tensor, layout: Layout, windows: Windows | None = None, bias: Tensor | None = None) -> Tensor:
+        """What each token takes from those that it sees, in the shape of `h`; `bias` as in `mmssl.nn.bias`."""
         qkv = self.qkv(h)
+        gate = None if self.gate is None else self.gate(h)
         if windows is not None:
             mixed = windows.join(self._attend(windows.split(qkv), windows.mask), h)
         elif not layout.ragged:
-            mixed = self._attend(qkv, layout.seen)
+            mixed = self._attend(qkv, _biased(layout.seen, bias, gate))
         elif layout.row_by_row:
-            rows = enumerate(qkv.split(layout.sizes))
-            mixed = torch.cat([self._attend(row[None], layout.seen_in(i))[0] for i, row in rows])
+            gates = [None] * layout.batch if gate is None else gate.split(layout.sizes)
+            rows = [
+                self._attend(row[None], _biased(layout.seen_in(i), layout.bias_in(i, bias), own))[0]
+                for i, (row, own) in enumerate(zip(qkv.split(layout.sizes), gates, strict=True))
+            ]
+            mixed = torch.cat(rows)
         else:
-            padded = qkv.new_zeros(layout.batch, layout.longest, qkv.shape[-1])
-            padded[layout.valid] = qkv
-            mixed = self._attend(padded, layout.seen)[layout.valid]
+            gate = None if gate is None else layout.pad(gate)
+            bias = None if bias is None else bias[..., : layout.longest, : layout.longest]
+            mixed = self._attend(layout.pad(qkv), _biased(layout.seen, bias, gate))[layout.valid]
         return _scaled(self.out(mixed), self.scale)
 
     def _attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -122,6 +143,8 @@ class Attention(nn.Module):
         q, k, v = qkv.view(batch, size, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
         rate = self.dropout if self.training else 0.0
         attend = _attend_plainly if _is_halved(q) else F.scaled_dot_product_attention
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype)
         mixed = attend(q, k, v, attn_mask=mask, dropout_p=rate)
         return mixed.transpose(1, 2).reshape(batch, size, width // 3)
 
@@ -142,6 +165,21 @@ def _or_itself(seen: Tensor) -> Tensor:
     return seen | (alone & torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device))
 
 
+def _biased(seen: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor | None:
+    """What attention adds to its scores: the bias where a token is seen, and minus infinity where it is not.
+
+    Args:
+        seen: as in `Layout`; it is what comes back where there is no bias.
+        bias: (1 or B, heads, N, N).
+        gate: (B, N, heads), or (N, heads) of one row.
+    """
+    if bias is None:
+        return seen
+    if gate is not None:
+        bias = bias * gate.transpose(-1, -2)[..., None]
+    return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
+
+
 def _is_halved(q: Tensor) -> bool:
     return (
         q.device.type == "cpu"
@@ -157,7 +195,8 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None
     """What scaled dot product attention computes, written out."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
+        is_bias = attn_mask.is_floating_point()
+        scores = scores + attn_mask if is_bias else scores.masked_fill(~attn_mask, -torch.inf)
     return F.dropout(scores.softmax(-1).to(v.dtype), dropout_p) @ v
 
 
@@ -218,23 +257,26 @@ class Block(nn.Module):
         eps: float,
         activation: Activation,
         layer_scale: float | None,
+        gated: bool,
     ) -> None:
         super().__init__()
         self.pre = norm == "pre"
         self.dropout = dropout
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attention = Attention(dim, heads, dropout=attention_dropout, layer_scale=layer_scale)
+        self.attention = Attention(dim, heads, dropout=attention_dropout, layer_scale=layer_scale, gated=gated)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, mlp_dim, dropout=activation_dropout, activation=activation, layer_scale=layer_scale)
 
-    def forward(self, h: Tensor, layout: Layout, windows: Windows | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, layout: Layout, windows: Windows | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The block's output; and that of its MLP, before dropout and the residual."""
         if self.pre:
-            h = h + self._branch(self.attention(self.norm1(h), layout, windows), layout)
+            h = h + self._branch(self.attention(self.norm1(h), layout, windows, bias), layout)
             added = self.mlp(self.norm2(h))
             return h + self._branch(added, layout), added
-        h = self.norm1(h + self._branch(self.attention(h, layout, windows), layout))
+        h = self.norm1(h + self._branch(self.attention(h, layout, windows, bias), layout))
         added = self.mlp(h)
         return self.norm2(h + self._branch(added, layout)), added
 
@@ -274,6 +316,9 @@ class Transformer(nn.Module):
             arXiv:2103.17239, section 2); None for none.
         input_norm: with "pre" a norm before the first block as well, as CLIP has it.
         final_norm: with "pre" the norm at the end.
+        bias: what attention adds to its scores for where tokens lie relative to each other, one of `mmssl.nn.bias` by
+            its `name` with its settings: {name: grid, grid: [14, 14]} as BEiT has it; None for nothing.
+        gated_bias: whether each token weighs the bias of each head by its content, as in WavLM.
     """
 
     def __init__(
@@ -297,6 +342,8 @@ class Transformer(nn.Module):
         layer_scale: float | None = None,
         input_norm: bool = False,
         final_norm: bool = True,
+        bias: Mapping[str, Any] | None = None,
+        gated_bias: bool = False,
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -310,6 +357,8 @@ class Transformer(nn.Module):
                 "transformer.norm=post: has its norm at the start and none at the end, so leave input_norm and "
                 "final_norm out"
             )
+        if gated_bias and bias is None:
+            raise ValueError("transformer.gated_bias=true: there is no bias to weigh; choose a transformer.bias")
         self.dim, self.depth = dim, depth
         self.causal, self.window = causal, window
         self.pre = norm == "pre"
@@ -331,9 +380,12 @@ class Transformer(nn.Module):
                 eps=eps,
                 activation=activation,
                 layer_scale=layer_scale,
+                gated=gated_bias,
             )
             for i in range(depth)
         )
+        # the encoder calls it, because it needs coordinates, and hands on what it gives
+        self.bias = None if bias is None else build_bias(bias, heads=heads, depth=depth)
         self.draws: Tensor
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         for part in self.modules():
@@ -353,6 +405,7 @@ class Transformer(nn.Module):
         point: Point = "block",
         attended: Tensor | None = None,
         windows: Sequence[Windows | None] = (),
+        bias: Sequence[Tensor] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Encode rows of which the first `lengths[b]` places are real.
 
@@ -366,6 +419,8 @@ class Transformer(nn.Module):
             attended: (B, N) bool, True = others see it; all by default. Each token has its own content in any case.
             windows: for each block those within which it attends, or None for the whole clip; left out, no block has
                 any.
+            bias: for each block what it adds to its scores, (1 or B, heads, N, N), as `self.bias` gives it; left out,
+                nothing. Not beside windows.
 
         Returns:
             (B, N, D) after the final norm (of "pre"), zero past each length; and the layers asked for. A block that
@@ -380,11 +435,11 @@ class Transformer(nn.Module):
         h = F.dropout(h, self.dropout, self.training)
         left_out = self._left_out()
         kept = {0: layout.unpack(h)} if 0 in layers else {}
-        each = windows or [None] * self.depth
-        for i, (block, own) in enumerate(zip(self.blocks, each, strict=True), start=1):
+        none: list[None] = [None] * self.depth
+        for i, (block, own, places) in enumerate(zip(self.blocks, windows or none, bias or none, strict=True), start=1):
             added = None
             if i not in left_out:
-                h, added = block(h, layout, own)
+                h, added = block(h, layout, own, places)
             value = h if point == "block" else added
             if i in layers and value is not None:
                 kept[i] = layout.unpack(value)

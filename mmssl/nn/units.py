@@ -1,14 +1,73 @@
-"""Units beside tokens, and the head that says which unit a token is."""
+"""Units beside tokens, what a recipe says of them, and the heads that say which unit a token is."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmssl.types import Tokens, Units, valid_mask
+from mmssl.nn.linear import Linear
+from mmssl.nn.quantizer import perplexity
+from mmssl.types import Batch, Tokens, Units, valid_mask
+
+
+def label_sets(units: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
+    """Key -> how many codes each of its labels has.
+
+    Raises:
+        ValueError: a key that is no word, or fewer codes than two.
+    """
+    codes = {key: [n] if isinstance(n, int) else list(n) for key, n in units.items()}
+    for key, sizes in codes.items():
+        if not key.isidentifier() or min(sizes, default=0) < 2:
+            raise ValueError(f"objective.units: {key} has {sizes} codes; a key is one word, and a choice takes two")
+    return codes
+
+
+def label_weights(
+    codes: Mapping[str, list[int]], given: Mapping[str, float | Sequence[float]] | None
+) -> dict[str, list[float]]:
+    """Key -> the weight of each of its labels, 1 where none is given.
+
+    Raises:
+        ValueError: weights of an unknown label set, or not one for each label.
+    """
+    found = {key: [1.0] * len(sizes) for key, sizes in codes.items()}
+    for key, weight in (given or {}).items():
+        if key not in found:
+            raise ValueError(f"objective.weights: there are no units called {key!r}; there are {', '.join(found)}")
+        found[key] = [float(weight)] * len(found[key]) if isinstance(weight, int | float) else list(weight)
+        if len(found[key]) != len(codes[key]):
+            raise ValueError(
+                f"objective.weights: {len(found[key])} for the {len(codes[key])} labels of {key!r}; give one for each"
+            )
+    return found
+
+
+def label_names(codes: Mapping[str, list[int]]) -> dict[str, list[str]]:
+    """Key -> what the log puts before the metrics of each of its labels; nothing before those of the very first."""
+    first = next(iter(codes))
+    return {
+        key: [
+            "" if key == first and label == 0 else f"{key}_{label}_" if len(sizes) > 1 else f"{key}_"
+            for label in range(len(sizes))
+        ]
+        for key, sizes in codes.items()
+    }
+
+
+def units_at(batch: Batch, key: str) -> Units:
+    """The label set of a batch.
+
+    Raises:
+        ValueError: it has none of that name.
+    """
+    if key not in batch.units:
+        raise ValueError(f"the units at {key!r} of a row are to be predicted, and the batch has {sorted(batch.units)}")
+    return batch.units[key]
 
 
 def units_of_tokens(units: Units, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -75,3 +134,52 @@ class CosineHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             projected = F.linear(x.float(), self.project.weight, self.project.bias)
             return F.normalize(projected, dim=-1) @ F.normalize(self.codes, dim=-1).t() / self.temperature
+
+
+class CodeHead(nn.Module):
+    """Which code of each of several codebooks a vector stands for: a language model's head, with an output for each.
+
+    Source: Liu et al. 2019, RoBERTa (arXiv:1907.11692), whose head is a linear map, GELU, a norm and a linear map.
+    Differs from RoBERTa: the last map has weights of its own and not those of the embeddings.
+
+    Args:
+        dim: width of the vectors.
+        codes: how many codes each codebook has.
+        eps: of the norm.
+    """
+
+    def __init__(self, dim: int, codes: Sequence[int], *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.codes = list(codes)
+        self.dense = Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.out = Linear(dim, sum(codes))
+        for linear in (self.dense, self.out):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(M, D) -> (M, V) logits, float32, for each codebook."""
+        return list(self.out(self.norm(F.gelu(self.dense(x)))).float().split(self.codes, 1))
+
+
+def choices(name: str, logits: Tensor, target: Tensor, losses: Tensor) -> dict[str, tuple[float | Tensor, float]]:
+    """What the log says of M choices among V units, each name with `name` before it.
+
+    chance_accuracy is that of always naming the commonest unit of the batch; unit_perplexity how many units the targets
+    have, as if all came alike, and predicted_perplexity the same of the choices.
+
+    Args:
+        name: goes before that of each metric, see `label_names`.
+        logits: (M, V); target: (M,); losses: (M,) cross-entropies.
+    """
+    n = len(target)
+    chosen = logits.argmax(1)
+    uses = [torch.bincount(units, minlength=logits.shape[1]).float() / n for units in (target, chosen)]
+    return {
+        f"{name}accuracy": ((chosen == target).sum(), n),
+        f"{name}chance_accuracy": (uses[0].max() * n, n),
+        f"{name}cross_entropy": (losses.sum(), n),
+        f"{name}unit_perplexity": (perplexity(uses[0]) * n, n),
+        f"{name}predicted_perplexity": (perplexity(uses[1]) * n, n),
+    }

@@ -3,7 +3,9 @@
 from torch import nn
 
 from mmssl.objectives.apc import APC
+from mmssl.objectives.bert import BERT
 from mmssl.objectives.best_rq import BestRQ
+from mmssl.objectives.cae import CAE
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.clip import CLIP
 from mmssl.objectives.cpc import CPC
@@ -12,6 +14,7 @@ from mmssl.objectives.data2vec import Data2Vec
 from mmssl.objectives.data2vec2 import Data2Vec2
 from mmssl.objectives.dbot import DBOT
 from mmssl.objectives.denoise import Denoise
+from mmssl.objectives.encodec_mae import EncodecMAE
 from mmssl.objectives.hubert import HuBERT
 from mmssl.objectives.jepa import JEPA
 from mmssl.objectives.mae import MAE
@@ -27,7 +30,10 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "wav2vec2": Wav2Vec2,
     "hubert": HuBERT,
     "best_rq": BestRQ,
+    "bert": BERT,
     "mae": MAE,
+    "cae": CAE,
+    "encodec_mae": EncodecMAE,
     "tera": TERA,
     "apc": APC,
     "cpc": CPC,
@@ -45,6 +51,8 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "ctc": CTC,
     "classify": Classify,
 }
+# those whose own weights are exported beside the encoder's without labels: they give codes
+CODERS = ("vq_wav2vec",)
 # those that bring several modalities together, and take their `Encoders`
 PAIRED = [name for name, objective in OBJECTIVES.items() if getattr(objective, "pairs", False)]
 # objective -> the key of a manifest's rows that it learns from

@@ -60,12 +60,7 @@ class APC(nn.Module):
         self.encoder = encoder
         self.target = target
         self.ahead = ahead
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predict = Linear(encoder.dim, target_dim)
         nn.init.xavier_uniform_(self.predict.weight)
         nn.init.zeros_(self.predict.bias)

@@ -83,7 +83,7 @@ class BestRQ(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.mask_prob, self.mask_span, self.min_spans = mask_prob, mask_span, min_spans
-        self.skips_parameters = encoder.transformer.layer_drop > 0 or getattr(encoder.frontend, "grad_mult", 1.0) == 0
+        self.skips_parameters = encoder.skips_parameters(self.hide)
 
     def forward(self, batch: Batch) -> Loss:
         """The loss in nats, summed over hidden tokens: the mean over codebooks of each one's cross-entropy."""

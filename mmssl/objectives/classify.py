@@ -94,12 +94,7 @@ class Classify(nn.Module):
         self.label_smoothing = label_smoothing
         self.mixup = mixup
         self.freeze_encoder = freeze_encoder
-        # nothing is hidden here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.pool: Callable[[Tensor, Tensor, int], Tensor]
         if pooling == "attention":
             self.pool = AttentionPool(encoder.dim, pool_heads)

@@ -69,10 +69,8 @@ class CLIP(nn.Module):
         self.encoder = encoder
         self.pool = dict(pool)
         self.same = same
-        # nothing is hidden, so a mask token gets no gradient; and a batch may have none of a modality
-        self.skips_parameters = len(encoder) > 2 or any(
-            encoder[name].mask_token is not None or encoder[name].transformer.layer_drop > 0 for name in encoder
-        )
+        # of more than two modalities a batch may have none of one
+        self.skips_parameters = len(encoder) > 2 or any(encoder[name].skips_parameters(self.hide) for name in encoder)
         self.dim = dim
         self.project = nn.ModuleDict({name: _projection(encoder[name].dim, dim) for name in encoder})
         self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))

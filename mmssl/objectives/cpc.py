@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from mmssl.encoder import Encoder
-from mmssl.nn.contrast import contrast_ahead, contrast_metrics, draw_others
-from mmssl.nn.predictor import places
-from mmssl.nn.spread import spread
-from mmssl.types import Batch, Hide, Loss, valid_mask
+from mmssl.nn.contrast import contrast_steps, steps_metrics
+from mmssl.types import Batch, Hide, Loss
 
 
 class CPC(nn.Module):
@@ -43,8 +39,7 @@ class CPC(nn.Module):
             raise ValueError(f"objective.steps={steps}, negatives={negatives}: both must be at least 1")
         self.encoder = encoder
         self.steps, self.negatives = steps, negatives
-        # nothing is replaced here, so a mask token gets no gradient, and steps beyond the end of all clips get none
-        self.skips_parameters = True
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predict = nn.ModuleList(
             nn.Linear(encoder.dim, encoder.frontend.feature_dim, bias=False) for _ in range(steps)
         )
@@ -55,28 +50,12 @@ class CPC(nn.Module):
         if tokens.feat is None:
             raise ValueError("CPC predicts the frontend's features, and this frontend gives none")
         context = self.encoder(tokens).tokens
-        others = draw_others(tokens.lengths, self.negatives, batch.seeds)
-        step = math.prod(tokens.grid[1:])
         predictions = [predict(context) for predict in self.predict]
-        logits = [
-            contrast_ahead(prediction, tokens.feat, others, tokens.lengths, shift=ahead * step)
-            for ahead, prediction in enumerate(predictions, 1)
-        ]
+        logits = contrast_steps(predictions, tokens.feat, tokens, negatives=self.negatives, seeds=batch.seeds)
         scores = torch.cat(logits)
         total = (scores.logsumexp(1) - scores[:, 0]).sum()
         count = len(scores)
-        real = places(valid_mask(tokens.lengths, context.shape[1]), context.device)
-        prediction, features = (
-            F.normalize(x.detach().flatten(0, 1).index_select(0, real).float(), dim=-1) * x.shape[-1] ** 0.5
-            for x in (predictions[0], tokens.feat)
-        )
-        metrics: dict[str, tuple[float | Tensor, float]] = {"loss": (total.detach(), count)}
-        metrics |= {name: (value, count) for name, value in contrast_metrics(scores.detach()).items()}
-        for ahead in {1, self.steps}:
-            of = logits[ahead - 1].detach()
-            metrics[f"accuracy_{ahead}"] = contrast_metrics(of)["accuracy"], len(of)
-        metrics["prediction_std"] = spread(prediction) * count, count
-        metrics["feature_std"] = spread(features) * count, count
+        metrics = steps_metrics(logits, predictions[0], tokens.feat, tokens) | {"loss": (total.detach(), count)}
         return Loss(total, count, metrics)
 
     def after_step(self, step: int) -> None:

@@ -80,8 +80,7 @@ class CTC(nn.Module):
         self.dropout = dropout
         if freeze_frontend and frontend.learned:
             frontend.grad_mult = 0.0
-        # whether an update may leave parameters without a gradient, which the loop must tell DDP
-        self.skips_parameters = True
+        self.skips_parameters = freeze_updates > 0 or encoder.skips_parameters("replace" if mask_prob else "none")
         self.infeasible_ids: set[str] = set()
         self.told = 0
         self.updates: Tensor

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, cast
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
-from mmssl.nn.block_masks import BLOCK_MASKS
-from mmssl.nn.latent import Norm, average_layers, parts_to_copy, regression, top_layers
+from mmssl.nn.block_masks import BLOCK_MASKS, BlockMask
+from mmssl.nn.latent import Copied, Norm, averaged_target, parts_to_copy, regression, top_layers
 from mmssl.nn.predictor import places
 from mmssl.nn.spread import feature_spread, spread
 from mmssl.nn.teacher import Teacher, ema_decay
 from mmssl.types import Batch, Hide, Loss, Point, Raw, Tokens
-
-Mask = Literal["blocks", "inverse_blocks", "beit_blocks"]
-Copied = Literal["frontend", "positions"]
 
 
 class Data2Vec(nn.Module):
@@ -56,7 +52,7 @@ class Data2Vec(nn.Module):
         self,
         encoder: Encoder,
         *,
-        mask: Mask = "blocks",
+        mask: BlockMask = "blocks",
         mask_ratio: float = 0.49,
         mask_size: int | Sequence[int] = 10,
         top_k: int = 8,
@@ -79,7 +75,7 @@ class Data2Vec(nn.Module):
         self.beta = beta
         self.first_decay, self.last_decay, self.ema_updates = ema_decay, ema_decay_end, ema_updates
         self.shares_tokens = "frontend" in copied
-        self.skips_parameters = encoder.transformer.layer_drop > 0 or getattr(encoder.frontend, "grad_mult", 1.0) == 0
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.teacher = Teacher(encoder, copy=parts_to_copy(encoder, copied))
         self.predict = nn.Linear(encoder.dim, encoder.dim)
 
@@ -93,11 +89,13 @@ class Data2Vec(nn.Module):
         target = self.target(batch.raw, tokens).flatten(0, 1).index_select(0, hidden)
         total = regression(prediction, target, beta=self.beta).sum()
         count = len(hidden)
-        metrics = {
+        metrics: dict[str, Tensor | float] = {
             "loss": total.detach(),
             "target_std": spread(target) * count,
             "prediction_std": spread(prediction) * count,
             "feature_std": feature_spread(tokens) * count,
+            "teacher_decay": self.teacher.decay * count,
+            "target_norms": ((self.layer_norm != "none") + (self.target_norm != "none")) * count,
         }
         return Loss(total, count, {name: (value, count) for name, value in metrics.items()})
 
@@ -105,11 +103,14 @@ class Data2Vec(nn.Module):
         decay = ema_decay(step, first=self.first_decay, last=self.last_decay, updates=self.ema_updates)
         self.teacher.update(self.encoder, decay)
 
-    @torch.no_grad()
     def target(self, raw: Raw, tokens: Tokens) -> Tensor:
         """(B, N, D) float32: what is to be predicted for every token of a batch, and the student's tokens of it."""
-        if not self.shares_tokens:
-            tokens = cast(Encoder, self.teacher.module).tokens(raw)
-        whole = self.teacher(tokens, layers=self.layers, point=self.target_point)
-        layers = [whole.layers[i][:, whole.n_prefix :] for i in self.layers]
-        return average_layers(layers, tokens.lengths, layer_norm=self.layer_norm, target_norm=self.target_norm)
+        return averaged_target(
+            self.teacher,
+            raw,
+            tokens if self.shares_tokens else None,
+            layers=self.layers,
+            point=self.target_point,
+            layer_norm=self.layer_norm,
+            target_norm=self.target_norm,
+        )

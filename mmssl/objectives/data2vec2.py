@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, cast
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
-from mmssl.nn.block_masks import BLOCK_MASKS
+from mmssl.nn.block_masks import BLOCK_MASKS, BlockMask
 from mmssl.nn.conv_decoder import ConvDecoder
-from mmssl.nn.latent import Norm, average_layers, parts_to_copy, regression, top_layers
+from mmssl.nn.latent import Copied, Norm, averaged_target, parts_to_copy, regression, top_layers
+from mmssl.nn.seeds import normal_per_clip
 from mmssl.nn.spread import feature_spread, spread
 from mmssl.nn.teacher import Teacher, ema_decay
 from mmssl.types import Batch, Hide, Loss, MaskPlan, Point, Raw, Tokens
-
-Mask = Literal["blocks", "inverse_blocks", "beit_blocks"]
-Copied = Literal["frontend", "positions"]
 
 
 class Data2Vec2(nn.Module):
@@ -53,7 +50,7 @@ class Data2Vec2(nn.Module):
         self,
         encoder: Encoder,
         *,
-        mask: Mask = "inverse_blocks",
+        mask: BlockMask = "inverse_blocks",
         mask_ratio: float = 0.8,
         mask_size: int | Sequence[int] = 3,
         clones: int = 16,
@@ -89,12 +86,7 @@ class Data2Vec2(nn.Module):
         self.beta = beta
         self.first_decay, self.last_decay, self.ema_updates = ema_decay, ema_decay_end, ema_updates
         self.shares_tokens = "frontend" in copied
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.teacher = Teacher(encoder, copy=parts_to_copy(encoder, copied))
         self.decoder = ConvDecoder(
             dim_in=encoder.dim,
@@ -119,10 +111,12 @@ class Data2Vec2(nn.Module):
         target = whole.flatten(0, 1).index_select(0, of)
         total = regression(prediction, target, beta=self.beta).sum()
         count = len(target)
-        metrics = {
+        metrics: dict[str, Tensor | float] = {
             "target_std": spread(target) * count,
             "prediction_std": spread(prediction) * count,
             "feature_std": feature_spread(tokens) * count,
+            "teacher_decay": self.teacher.decay * count,
+            "target_norms": ((self.layer_norm != "none") + (self.target_norm != "none")) * count,
         }
         if self.utterance_weight:
             mean = whole.sum(1) / tokens.lengths.to(whole.device)[:, None]
@@ -138,20 +132,19 @@ class Data2Vec2(nn.Module):
         decay = ema_decay(step, first=self.first_decay, last=self.last_decay, updates=self.ema_updates)
         self.teacher.update(self.encoder, decay)
 
-    @torch.no_grad()
     def target(self, raw: Raw, tokens: Tokens) -> Tensor:
         """(B, N, D) float32: what is to be predicted for every token of a batch, and the student's tokens of it."""
-        if not self.shares_tokens:
-            tokens = cast(Encoder, self.teacher.module).tokens(raw)
-        whole = self.teacher(tokens, layers=self.layers, point=self.target_point)
-        layers = [whole.layers[i][:, whole.n_prefix :] for i in self.layers]
-        return average_layers(layers, tokens.lengths, layer_norm=self.layer_norm, target_norm=self.target_norm)
+        return averaged_target(
+            self.teacher,
+            raw,
+            tokens if self.shares_tokens else None,
+            layers=self.layers,
+            point=self.target_point,
+            layer_norm=self.layer_norm,
+            target_norm=self.target_norm,
+        )
 
     def _noise(self, plan: MaskPlan, seeds: Tensor, like: Tensor) -> Tensor:
         """(M, D), each clip's from its own seed, one copy after the other."""
         counts = plan.masked.sum(1).view(len(seeds), -1).sum(1)
-        parts = [
-            torch.randn(n, like.shape[-1], generator=torch.Generator(like.device).manual_seed(seed), device=like.device)
-            for n, seed in zip(counts.tolist(), seeds.tolist(), strict=True)
-        ]
-        return torch.cat(parts) * self.mask_noise
+        return normal_per_clip(counts, like.shape[-1], seeds, like.device) * self.mask_noise

@@ -24,8 +24,7 @@ class DBOT(nn.Module):
 
     Source: Liu et al. 2022, "Exploring target representations for masked autoencoders" (dBOT, arXiv:2209.03917),
         section 4.
-    Differs from the paper: a stage's teacher is the encoder of the run before as it ended, and not a running average of
-        its weights; the decoder is MAE's.
+    Differs from the released code: the teacher's output is taken after its final norm, and the decoder drops no paths.
     Target: the teacher's output for the whole clip, after its final norm, each token brought to mean 0 and deviation 1.
 
     Args:
@@ -34,7 +33,7 @@ class DBOT(nn.Module):
             tokens; none for random weights.
         teacher_encoder: that encoder; it is copied, kept in float32 and saved with the objective.
         mask, mask_ratio: see `MAE`.
-        beta: below this error the loss is square, above it linear.
+        beta: below this error the loss is square, above it linear; 2 in the released code.
         decoder_dim, decoder_depth, decoder_heads, decoder_mlp_dim, decoder_eps: of the Predictor.
     """
 
@@ -49,7 +48,7 @@ class DBOT(nn.Module):
         teacher: str | None = None,
         mask: Mask = "random",
         mask_ratio: float = 0.75,
-        beta: float = 1.0,
+        beta: float = 2.0,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
@@ -65,12 +64,7 @@ class DBOT(nn.Module):
         self.teacher = Teacher(teacher_encoder)
         self.named = "with random weights" if teacher is None else teacher
         self.mask, self.mask_ratio, self.beta = mask, mask_ratio, beta
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predictor = Predictor(
             dim_in=encoder.dim,
             dim=decoder_dim,

@@ -72,12 +72,7 @@ class Denoise(nn.Module):
         self.encoder = encoder
         self.target = target
         self.low, self.high = low, high
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.embed = Linear(encoder.dim, decoder_dim)
         self.decoder = Transformer(
             dim=decoder_dim, depth=decoder_depth, heads=decoder_heads, mlp_dim=decoder_mlp_dim, eps=decoder_eps

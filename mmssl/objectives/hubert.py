@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -13,11 +13,18 @@ from mmssl.encoder import Encoder
 from mmssl.nn.heads import mean_pool
 from mmssl.nn.masking import span_mask
 from mmssl.nn.predictor import places
-from mmssl.nn.quantizer import perplexity
 from mmssl.nn.spread import spread
-from mmssl.nn.units import CosineHead, units_of_tokens
+from mmssl.nn.units import (
+    CosineHead,
+    choices,
+    label_names,
+    label_sets,
+    label_weights,
+    units_at,
+    units_of_tokens,
+)
 from mmssl.objectives.wav2vec2 import feature_size
-from mmssl.types import Batch, Hide, Loss, Units
+from mmssl.types import Batch, Hide, Loss, Raw, Tokens
 
 
 class HuBERT(nn.Module):
@@ -28,9 +35,10 @@ class HuBERT(nn.Module):
         released code's, is taken clip by clip (see `feature_size`), so that micro-batches add up; each label has a
         projection of its own, as the released configuration has it (`untie_final_proj`).
     Target: units of each clip that stand in the manifest, such as `mmssl units` writes: k-means of MFCC or of a layer
-        of an encoder, the codes of a codec (EnCodecMAE: Pepino et al. 2023, arXiv:2309.07391), several codebooks at
-        once (MERT: Li et al. 2023, arXiv:2306.00107); and `topics`, one label for all of a clip, from the mean of its
-        tokens (HuBERTopic: Maekaku et al. 2023, arXiv:2310.03975).
+        of an encoder, the codes of a codec, several codebooks at once (MERT: Li et al. 2023, arXiv:2306.00107); and
+        `topics`, one label for all of a clip, from the mean of its tokens (HuBERTopic: Maekaku et al. 2023,
+        arXiv:2310.03975). With `regression` also `target`: values that the modality computes from the sound, such as
+        MERT's constant-Q transform; never learned ones.
 
     Args:
         encoder: with a mask token.
@@ -43,9 +51,12 @@ class HuBERT(nn.Module):
         dim: width of projections and embeddings.
         logit_temperature: divides the cosine similarity.
         feature_penalty: weight of the mean square of the features before their last norm, where they are learned.
+        regression: weight of the mean squared error of a linear map of hidden tokens to `target`.
+        target, target_dim, target_learned: see `MAE`; none without `regression`.
 
     Raises:
-        ValueError: no label set, weights for others, or an encoder without a mask token.
+        ValueError: no label set, weights for others, a regression without a fixed target, or an encoder without a mask
+            token.
     """
 
     label: ClassVar[str | None] = None
@@ -65,21 +76,34 @@ class HuBERT(nn.Module):
         dim: int = 256,
         logit_temperature: float = 0.1,
         feature_penalty: float = 10.0,
+        regression: float = 0.0,
+        target: Callable[[Raw, Tokens], Tensor] | None = None,
+        target_dim: int = 0,
+        target_learned: bool = False,
     ) -> None:
         super().__init__()
         if encoder.mask_token is None:
             raise ValueError("encoder.mask_token=false: HuBERT replaces hidden tokens, set it to true")
+        if (regression > 0) != (target is not None) or regression < 0:
+            raise ValueError(
+                f"objective.regression={regression:g}: a weight above 0 goes with a target to regress to, and no "
+                "target without one; set both, or neither"
+            )
+        if target_learned:
+            name = type(encoder.frontend).__name__
+            raise ValueError(
+                f"objective.target: {name} learns what it measures, so the regression would collapse; choose a fixed "
+                "target such as cqt or log_mel"
+            )
         if not units:
             raise ValueError("objective.units={}: name a key of the manifest and its number of codes: {units: 500}")
         topics = dict(topics or {})
-        codes = {key: [n] if isinstance(n, int) else list(n) for key, n in {**units, **topics}.items()}
-        for key, sizes in codes.items():
-            if key in units and key in topics:
+        for key in topics:
+            if key in units:
                 raise ValueError(f"objective.topics: {key} is in units already; a label set is one or the other")
-            if not key.isidentifier() or min(sizes, default=0) < 2:
-                raise ValueError(f"objective.units: {key} has {sizes} codes; a key is one word, and a choice takes two")
+        codes = label_sets({**units, **topics})
         self.encoder = encoder
-        self.weights = _weights(codes, weights or {})
+        self.weights, self.names = label_weights(codes, weights), label_names(codes)
         self.topics = tuple(topics)
         self.heads = nn.ModuleDict(
             {
@@ -92,7 +116,9 @@ class HuBERT(nn.Module):
         self.mask_prob, self.mask_span, self.min_spans = mask_prob, mask_span, min_spans
         self.unmasked_weight = unmasked_weight
         self.feature_penalty = feature_penalty
-        self.skips_parameters = encoder.transformer.layer_drop > 0 or getattr(encoder.frontend, "grad_mult", 1.0) == 0
+        self.regression, self.target = regression, target
+        self.regress = None if target is None else nn.Linear(encoder.dim, target_dim)
+        self.skips_parameters = encoder.skips_parameters(self.hide)
 
     def forward(self, batch: Batch) -> Loss:
         """The loss in nats, summed over hidden tokens, and over visible ones where they have a weight.
@@ -107,7 +133,7 @@ class HuBERT(nn.Module):
             tokens.lengths, prob=self.mask_prob, span=self.mask_span, min_spans=self.min_spans, seeds=batch.seeds
         )
         encoded = self.encoder(tokens, plan, self.hide)
-        found = {key: self._units(batch, key) for key in self.heads}
+        found = {key: units_at(batch, key) for key in self.heads}
         aligned = {key: units_of_tokens(units, tokens) for key, units in found.items() if key not in self.topics}
         known = torch.stack([known for _, known in aligned.values()]).all(0)
         hidden, seen = known & plan.masked, known & ~plan.masked
@@ -127,7 +153,7 @@ class HuBERT(nn.Module):
                 part = losses[:n].sum() + self.unmasked_weight * losses[n:].sum()
                 total = total + self.weights[key][label] * part
                 if n:
-                    metrics |= _choices(name, logits[:n].detach(), target[:n, label], losses[:n].detach())
+                    metrics |= choices(name, logits[:n].detach(), target[:n, label], losses[:n].detach())
         for key in self.topics:
             pooled = mean_pool(encoded.x, encoded.lengths, encoded.n_prefix)
             [(name, logits)] = self._logits(key, pooled)
@@ -135,7 +161,15 @@ class HuBERT(nn.Module):
             losses = F.cross_entropy(logits, target, reduction="none")
             tokens_of = (hidden | seen if self.unmasked_weight else hidden).sum(1).to(losses.device)
             total = total + self.weights[key][0] * (losses * tokens_of).sum()
-            metrics |= _choices(name, logits.detach(), target, losses.detach())
+            metrics |= choices(name, logits.detach(), target, losses.detach())
+        if self.regress is not None and self.target is not None:
+            # a target may hold a product of its own, as a spectrum does
+            with torch.autocast(x.device.type, enabled=False):
+                measured = self.target(batch.raw, tokens).flatten(0, 1).index_select(0, index[0]).detach().float()
+                errors = (self.regress(x[:n].float()) - measured).square().mean(1).sum()
+            total = total + self.regression * errors
+            if n:
+                metrics |= {"regression": (errors.detach(), n), "regression_std": (spread(measured) * n, n)}
         if tokens.pre_norm is not None and self.feature_penalty:
             counts = (hidden | seen if self.unmasked_weight else hidden).sum(1)
             penalty = feature_size(tokens.pre_norm, tokens.lengths, counts)
@@ -156,52 +190,7 @@ class HuBERT(nn.Module):
         pass
 
     def _logits(self, key: str, x: Tensor) -> list[tuple[str, Tensor]]:
-        """(what the log calls it, (M, V) logits) of each label of a label set; the very first has no name."""
+        """(what the log calls it, (M, V) logits) of each label of a label set."""
         heads = self.heads[key]
-        first = key == next(iter(self.heads))
         assert isinstance(heads, nn.ModuleList)
-        return [
-            ("" if first and label == 0 else f"{key}_{label}_" if len(heads) > 1 else f"{key}_", head(x))
-            for label, head in enumerate(heads)
-        ]
-
-    def _units(self, batch: Batch, key: str) -> Units:
-        if key not in batch.units:
-            raise ValueError(f"HuBERT predicts the units at {key!r} of a row, and the batch has {sorted(batch.units)}")
-        return batch.units[key]
-
-
-def _weights(codes: Mapping[str, list[int]], given: Mapping[str, float | Sequence[float]]) -> dict[str, list[float]]:
-    """Key -> the weight of each of its labels.
-
-    Raises:
-        ValueError: weights of an unknown label set, or not one for each label.
-    """
-    found = {key: [1.0] * len(sizes) for key, sizes in codes.items()}
-    for key, weight in given.items():
-        if key not in found:
-            raise ValueError(f"objective.weights: there are no units called {key!r}; there are {', '.join(found)}")
-        found[key] = [float(weight)] * len(found[key]) if isinstance(weight, int | float) else list(weight)
-        if len(found[key]) != len(codes[key]):
-            raise ValueError(
-                f"objective.weights: {len(found[key])} for the {len(codes[key])} labels of {key!r}; give one for each"
-            )
-    return found
-
-
-def _choices(name: str, logits: Tensor, target: Tensor, losses: Tensor) -> dict[str, tuple[float | Tensor, float]]:
-    """What the log says of M choices.
-
-    chance_accuracy is that of always naming the commonest unit of the batch; unit_perplexity how many units the targets
-    have, as if all came alike, and predicted_perplexity the same of the choices.
-    """
-    n = len(target)
-    chosen = logits.argmax(1)
-    uses = [torch.bincount(units, minlength=logits.shape[1]).float() / n for units in (target, chosen)]
-    return {
-        f"{name}accuracy": ((chosen == target).sum(), n),
-        f"{name}chance_accuracy": (uses[0].max() * n, n),
-        f"{name}cross_entropy": (losses.sum(), n),
-        f"{name}unit_perplexity": (perplexity(uses[0]) * n, n),
-        f"{name}predicted_perplexity": (perplexity(uses[1]) * n, n),
-    }
+        return [(name, head(x)) for name, head in zip(self.names[key], heads, strict=True)]

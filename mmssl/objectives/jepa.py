@@ -84,12 +84,7 @@ class JEPA(nn.Module):
         self.separately, self.edges = separately, edges
         self.error = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss}[error]
         self.first_decay, self.last_decay, self.ema_updates = ema_decay, ema_decay_end, ema_updates
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.teacher = Teacher(encoder)
         self.predictor = Predictor(
             dim_in=encoder.dim,
@@ -111,11 +106,12 @@ class JEPA(nn.Module):
         target = whole.flatten(0, 1).index_select(0, of)
         total = self.error(prediction, target, reduction="none").mean(1).sum()
         count = len(target)
-        metrics = {
+        metrics: dict[str, Tensor | float] = {
             "loss": total.detach(),
             "target_std": spread(target) * count,
             "prediction_std": spread(prediction) * count,
             "feature_std": feature_spread(tokens) * count,
+            "teacher_decay": self.teacher.decay * count,
         }
         return Loss(total, count, {name: (value, count) for name, value in metrics.items()})
 

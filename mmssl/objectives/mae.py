@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmssl.encoder import Encoder
 from mmssl.nn.masking import green_mask, plan_of, random_mask, running_cells, tube_mask
 from mmssl.nn.predictor import Predictor, places
+from mmssl.nn.seeds import normal_per_clip
 from mmssl.nn.spread import spread, token_spread
 from mmssl.types import Batch, Frontend, Hide, Loss, MaskPlan, Raw, Tokens
 
@@ -115,12 +116,7 @@ class MAE(nn.Module):
         # saved where masks depend on it, so that a run that is resumed draws the same ones
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64), persistent=first != last)
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predictor = Predictor(
             dim_in=encoder.dim,
             dim=decoder_dim,
@@ -208,11 +204,7 @@ class MAE(nn.Module):
         """(M, D) for so many tokens of each clip, the clips' end to end, each from its own seed."""
         if self.position_noise == 0:
             return None
-        parts = [
-            torch.randn(n, like.shape[-1], generator=torch.Generator(like.device).manual_seed(seed), device=like.device)
-            for n, seed in zip(counts.tolist(), seeds.tolist(), strict=True)
-        ]
-        return torch.cat(parts) * self.position_noise**0.5
+        return normal_per_clip(counts, like.shape[-1], seeds, like.device) * self.position_noise**0.5
 
     def _hide(self, batch: Batch, masked: Tensor | None = None) -> tuple[Tokens, MaskPlan]:
         tokens = self.encoder.tokens(batch.raw)

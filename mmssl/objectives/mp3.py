@@ -55,12 +55,7 @@ class MP3(nn.Module):
             )
         self.encoder = encoder
         self.mask_ratio = mask_ratio
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predict = nn.Linear(encoder.dim, positions)
         nn.init.trunc_normal_(self.predict.weight, std=0.02)
         nn.init.zeros_(self.predict.bias)

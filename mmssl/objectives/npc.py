@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
 from mmssl.nn.linear import Linear
-from mmssl.nn.positions import Learned, SinCos
+from mmssl.nn.positions import READ_CONTENT
 from mmssl.nn.predictor import places
 from mmssl.nn.spread import mean_distance, spread, token_spread
 from mmssl.types import Batch, Hide, Loss, Raw, Tokens, valid_mask
@@ -91,10 +91,10 @@ class NPC(nn.Module):
                 "transformer.window: NPC hides a frame from its own prediction, so it must be known how far a block "
                 "sees; set it to 1"
             )
-        if not isinstance(encoder.positions, SinCos | Learned):
+        if isinstance(encoder.positions, READ_CONTENT):
             raise ValueError(
-                f"positions: {type(encoder.positions).__name__} reads the frames that NPC hides; choose sincos or "
-                "learned"
+                f"positions: {type(encoder.positions).__name__} reads the frames that NPC hides; choose sincos, "
+                "flat_sincos, learned or none"
             )
         if target_learned:
             raise ValueError(
@@ -110,12 +110,7 @@ class NPC(nn.Module):
             )
         self.encoder = encoder
         self.target = target
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = (
-            encoder.mask_token is not None
-            or encoder.transformer.layer_drop > 0
-            or getattr(encoder.frontend, "grad_mult", 1.0) == 0
-        )
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.contexts = nn.ModuleList(
             MaskedConv(dim_in=encoder.dim, dim=context_dim, kernel=kernel, gap=gap) for gap in gaps
         )

@@ -63,8 +63,7 @@ class SiamMAE(nn.Module):
         self.encoder = encoder
         self.target, self.views = target, views
         self.mask_ratio = mask_ratio
-        # nothing is replaced here, so a mask token that the encoder may have gets no gradient
-        self.skips_parameters = encoder.mask_token is not None or encoder.transformer.layer_drop > 0
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predictor = CrossPredictor(
             dim_in=encoder.dim,
             dim=decoder_dim,

@@ -72,7 +72,7 @@ class TERA(nn.Module):
         self.time_prob, self.time_span = time_prob, time_span
         self.band_share = band_share
         self.noise_prob, self.noise_std = noise_prob, noise_std
-        self.skips_parameters = encoder.mask_token is not None or encoder.transformer.layer_drop > 0
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predict = nn.Sequential(
             Linear(encoder.dim, encoder.dim),
             nn.GELU(),

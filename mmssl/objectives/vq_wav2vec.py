@@ -7,16 +7,15 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
-from mmssl.nn.contrast import contrast_ahead, contrast_metrics, draw_others
+from mmssl.nn.contrast import binary_chance, binary_cross_entropy, contrast_metrics, contrast_steps
 from mmssl.nn.predictor import places
 from mmssl.nn.quantizer import GumbelQuantizer, KMeansQuantizer, code_perplexity, perplexity
 from mmssl.nn.spread import spread
 from mmssl.objectives.wav2vec2 import draw_per_clip, generators_of
-from mmssl.types import Batch, Hide, Loss, Tokens, valid_mask
+from mmssl.types import Batch, Hide, Loss, Raw, Tokens, valid_mask
 
 
 class VQWav2Vec(nn.Module):
@@ -25,7 +24,7 @@ class VQWav2Vec(nn.Module):
     Source: Baevski, Schneider and Auli 2020 (arXiv:1910.05453), sections 2 and 3.
     Differs from the paper: what `Wav2Vec` says of its own; codewords are not shared between groups; the logits of the
         Gumbel quantizer are one linear map of the features. The exported encoder reads features that are not
-        quantized: what this objective gives is `codes`.
+        quantized: what this objective gives is `codes`, and a run exports what they take.
     Target: the quantized features, learned with the rest and not detached.
 
     Args:
@@ -66,8 +65,7 @@ class VQWav2Vec(nn.Module):
         else:
             self.quantizer = KMeansQuantizer(dim=dim, groups=groups, codes=codes, commitment=commitment)
         self.negatives = negatives
-        # nothing is replaced here, so a mask token gets no gradient, and steps beyond the end of all clips get none
-        self.skips_parameters = True
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.predict = nn.ModuleList(nn.Linear(encoder.dim, dim) for _ in range(steps))
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -78,8 +76,6 @@ class VQWav2Vec(nn.Module):
         """
         tokens = self.encoder.tokens(batch.raw)
         features, real = _features(tokens)
-        step = math.prod(tokens.grid[1:])
-        shifts = [ahead * step for ahead in range(1, len(self.predict) + 1)]
         extra = features.new_zeros(())
         means: dict[str, float | Tensor]
         if isinstance(self.quantizer, GumbelQuantizer):
@@ -89,27 +85,22 @@ class VQWav2Vec(nn.Module):
             means = {"temperature": temperature, "soft_perplexity": perplexity(quantized.soft.detach().mean(0)).mean()}
         else:
             vectors, codes, distance = self.quantizer(features)
-            predictions = (tokens.lengths[:, None] - torch.tensor(shifts)).clamp_min(0).sum(1)
-            weight = (predictions / tokens.lengths).repeat_interleave(tokens.lengths)
+            shifts = torch.arange(1, len(self.predict) + 1) * math.prod(tokens.grid[1:])
+            ahead = (tokens.lengths[:, None] - shifts).clamp_min(0).sum(1)
+            weight = (ahead / tokens.lengths).repeat_interleave(tokens.lengths)
             extra = (distance * weight.to(distance.device)).sum()
             means = {"distance": distance.detach().mean()}
         quantized_rows = vectors.new_zeros(tokens.valid.numel(), vectors.shape[1]).index_copy(0, real, vectors)
         target = quantized_rows.view(*tokens.x.shape[:2], -1)
         x = torch.where(tokens.valid[..., None], self.encoder.frontend.project(target), 0.0)
         context = self.encoder(replace(tokens, x=x)).tokens
-        others = draw_others(tokens.lengths, self.negatives, batch.seeds)
-        scores = torch.cat(
-            [
-                contrast_ahead(predict(context), target, others, tokens.lengths, shift=shift)
-                for shift, predict in zip(shifts, self.predict, strict=True)
-            ]
-        )
-        contrastive = F.softplus(-scores[:, 0]).sum() + F.softplus(scores[:, 1:]).sum()
-        count, k = len(scores), self.negatives
+        predictions = [predict(context) for predict in self.predict]
+        scores = torch.cat(contrast_steps(predictions, target, tokens, negatives=self.negatives, seeds=batch.seeds))
+        contrastive, count = binary_cross_entropy(scores), len(scores)
         means |= {
             "code_perplexity": code_perplexity(codes, self.quantizer.codes).mean(),
             "codes": self.quantizer.codes,
-            "chance": math.log(1 + k) + k * math.log((1 + k) / k),
+            "chance": binary_chance(self.negatives),
             "feature_std": spread(features.detach()),
             "target_std": spread(vectors.detach()),
         }
@@ -122,13 +113,13 @@ class VQWav2Vec(nn.Module):
         self.updates.fill_(step)
 
     @torch.no_grad()
-    def codes(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The units of a batch, without noise.
+    def codes(self, raw: Raw) -> tuple[Tensor, Tokens]:
+        """The codes of clips, without noise.
 
         Returns:
-            (B, N, G) int64, zero past each length; (B,) int64 on the CPU, units of each clip.
+            (B, N, G) int64, zero past each length; and the tokens that they are of.
         """
-        tokens = self.encoder.tokens(batch.raw)
+        tokens = self.encoder.tokens(raw)
         features, real = _features(tokens)
         if isinstance(self.quantizer, GumbelQuantizer):
             found = self.quantizer(features).codes
@@ -136,7 +127,7 @@ class VQWav2Vec(nn.Module):
             found = self.quantizer(features)[1]
         clips, size = tokens.x.shape[:2]
         out = found.new_zeros(clips * size, found.shape[1]).index_copy(0, real, found)
-        return out.view(clips, size, -1), tokens.lengths
+        return out.view(clips, size, -1), tokens
 
     def _noise(self, tokens: Tokens, seeds: Tensor) -> Tensor | None:
         """(M, G, V) Gumbel noise, each clip's from its own seed; None while evaluating."""

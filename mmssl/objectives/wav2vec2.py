@@ -98,8 +98,7 @@ class Wav2Vec2(nn.Module):
         self.diversity_weight = diversity_weight
         self.feature_penalty = feature_penalty
         self.feature_dropout = feature_dropout
-        # a part of a batch without a hidden frame that has another to be told from reaches nothing behind the context
-        self.skips_parameters = True
+        self.skips_parameters = encoder.skips_parameters(self.hide)
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 

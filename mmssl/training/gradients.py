@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -55,6 +56,18 @@ def share_statistics(
     ):
         sums = [source.statistics(part.to(device)) for part in parts]  # type: ignore[operator]
     objective.global_statistics = distributed.all_reduce_sum(torch.stack(sums).sum(0))
+
+
+def weight_size(optimizer: torch.optim.Optimizer) -> float:
+    """The root mean square of a typical matrix that is trained: the median over all of them.
+
+    All processes ask for it together.
+    """
+    weights = [p.detach() for group in optimizer.param_groups for p in group["params"] if p.ndim > 1]
+    if not weights:
+        return math.nan
+    norms = torch.stack([distributed.whole(norm) for norm in torch._foreach_norm(weights)]).tolist()
+    return statistics.median(norm / weight.numel() ** 0.5 for norm, weight in zip(norms, weights, strict=True))
 
 
 def scale_gradients(optimizer: torch.optim.Optimizer, factor: float, clip: float | None) -> float:

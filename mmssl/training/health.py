@@ -1,15 +1,22 @@
 """What is wrong with a run while it is wrong: small functions over the lines of its log.
 
 Each takes the history, oldest line first, and gives a sentence or None. A line is what `log.jsonl` holds: "step",
-"loss", "grad_norm", and "metrics", in which these names are looked for, each only where the objective gives it:
+"loss", "lr" (of AdamW), "grad_norm", "weight_size" (see `gradients`), "weight_size_before" (at the line before, or
+where the run began or went on), and "metrics", in which these names are looked for, each only where the objective gives
+it:
 
     accuracy, chance_accuracy            of a choice, and what equal guesses would have
     code_perplexity, soft_perplexity     codewords in use in a codebook, by choices and by probabilities
     codes                                codewords in a codebook
     prediction_std, target_std           how far predictions and targets differ from one token to another
     feature_std                          the same of the frontend's normalized features
+    teacher_decay                        of the moving average that gives the targets
+    target_norms                         how often those targets are normalized
 
-Nothing is said before a run is some way in (see `_PATIENCE`), because every one of these is normal at the start.
+There are three kinds of verdicts. What a run was set up with is wrong from its first line: a teacher that is no slow
+one, targets whose scale nothing holds. What no healthy run shows at any time is named within some fifty updates:
+targets that are exactly alike, or shrink; weights that are replaced rather than learned. All else is normal at the
+start, and waits for `_PATIENCE`.
 """
 
 from __future__ import annotations
@@ -39,6 +46,26 @@ _CONSTANT = 0.01
 _EXPLODED = 100.0
 # lines that tell what is usual
 _USUAL = 20
+# Updates whose lines must agree on what is wrong from the start on.
+_EARLY = 50
+# Targets of random weights differ by .1 and more. Those that are the same up to rounding are an error and no state that
+# training passes through: a codebook of zeros, one unit for all of the data.
+_SAME = 1e-4
+# the share of the commonest label above which there is nothing to tell apart
+_ONE_LABEL = 0.99
+# What a teacher makes may have any scale from the start. Normalized, it keeps that within a factor of two or so; what
+# has lost nine tenths of its deviation before a run is old enough for `_CONSTANT` is on its way there.
+_SHRUNK = 0.1
+# Of the decays that BYOL and MoCo tried, 0 fails in both, .9 learns a little less than .99, and neither tried others
+# between (Grill et al. 2020, arXiv:2006.07733, table 5; He et al. 2020, arXiv:1911.05722, section 4.1).
+_SLOW = 0.9
+# AdamW moves a weight by about the rate at each update, whatever the gradient. New weights are .02 (wide) to .15
+# (narrow), so the rates of the shipped recipes are a hundredth to a quarter of them; at half, two updates replace them.
+_SHARE = 0.5
+# In 200 updates to and fro weights move by 14 rates: at 1e-3 they stay about as large as they were, at .1 they are soon
+# ten times as large, or less where the gradient dies before. Over thousands of updates healthy ones may grow as well.
+_GROWTH = 3.0
+_GROWTH_UPDATES = 200
 
 
 def dead_codebook(history: Sequence[Line]) -> str | None:
@@ -73,11 +100,21 @@ def chance_plateau(history: Sequence[Line]) -> str | None:
 
 
 def constant_prediction(history: Sequence[Line]) -> str | None:
-    """Predictions, targets or features no longer depend on the input."""
+    """Predictions, targets or features do not depend on the input, or no longer."""
+    commonest = _lately(history, "chance_accuracy")
+    if commonest and min(commonest) > _ONE_LABEL:
+        return f"all targets are alike: the commonest is {commonest[0]:.1%} of them, so there is nothing to tell apart"
     for what in ("target", "feature"):
-        recent = _recent(history, f"{what}_std")
-        if recent and max(recent) < _CONSTANT:
-            return f"all {what}s are alike: their deviation is {recent[-1]:.2g}; what is to be predicted has collapsed"
+        recent, lately = _recent(history, f"{what}_std"), _lately(history, f"{what}_std")
+        if (recent and max(recent) < _CONSTANT) or (lately and max(lately) < _SAME):
+            deviation = recent[-1] if recent else lately[0]
+            return f"all {what}s are alike: their deviation is {deviation:.2g}; what is to be predicted has collapsed"
+    lately, first = _lately(history, "target_std"), _metric(history[0], "target_std") if history else None
+    if lately and first and history[-1]["step"] <= _PATIENCE and max(lately) < _SHRUNK * first:
+        return (
+            f"the targets shrink: their deviation is {lately[0]:.2g}, and was {first:.2g} at update "
+            f"{history[0]['step']}; a lower rate, a slower teacher or normalized targets keep them apart"
+        )
     predictions, targets = _recent(history, "prediction_std"), _recent(history, "target_std")
     targets = targets or [1.0] * len(predictions)
     if not predictions or any(p >= _CONSTANT * t for p, t in zip(predictions, targets, strict=True)):
@@ -99,6 +136,50 @@ def exploding_gradient(history: Sequence[Line]) -> str | None:
     return (
         f"the gradient's norm is {norms[-1]:.3g}, {norms[-1] / usual if usual else float('inf'):.0f} times its usual "
         f"{usual:.3g}; lower the rate, or set trainer.clip"
+    )
+
+
+def high_rate(history: Sequence[Line]) -> str | None:
+    """Updates replace what the ones before them learned: they are nearly as large as the weights, or these explode."""
+    now, rate = (history[-1].get(name) if history else None for name in ("weight_size", "lr"))
+    if now is None:
+        return None
+    if rate is not None and rate > _SHARE * now:
+        return (
+            f"the rate is {rate:.3g} and a typical weight {now:.3g}, which each update moves by about the rate; a rate "
+            f"below {_SHARE * now:.2g} lets weights learn"
+        )
+    for i, line in enumerate(history):
+        updates = history[-1]["step"] - (history[i - 1]["step"] if i else 0)
+        before = line.get("weight_size_before")
+        # a log of few lines is judged by its last one, however many updates that tells of
+        if (updates > _GROWTH_UPDATES and line is not history[-1]) or before is None or now <= _GROWTH * before:
+            continue
+        return (
+            f"a typical weight is {now:.3g}, and was {before:.3g} only {updates} updates before, so little is left of "
+            "what it had learned; a lower rate is the first thing to try"
+        )
+    return None
+
+
+def fast_teacher(history: Sequence[Line]) -> str | None:
+    """The teacher is hardly slower than the student, and the targets move with what predicts them."""
+    decay = _metric(history[-1], "teacher_decay") if history else None
+    if decay is None or decay >= _SLOW:
+        return None
+    return (
+        f"the teacher's decay is {decay:.3g}, so it is the student of the last {1 / (1 - decay):.0f} updates and no "
+        "slow average, and targets and predictions may collapse together; set objective.ema_decay to .99 or more"
+    )
+
+
+def free_targets(history: Sequence[Line]) -> str | None:
+    """Nothing holds the scale of targets that the model makes itself."""
+    if not history or _metric(history[-1], "target_norms") != 0:
+        return None
+    return (
+        "the targets are not normalized, so the loss can be lowered by shrinking them; set objective.layer_norm to "
+        "instance, or objective.target_norm to layer"
     )
 
 
@@ -125,6 +206,9 @@ VERDICTS: dict[str, Callable[[Sequence[Line]], str | None]] = {
     "chance_plateau": chance_plateau,
     "constant_prediction": constant_prediction,
     "exploding_gradient": exploding_gradient,
+    "high_rate": high_rate,
+    "fast_teacher": fast_teacher,
+    "free_targets": free_targets,
 }
 # what `stop_on` may name
 NAMES = (*VERDICTS, "not_finite")
@@ -150,6 +234,19 @@ def _recent(history: Sequence[Line], name: str) -> list[float]:
         return []
     values = [_metric(line, name) for line in history[-_LINES:]]
     return [value for value in values if value is not None] if None not in values else []
+
+
+def _lately(history: Sequence[Line], name: str) -> list[float]:
+    """A metric's values over the last `_EARLY` updates at least, latest first; none where one is missing."""
+    values: list[float] = []
+    for i in reversed(range(len(history))):
+        value = _metric(history[i], name)
+        if value is None:
+            return []
+        values.append(value)
+        if history[-1]["step"] - (history[i - 1]["step"] if i else 0) >= _EARLY:
+            return values
+    return []
 
 
 def _span(history: Sequence[Line]) -> int:

@@ -22,7 +22,7 @@ from torch import nn
 from mmssl import distributed
 from mmssl.memory import keep_freed_memory
 from mmssl.training import checkpoint, health
-from mmssl.training.gradients import backward, scale_gradients, share_statistics
+from mmssl.training.gradients import backward, scale_gradients, share_statistics, weight_size
 from mmssl.training.log import RunLog, Window, finite
 from mmssl.training.parallel import gathered, parallelize
 from mmssl.training.resume import Place, begin, made_with
@@ -146,6 +146,7 @@ class _Run:
         self.world = distributed.world_size()
         self.window = Window(place)
         self.started = time.monotonic() - place.seconds
+        self.weight_size = weight_size(optimizer)
         self.saved = -1
         self.unsaved = self.unexported = ""
         self.told: int | None = None
@@ -270,9 +271,11 @@ class _Run:
         place, log = self.place, self.log
         place.seconds = time.monotonic() - self.started
         rate, left = self.window.rate(place), self.window.left(place, self.settings.steps)
-        row = finite({"step": place.step, "lr": self.lr * self.schedule(place.step), **self.window.close(place)})
+        row = {"step": place.step, "lr": self.lr * self.schedule(place.step), **self.window.close(place)}
+        before, self.weight_size = self.weight_size, weight_size(self.optimizer)
+        row = finite(row | {"weight_size": self.weight_size, "weight_size_before": before})
         verdicts = json.loads(distributed.broadcast_text(json.dumps(health.diagnose([*log.history, row]))))
-        before = log.history[-1].get("verdict", {}) if log.history else {}
+        known = log.history[-1].get("verdict", {}) if log.history else {}
         if verdicts:
             row["verdict"] = verdicts
         log.line(row, rate=rate, left=left)
@@ -282,7 +285,7 @@ class _Run:
             log.note(place.step, remark)
         place.final |= {"loss": row["loss"], **row["metrics"]}
         for name, sentence in verdicts.items():
-            if name not in before:
+            if name not in known:
                 log.say(f"{name}: {sentence}")
         for name in self.settings.stop_on:
             if name in verdicts:

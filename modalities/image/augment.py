@@ -32,19 +32,26 @@ def resize_extent(sizes: np.ndarray, *, size: Size, **settings: object) -> np.nd
     return np.maximum(1, np.round(sizes * scale)).astype(np.int64)
 
 
-def center_crop(x: Tensor, rng: np.random.Generator, *, size: Size) -> Tensor:
+def center_crop(x: Tensor, rng: np.random.Generator, *, size: Size, at: float = 0.5) -> Tensor:
     """The middle [height, width]; one number is a square.
 
+    Args:
+        at: where the crop lies along the picture's longer side: 0 is the left or the top, 1 the right or the bottom. A
+            square picture has none, and is cropped in its middle.
+
     Raises:
-        ValueError: the picture is smaller.
+        ValueError: the picture is smaller, or `at` lies outside it.
     """
+    if not 0 <= at <= 1:
+        raise ValueError(f"center_crop: at must be from 0 to 1, got {at}")
     height, width = _pair(size, "center_crop")
     if x.shape[-2] < height or x.shape[-1] < width:
         raise ValueError(
             f"center_crop: the picture is {x.shape[-2]} x {x.shape[-1]}, smaller than the crop of {height} x {width}; "
             "resize before it"
         )
-    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+    down, across = (at if own > other else 0.5 for own, other in (x.shape[-2:], x.shape[:-3:-1]))
+    top, left = int((x.shape[-2] - height) * down), int((x.shape[-1] - width) * across)
     return x[:, top : top + height, left : left + width]
 
 

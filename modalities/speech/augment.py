@@ -1,5 +1,7 @@
 """What may be done to a waveform before it is embedded. Every function is (x (T,), rng, **settings) -> (T',), and pure.
 
+Crops take codes, (G, T), too.
+
 A setting called `rate` is filled in from the frontend; recipes do not repeat it.
 """
 
@@ -17,10 +19,10 @@ from mmssl.modalities.speech.reader import resample
 def random_crop(x: Tensor, rng: np.random.Generator, *, seconds: float, rate: int) -> Tensor:
     """A piece of at most `seconds`, from anywhere; shorter clips stay whole."""
     size = _samples(seconds, rate)
-    if len(x) <= size:
+    if x.shape[-1] <= size:
         return x
-    start = int(rng.integers(len(x) - size + 1))
-    return x[start : start + size]
+    start = int(rng.integers(x.shape[-1] - size + 1))
+    return x[..., start : start + size]
 
 
 def center_crop(x: Tensor, rng: np.random.Generator, *, seconds: float, rate: int, at: float = 0.5) -> Tensor:
@@ -29,8 +31,8 @@ def center_crop(x: Tensor, rng: np.random.Generator, *, seconds: float, rate: in
     The same every time: for evaluation.
     """
     size = _samples(seconds, rate)
-    start = max(0, int((len(x) - size) * at))
-    return x[start : start + size]
+    start = max(0, int((x.shape[-1] - size) * at))
+    return x[..., start : start + size]
 
 
 def crop_extent(seconds_before: np.ndarray, *, seconds: float, **settings: object) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmssl.modalities.filterbank import triangles
 from mmssl.modalities.modality import Target
+from mmssl.modalities.speech.cqt import cqt, n_bins
 from mmssl.types import Frontend, Raw, Tokens, valid_mask
 
 BANDS = 40
@@ -89,8 +90,13 @@ def _bands(frontend: Frontend) -> int:
     return BANDS
 
 
+def _cqt_dim(frontend: Frontend) -> int:
+    return n_bins(frontend.reader_settings["rate"])
+
+
 TARGETS: dict[str, Target] = {
     "log_mel": Target(values=log_mel, dim=_bands),
     "normalized_log_mel": Target(values=normalized_log_mel, dim=_bands),
+    "cqt": Target(values=cqt, dim=_cqt_dim),
     "features": Target(values=features, dim=_feature_dim, learned=True),
 }

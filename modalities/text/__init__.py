@@ -5,6 +5,7 @@ from mmssl.modalities.text import reader, tokenizer
 from mmssl.modalities.text.frontend import TokenTable
 
 _RECONSTRUCTS = "predicts what stands in a file, and the ids of a caption are no quantities; take data2vec, jepa or cpc"
+_UNITS = "learns from units, which are made of sound; take data2vec, jepa or cpc"
 _QUANTIZES = "makes codes of what is continuous, and a caption is codes already; take data2vec, jepa or cpc"
 
 TEXT = Modality(
@@ -18,9 +19,10 @@ TEXT = Modality(
     targets={},
     tokenizers={"byte_bpe": tokenizer.byte_bpe, "pretrained": tokenizer.pretrained},
     refuses={
-        **dict.fromkeys(("mae", "siam_mae", "denoise", "dbot", "tera", "apc", "npc", "best_rq"), _RECONSTRUCTS),
+        **dict.fromkeys(("mae", "cae", "siam_mae", "denoise", "dbot", "tera", "apc", "npc", "best_rq"), _RECONSTRUCTS),
         **dict.fromkeys(("wav2vec2", "vq_wav2vec"), _QUANTIZES),
-        "hubert": "learns from units, which are made of sound; take data2vec, jepa or cpc",
+        **dict.fromkeys(("hubert", "encodec_mae"), _UNITS),
+        "bert": "predicts the codes that `mmssl units` writes, and a caption has none; take data2vec, jepa or cpc",
         "ctc": "spells what it hears, and a caption is spelled already; take classify",
     },
 )

@@ -26,13 +26,13 @@ def resize(
     return image.resize(x.flatten(0, 1), rng, size=size, interpolation=interpolation).unflatten(0, x.shape[:2])
 
 
-def center_crop(x: Tensor, rng: np.random.Generator, *, size: Size) -> Tensor:
-    """The middle [height, width] of every frame; one number is a square.
+def center_crop(x: Tensor, rng: np.random.Generator, *, size: Size, at: float = 0.5) -> Tensor:
+    """The middle [height, width] of every frame, or with `at` another part of it, as for pictures.
 
     Raises:
-        ValueError: the frames are smaller.
+        ValueError: the frames are smaller, or `at` lies outside them.
     """
-    return image.center_crop(x.flatten(0, 1), rng, size=size).unflatten(0, x.shape[:2])
+    return image.center_crop(x.flatten(0, 1), rng, size=size, at=at).unflatten(0, x.shape[:2])
 
 
 def random_resized_crop(

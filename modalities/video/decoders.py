@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-# What decord was never seen to be wrong on. It refuses AV1 and gif; from MPEG transport streams, and from AVI whose
-# frames are not shown as they are stored, it gives wrong frames without a word.
+# What decord was never seen to be wrong on. It refuses AV1 and gif; from MPEG transport streams, from AVI whose frames
+# are not shown as they are stored, and behind the key of an open group of frames, which x265 writes where nobody tells
+# it not to, it gives wrong frames without a word.
 DECORD_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 DECORD_CODECS = {"h264", "hevc", "vp9", "vp8", "mpeg4", "mjpeg"}
 
@@ -36,6 +37,7 @@ class Timeline:
     base: seconds of one unit.
     seconds: from the first frame's appearance to the last one's end.
     edited: whether the file holds frames that are not to be shown.
+    leading: whether frames are stored behind a key and shown before it ("open groups of pictures").
     """
 
     stamps: list[int]
@@ -45,6 +47,7 @@ class Timeline:
     container: str
     codec: str
     edited: bool
+    leading: bool
     sound: bool
 
     def at(self, time: float) -> int:
@@ -62,7 +65,7 @@ def read_timeline(file: BinaryIO) -> Timeline:
     """
     with _opened(file) as (container, stream):
         shown: list[tuple[int, int, bool]] = []  # stamp, duration, whether it is a key
-        complete, edited = True, False
+        complete, edited, leading, key = True, False, False, 0
         holds_picture = _picture_test(stream.codec_context)
         for packet in container.demux(stream):
             if not packet.size:
@@ -73,6 +76,9 @@ def read_timeline(file: BinaryIO) -> Timeline:
                 complete = False
             elif holds_picture(bytes(packet)):
                 shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
+                if packet.is_keyframe or len(shown) == 1:
+                    key = packet.pts
+                leading |= packet.pts < key
         shown.sort()
         stamps = [stamp for stamp, _, _ in shown]
         if not complete or len(set(stamps)) < len(stamps):
@@ -90,6 +96,7 @@ def read_timeline(file: BinaryIO) -> Timeline:
             container=container.format.name,
             codec=stream.codec_context.codec.canonical_name,
             edited=edited,
+            leading=leading,
             sound=bool(container.streams.audio),
         )
 
@@ -305,7 +312,9 @@ class _Session:
             return "an edit list hides frames of it"
         if line.codec not in DECORD_CODECS:
             return f"it is {line.codec}"
-        return "" if line.container in DECORD_CONTAINERS else f"it is {line.container}"
+        if line.container not in DECORD_CONTAINERS:
+            return f"it is {line.container}"
+        return "frames of it are shown before the key frame that they follow" if line.leading else ""
 
     def _rewound(self) -> BinaryIO:
         self.file.seek(0)

@@ -22,8 +22,9 @@ from mmssl.modalities import MODALITIES
 from mmssl.modalities.video.frontend import Tubes
 from mmssl.modalities.video.spans import random_span
 from mmssl.objectives.classify import mix
+from mmssl.objectives.mae import MAE
 from mmssl.recipe import RecipeError, load
-from mmssl.types import BadClip, Raw
+from mmssl.types import BadClip, Batch, Loss, Raw
 
 TOY = [
     "data.batch_size=4",
@@ -179,27 +180,36 @@ def test_videos_of_several_sizes_are_told_apart_before_the_first_update(videos: 
 
 
 def test_a_run_over_a_folder_with_broken_files_uses_the_good_ones_and_names_the_bad(
-    videos: Path, tmp_path: Path
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
-    for number in range(8):
-        content = videos / "train" / ("up", "down")[number % 2] / f"{number if number < 6 else number + 2}.mp4"
+    for number, content in enumerate(sorted((videos / "train").rglob("*.mp4"))[:12]):
         (folder / f"{number}.mp4").write_bytes(content.read_bytes())
     kind = MODALITIES["video"]
     rows = scan(folder, media="video", probe=kind.probe, suffixes=kind.suffixes, progress=False).rows
-    assert len(rows) == 8
+    assert len(rows) == 12
     write_manifest(tmp_path / "train.jsonl", rows)
     whole = (folder / "0.mp4").read_bytes()
     # after the manifest was written: files break while they are used
     for number, broken in enumerate((b"", b"<html>", whole[: len(whole) // 2], None)):
         path = folder / f"{number}.mp4"
         path.unlink() if broken is None else path.write_bytes(broken)
-    skipping = [f"data.train={tmp_path / 'train.jsonl'}", "data.on_bad_clip=skip", "data.max_bad_share=0.6"]
-    run = pretrain(load("small/mae_video", [*TOY, *skipping]), tmp_path / "run")
+    skipping = [f"data.train={tmp_path / 'train.jsonl'}", "data.on_bad_clip=skip", "data.max_bad_share=0.34"]
+    seen: set[str] = set()
+    forward = MAE.forward
+
+    def watched(self: MAE, batch: Batch) -> Loss:
+        seen.update(batch.ids)
+        return forward(self, batch)
+
+    monkeypatch.setattr(MAE, "forward", watched)
+    run = pretrain(load("small/mae_video", [*TOY, *skipping, "trainer.steps=3"]), tmp_path / "run")  # an epoch
+    monkeypatch.undo()
     bad = [json.loads(line) for line in (run / "bad_clips.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted(row["id"] for row in bad) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
-    assert all(row["reason"] for row in bad)
+    assert all(row["reason"] and row["path"] == str(folder / row["id"]) for row in bad)
+    assert seen == {f"{number}.mp4" for number in range(4, 12)}
 
     encoder = mmssl.load(run)
     good = [folder / f"{number}.mp4" for number in (4, 5, 6)]

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmssl.evaluation.score import Score, average_precisions, bootstrap_rate, student, wilson
+from mmssl.evaluation.score import Score, average_precisions, bootstrap_rate, jackknife, student, wilson
 
 
 def test_wilson_interval_by_hand() -> None:
@@ -34,6 +34,18 @@ def test_bootstrap_covers_clips_and_repeats_itself() -> None:
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / np.sqrt(100), rel=0.15)
 
 
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = np.array([1.0, 2.0, 2.0, 5.0])
+    without = (values.sum() - values) / 3
+    # t(0.975, 3 degrees of freedom) = 3.182446
+    half = 3.182446 * values.std(ddof=1) / 2
+    assert jackknife(2.5, without) == pytest.approx((2.5 - half, 2.5 + half), abs=1e-5)
+    # clips that are alike are left out alike
+    assert jackknife(2.5, without[[0, 1, 3]], np.array([1, 2, 1])) == pytest.approx(jackknife(2.5, without))
+    with pytest.raises(ValueError, match="at least two clips in turn, got 1"):
+        jackknife(1.0, np.array([1.0]))
+
+
 def test_an_interval_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one trial"):
         wilson(0, 0)
@@ -48,6 +60,8 @@ def test_a_score_prints_and_stores_its_protocol(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "score.json").read_text(encoding="utf-8"))
     assert stored["value"] == 0.9
     assert stored["protocol"] == "how it was measured"
+    plain = Score("rank", 31.25, 30, 32.5, 200, "how", metric="RankMe", percent=False)
+    assert str(plain) == "rank: RankMe 31.25 (95 % interval 30 to 32.5, n = 200)\n  how"
 
 
 def test_average_precision_by_hand() -> None:

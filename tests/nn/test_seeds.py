@@ -2,7 +2,7 @@
 
 import torch
 
-from mmssl.nn.seeds import seed_of, uniform
+from mmssl.nn.seeds import normal_per_clip, seed_of, uniform
 
 
 def test_a_seed_gives_the_same_numbers_in_any_batch():
@@ -34,3 +34,11 @@ def test_a_seed_of_words_is_the_same_on_every_machine():
     assert seed_of("a", 1) == seed_of("a", "1")
     assert seed_of("a", 1) != seed_of("a1")
     assert 0 <= seed_of("x") < 2**63
+
+
+def test_normal_vectors_are_each_clips_own_and_what_torch_draws_from_its_seed():
+    drawn = normal_per_clip(torch.tensor([2, 0, 3]), 4, torch.tensor([7, 8, 9]))
+    torch.manual_seed(9)
+    assert torch.equal(drawn[2:], torch.randn(3, 4))
+    assert torch.equal(drawn[:2], normal_per_clip(torch.tensor([2]), 4, torch.tensor([7])))
+    assert len(drawn) == 5

@@ -129,7 +129,7 @@ def test_the_input_is_dropped_behind_the_norm_that_stands_before_the_blocks():
 @pytest.mark.parametrize("name", ["activation_dropout", "dropout"])
 def test_what_is_dropped_whole_leaves_the_residual_alone(name):
     rates = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "drop_path": 0.0, name: 1.0}
-    block = room.Block(8, 2, 16, norm="pre", eps=1e-6, activation="gelu", layer_scale=None, **rates)
+    block = room.Block(8, 2, 16, norm="pre", eps=1e-6, activation="gelu", layer_scale=None, gated=False, **rates)
     x = torch.randn(2, 3, 8)
     layout = room.Layout(x, None)
     # without activations the MLP gives its bias, which is zero here; without branches nothing is added at all

@@ -150,7 +150,13 @@ def test_the_frozen_start_trains_the_head_only_and_ends_by_updates() -> None:
         assert ({"head.weight", "head.bias"} == trained) == (update < 2)
         assert loss.metrics["frozen"] == (float(update < 2), 1)
         objective.after_step(update + 1)
-    assert objective.skips_parameters
+
+
+def test_whoever_trains_the_head_only_or_masks_nothing_leaves_parameters_out() -> None:
+    trained = {"freeze_updates": 0, "freeze_frontend": False}
+    assert not build(**trained).skips_parameters
+    for setting in ({"freeze_updates": 1}, {"freeze_frontend": True}, {"mask_prob": 0.0}):
+        assert build(**(trained | setting)).skips_parameters
 
 
 def test_the_frozen_start_survives_saving() -> None:

@@ -130,6 +130,31 @@ def test_a_topic_counts_once_for_each_hidden_token_of_its_clip() -> None:
     assert loss.total.item() == pytest.approx(expected, rel=1e-4)
 
 
+@torch.no_grad()
+def test_the_regression_adds_the_mean_square_error_at_hidden_tokens() -> None:
+    def target(raw: Raw, tokens: Tokens) -> Tensor:
+        return tokens.coords.float() * torch.tensor([1.0, -2.0])
+
+    batch = clips([700, 400])
+    settings = {"feature_penalty": 0.0, "unmasked_weight": 0.5}
+    plain = build(**settings).eval()
+    objective = build(**settings, regression=0.3, target=target, target_dim=2).eval()
+    objective.load_state_dict({**objective.state_dict(), **plain.state_dict()})
+    tokens = objective.encoder.tokens(batch.raw)
+    plan = span_mask(tokens.lengths, prob=0.8, span=4, seeds=batch.seeds)
+    x = objective.encoder(tokens, plan, "replace").tokens
+    assert objective.regress is not None
+    expected = 0.0
+    for row, place in plan.masked.nonzero().tolist():
+        wanted = torch.tensor([place, -2.0 * place])
+        expected += 0.3 * float((objective.regress(x[row, place]) - wanted).square().mean())
+    loss, without = objective(batch), plain(batch)
+    assert loss.count == without.count
+    assert float(loss.total - without.total) == pytest.approx(expected, rel=1e-4)
+    assert 0.3 * float(loss.metrics["regression"][0]) == pytest.approx(expected, rel=1e-4)
+    assert "regression" not in without.metrics
+
+
 def test_units_at_twice_the_rate_are_taken_every_other_one() -> None:
     found, known = units_of_tokens(label_set([list(range(9))], rate=100), tokens_of([4]))
     assert found[0, :, 0].tolist() == [0, 2, 4, 6]
@@ -257,6 +282,12 @@ def test_it_runs_on_pictures_with_a_unit_for_each_patch() -> None:
         ({"topics": {"units": 3}}, "a label set is one or the other"),
         ({"weights": {"other": 1.0}}, "there are no units called 'other'"),
         ({"units": {"codec": [4, 4]}, "weights": {"codec": [1.0]}}, "1 for the 2 labels of 'codec'"),
+        ({"regression": 1.0}, "a weight above 0 goes with a target"),
+        ({"target": lambda raw, tokens: tokens.x, "target_dim": DIM}, "no target without one"),
+        (
+            {"regression": 1.0, "target": lambda raw, tokens: tokens.feat, "target_dim": 8, "target_learned": True},
+            "choose a fixed target such as cqt",
+        ),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, object], said: str) -> None:
@@ -267,5 +298,5 @@ def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, object], 
 def test_an_encoder_without_a_mask_token_and_a_batch_without_units_are_refused() -> None:
     with pytest.raises(ValueError, match="encoder.mask_token=false: HuBERT replaces hidden tokens"):
         HuBERT(encoder(mask_token=False), units={"units": 5})
-    with pytest.raises(ValueError, match="predicts the units at 'units' of a row"):
+    with pytest.raises(ValueError, match="the units at 'units' of a row are to be predicted"):
         build()(replace(clips([400]), units={}))

@@ -71,9 +71,10 @@ def test_the_gradient_goes_straight_through_k_means_and_a_codeword_moves_to_its_
 @each
 def test_codes_are_those_of_the_clip_and_of_nothing_else(quantizer):
     model = build(quantizer)
-    together, lengths = model.codes(clips([400, 200]))
-    alone, n = model.codes(clips([200], first=1))
-    assert together.shape == (2, int(lengths[0]), 2)
+    together, tokens = model.codes(clips([400, 200]).raw)
+    alone, short = model.codes(clips([200], first=1).raw)
+    n = short.lengths
+    assert together.shape == (2, int(tokens.lengths[0]), 2)
     assert torch.equal(together[1, : n[0]], alone[0])
     assert not together[1, n[0] :].any()
     assert together.max() < 6

@@ -9,11 +9,21 @@ from mmssl.training.health import (
     dead_codebook,
     diagnose,
     exploding_gradient,
+    fast_teacher,
+    free_targets,
+    high_rate,
     not_finite,
 )
 
 
-def history(lines: int = 12, every: int = 100, *, grad_norm: Any = 1.0, **metrics: Any) -> list[dict[str, Any]]:
+def history(
+    lines: int = 12,
+    every: int = 100,
+    *,
+    grad_norm: Any = 1.0,
+    weight_size: Any = lambda i: 0.05,
+    **metrics: Any,
+) -> list[dict[str, Any]]:
     """A log whose metrics are constant, or functions of the line's place."""
 
     def at(value: Any, i: int) -> Any:
@@ -23,7 +33,10 @@ def history(lines: int = 12, every: int = 100, *, grad_norm: Any = 1.0, **metric
         {
             "step": every * (i + 1),
             "loss": 1.0,
+            "lr": 1e-3,
             "grad_norm": at(grad_norm, i),
+            "weight_size": weight_size(i),
+            "weight_size_before": weight_size(i - 1),
             "metrics": {name: at(value, i) for name, value in metrics.items()},
         }
         for i in range(lines)
@@ -40,6 +53,8 @@ def test_a_healthy_run_and_one_that_says_nothing_get_no_verdict() -> None:
         prediction_std=0.6,
         target_std=1.0,
         feature_std=0.8,
+        teacher_decay=0.99,
+        target_norms=1,
     )
     assert diagnose(healthy) == diagnose(history()) == diagnose([]) == {}
 
@@ -104,6 +119,70 @@ def test_a_gradient_that_was_always_large_does_not_explode() -> None:
     assert exploding_gradient(history(grad_norm=500.0)) is None
 
 
+def test_a_rate_above_half_of_the_weights_is_too_high() -> None:
+    line = history(1, 10)[0]
+    said = high_rate([{**line, "lr": 0.03}])
+    assert said is not None
+    assert "the rate is 0.03 and a typical weight 0.05" in said
+    assert "below 0.025" in said
+    assert high_rate([{**line, "lr": 0.02}]) is None
+
+
+def test_weights_that_treble_within_200_updates_explode() -> None:
+    for lines, every in ((4, 50), (20, 10), (1, 200), (1, 1000)):
+        said = high_rate(history(lines, every, weight_size=lambda i: 0.05 if i < 0 else 0.2))
+        assert said is not None
+        assert f"a typical weight is 0.2, and was 0.05 only {lines * every} updates before" in said
+    assert high_rate(history(weight_size=lambda i: 0.05 if i < 0 else 0.14)) is None
+
+
+def test_weights_may_grow_over_a_long_run() -> None:
+    # by a fifth in 100 updates, which is more than a thousandfold in 4,000
+    assert high_rate(history(40, weight_size=lambda i: 0.05 * 1.2**i)) is None
+    assert high_rate(history(40, weight_size=lambda i: 0.05 * 1.8**i)) is not None
+
+
+def test_what_exploded_long_ago_and_is_level_now_is_not_named_any_more() -> None:
+    assert high_rate(history(3, 100, weight_size=lambda i: 0.05 if i < 0 else 0.2)) is None
+
+
+def test_a_teacher_without_memory_is_named_at_the_first_line() -> None:
+    said = fast_teacher(history(1, 10, teacher_decay=0.0))
+    assert said is not None
+    assert "decay is 0, so it is the student of the last 1 updates" in said
+    assert fast_teacher(history(1, 10, teacher_decay=0.9)) is None
+    assert fast_teacher(history(1, 10, teacher_decay=0.89)) is not None
+
+
+def test_targets_that_nothing_normalizes_are_named_at_the_first_line() -> None:
+    assert free_targets(history(1, 10, target_norms=0)) is not None
+    assert free_targets(history(1, 10, target_norms=1)) is None
+
+
+@pytest.mark.parametrize("what", ["target", "feature"])
+def test_what_is_the_same_to_four_digits_needs_no_patience(what: str) -> None:
+    said = constant_prediction(history(5, 10, **{f"{what}_std": 1e-5}))
+    assert said is not None
+    assert f"all {what}s are alike" in said
+    assert constant_prediction(history(4, 10, **{f"{what}_std": 1e-5})) is None
+    assert constant_prediction(history(5, 10, **{f"{what}_std": 1e-3})) is None
+    assert constant_prediction(history(5, 10, **{f"{what}_std": lambda i: 1e-5 if i else 1e-3})) is None
+
+
+def test_one_label_for_all_is_nothing_to_tell_apart() -> None:
+    said = constant_prediction(history(1, 50, accuracy=1.0, chance_accuracy=1.0))
+    assert said is not None
+    assert "the commonest is 100.0% of them" in said
+    assert constant_prediction(history(1, 50, accuracy=1.0, chance_accuracy=0.98)) is None
+
+
+def test_targets_that_lose_nine_tenths_of_their_deviation_shrink() -> None:
+    said = constant_prediction(history(8, 25, target_std=lambda i: 0.5 / 2**i))
+    assert said is not None
+    assert "the targets shrink: their deviation is 0.0039, and was 0.5 at update 25" in said
+    assert constant_prediction(history(8, 25, target_std=lambda i: 0.5 / 1.3**i)) is None
+
+
 def test_a_metric_that_was_not_finite_gives_no_verdict_of_its_own() -> None:
     assert diagnose(history(code_perplexity=None, accuracy=None, chance_accuracy=0.5, grad_norm=None)) == {}
 
@@ -119,5 +198,8 @@ def test_every_verdict_can_stop_a_run() -> None:
         "chance_plateau",
         "constant_prediction",
         "exploding_gradient",
+        "high_rate",
+        "fast_teacher",
+        "free_targets",
         "not_finite",
     }

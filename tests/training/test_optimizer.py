@@ -93,6 +93,7 @@ FRONTENDS = {
     "speech/waveform": {"layers": [[8, 10, 5], [8, 4, 4]], "rate": 8000},
     "speech/logmel": {"bands": 8, "rate": 8000},
     "audio/spectrogram": {"bands": 8, "size": [4, 4], "rate": 8000},
+    "codes/codes": {"codes": [3, 3], "rate": 50},
     "image/patches": {"size": [4, 4]},
     "video/tubes": {"size": [2, 4, 4], "rate": 5},
 }
@@ -101,6 +102,7 @@ SOUND = torch.randn(1, 1600, generator=torch.Generator().manual_seed(0)), 1600, 
 CLIPS = {
     "speech": SOUND,
     "audio": SOUND,
+    "codes": (torch.arange(32).view(1, 2, 16) % 3, 16, 50.0),
     "image": (torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(0)), 1, None),
     "video": (torch.rand(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 4, 5.0),
 }

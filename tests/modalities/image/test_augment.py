@@ -62,6 +62,17 @@ def test_center_crop_takes_the_middle() -> None:
         center_crop(RAMP, rng(), size=7)
 
 
+@pytest.mark.parametrize(("at", "first"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 5)])
+def test_a_crop_lies_along_the_longer_side_and_in_the_middle_of_the_other(at: float, first: int) -> None:
+    # 5 of the 9 columns and 2 of the 6 rows are left beside a crop of 4
+    wide = torch.arange(54.0).reshape(1, 6, 9)
+    assert torch.equal(center_crop(wide, rng(), size=4, at=at), wide[:, 1:5, first : first + 4])
+    tall = wide.transpose(1, 2)
+    assert torch.equal(center_crop(tall, rng(), size=4, at=at), tall[:, first : first + 4, 1:5])
+    square = wide[..., :6]
+    assert torch.equal(center_crop(square, rng(), size=4, at=at), square[:, 1:5, 1:5])
+
+
 def test_flip_turns_left_and_right() -> None:
     assert torch.equal(flip(RAMP, rng(), p=1.0)[..., 0], RAMP[..., -1])
     assert torch.equal(flip(RAMP, rng(), p=0.0), RAMP)
@@ -116,6 +127,7 @@ def test_settings_without_sense_are_refused() -> None:
         partial(random_resized_crop, size=4, ratio=(2.0, 1.0)),
         partial(resize, size=[0, 4]),
         partial(shift, pixels=-1),
+        partial(center_crop, size=4, at=1.5),
         partial(color_jitter, contrast=1.5),
     ):
         with pytest.raises(ValueError, match=wrong.func.__name__):

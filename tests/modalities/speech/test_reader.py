@@ -20,55 +20,67 @@ def tone(seconds: float, rate: int = RATE, hertz: float = 440.0) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
+# name -> (settings of soundfile, or of PyAV where it writes no such files; how far off samples may be, away from the
+# ends, where codecs are inexact): a new format is a new line
+FORMATS: dict[str, tuple[dict[str, str], float]] = {
+    "pcm_16.wav": ({}, 1e-4),
+    "pcm_24.wav": ({"subtype": "PCM_24"}, 1e-4),
+    "float.wav": ({"subtype": "FLOAT"}, 1e-4),
+    "gsm.wav": ({"subtype": "GSM610"}, 0.1),
+    "a.flac": ({}, 1e-4),
+    "a.aiff": ({}, 1e-4),
+    "a.mp3": ({}, 0.05),
+    "vorbis.ogg": ({"subtype": "VORBIS"}, 0.05),
+    "opus.ogg": ({"subtype": "OPUS"}, 0.05),
+    "a.opus": ({"subtype": "OPUS", "format": "OGG"}, 0.05),
+    "a.m4a": ({"container": "ipod"}, 0.05),
+    "sound_of.mp4": ({"container": "mp4"}, 0.05),
+    "a.aac": ({"container": "adts"}, 0.05),
+}
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     def write(name: str, wave: np.ndarray, rate: int = RATE, **settings: str) -> Path:
+        if "container" in settings:
+            return write_aac(tmp_path / name, wave, rate, **settings)
         soundfile.write(tmp_path / name, wave, rate, **settings)
         return tmp_path / name
 
     return write
 
 
-def write_m4a(path: Path, wave: np.ndarray, rate: int = RATE) -> Path:
+def write_aac(path: Path, wave: np.ndarray, rate: int = RATE, *, container: str = "ipod") -> Path:
     import av
 
-    with av.open(str(path), "w", format="ipod") as container:
-        stream = container.add_stream("aac", rate=rate, layout="mono")
+    with av.open(str(path), "w", format=container) as file:
+        stream = file.add_stream("aac", rate=rate, layout="mono")
         for start in range(0, len(wave), 1024):
             part = wave[None, start : start + 1024]
             frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(part), format="fltp", layout="mono")
             frame.sample_rate, frame.pts = rate, start
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("a.wav", {}),
-        ("a.flac", {}),
-        ("a.aiff", {}),
-        ("a.wav", {"subtype": "FLOAT"}),
-        ("a.wav", {"subtype": "PCM_24"}),
-        ("a.mp3", {}),
-        ("a.ogg", {"subtype": "VORBIS"}),
-        ("a.opus", {"subtype": "OPUS", "format": "OGG"}),
-    ],
-)
-def test_every_format_gives_the_same_sound(write: Callable[..., Path], name: str, settings: dict[str, str]) -> None:
-    wave = tone(0.5)
-    got = read(write(name, wave, **settings), rate=RATE)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_sound(write: Callable[..., Path], name: str) -> None:
+    settings, off = FORMATS[name]
+    wave = tone(1.0)
+    path = write(name, wave, **settings)
+    got = read(path, rate=RATE)
     assert got.dtype == torch.float32
-    assert got.shape == (8000,)
-    lossy = name.endswith(("mp3", "ogg", "opus"))
-    middle = slice(1000, 7000)  # codecs are inexact at the ends
-    assert np.abs(got.numpy() - wave)[middle].max() < (0.05 if lossy else 1e-4)
+    # bare AAC does not say that a block before the sound is its encoder's; it and GSM fill up their last block
+    before = 1024 if name == "a.aac" else 0
+    assert 0 <= len(got) - before - RATE < (1024 if "container" in settings or name == "gsm.wav" else 1)
+    assert np.abs(got.numpy()[before : before + RATE] - wave)[2000:14000].max() < off
+    assert probe(path)["seconds"] == len(got) / RATE
 
 
 def test_what_soundfile_cannot_read_is_read_by_pyav(tmp_path: Path) -> None:
     wave = tone(1.0)
-    path = write_m4a(tmp_path / "a.m4a", wave)
+    path = write_aac(tmp_path / "a.m4a", wave)
     got = read(path, rate=RATE).numpy()
     assert np.abs(got[4000:12000] - wave[4000:12000]).max() < 0.05
     assert probe(path)["seconds"] == len(got) / RATE
@@ -82,7 +94,7 @@ def test_the_content_decides_and_not_the_suffix(write: Callable[..., Path], tmp_
         wrong = tmp_path / name
         wrong.write_bytes(right.read_bytes())
         assert torch.equal(read(wrong, rate=RATE), read(right, rate=RATE))
-    m4a = write_m4a(tmp_path / "a.m4a", tone(0.1))
+    m4a = write_aac(tmp_path / "a.m4a", tone(0.1))
     m4a.rename(tmp_path / "m4a.wav")
     assert len(read(tmp_path / "m4a.wav", rate=RATE)) > 1000
 
@@ -128,21 +140,11 @@ def test_silence_stays_silence(write: Callable[..., Path]) -> None:
     assert not read(write("a.wav", np.zeros(800, np.float32), 8000), rate=RATE).any()
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("a.wav", {}),
-        ("a.wav", {"subtype": "GSM610"}),
-        ("a.flac", {}),
-        ("a.mp3", {}),
-        ("a.ogg", {"subtype": "VORBIS"}),
-        ("a.ogg", {"subtype": "OPUS"}),
-    ],
-)
-def test_a_segment_is_that_part_of_the_whole(write: Callable[..., Path], name: str, settings: dict[str, str]) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_segment_is_that_part_of_the_whole(write: Callable[..., Path], name: str) -> None:
     # at 48 kHz libsndfile seeks wrongly in every MP3 and in some Ogg Vorbis
     rate = 48000
-    path = write(name, tone(2.0, rate) * np.linspace(0, 1, 2 * rate, dtype=np.float32), rate, **settings)
+    path = write(name, tone(2.0, rate) * np.linspace(0, 1, 2 * rate, dtype=np.float32), rate, **FORMATS[name][0])
     whole = read(path, rate=rate)
     for start in (0.013, 0.25, 1.1):
         first = round(start * rate)
@@ -160,7 +162,7 @@ def test_a_long_mp3_has_no_rubbish_where_blocks_meet(
 
 
 def test_a_segment_outside_of_the_file_is_refused(write: Callable[..., Path], tmp_path: Path) -> None:
-    for path in (write("a.wav", tone(0.5)), write("a.flac", tone(0.5)), write_m4a(tmp_path / "a.m4a", tone(0.5))):
+    for path in (write("a.wav", tone(0.5)), write("a.flac", tone(0.5)), write_aac(tmp_path / "a.m4a", tone(0.5))):
         with pytest.raises(BadClip, match="segment starts at 2 s, but the file ends at 0.5"):
             read(path, rate=RATE, start=2.0)
         with pytest.raises(BadClip, match=r"segment of 1 s from 0.25 s on ends after 0.2"):
@@ -191,7 +193,7 @@ def test_what_was_cut_off_gives_what_is_there_or_one_sentence(write: Callable[..
         assert probe(path)["seconds"] == len(got) / RATE  # the header of the mp3 still promises all of it
     assert probe(tmp_path / "a.wav")["remark"] == "ends after 2.999 s, where its header states 6.000 s"
     flac = cut(write("a.flac", wave))
-    m4a = cut(write_m4a(tmp_path / "a.m4a", wave))
+    m4a = cut(write_aac(tmp_path / "a.m4a", wave))
     for path, reason in ((flac, "damaged or cut off"), (m4a, "not a sound file that can be read")):
         for function in (probe, lambda path: read(path, rate=RATE)):
             with pytest.raises(BadClip, match=f"{path.name}: {reason}"):

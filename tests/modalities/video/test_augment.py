@@ -12,7 +12,7 @@ from mmssl.modalities.video.spans import center_span, random_span
 
 SETTINGS = {
     "resize": {"size": 12},
-    "center_crop": {"size": [8, 10]},
+    "center_crop": {"size": [8, 10], "at": 1.0},
     "random_resized_crop": {"size": [8, 10]},
     "multi_scale_crop": {"size": 8},
     "flip": {},

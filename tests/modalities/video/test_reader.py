@@ -23,7 +23,9 @@ from mmssl.types import BadClip
 
 linux = pytest.mark.skipif(not Path("/proc/self").exists(), reason="counts processes in /proc")
 
-HEVC = {"x265-params": "log-level=none:pools=none:frame-threads=1"}
+HEVC = {"x265-params": "log-level=none:pools=none:frame-threads=1:open-gop=0"}
+HEVC_OPEN = {"x265-params": "log-level=none:pools=none:frame-threads=1"}
+OPEN = {"x264-params": "open-gop=1:keyint=8:bframes=3:b-adapt=0"}
 UNEVEN = [0, 40, 140, 160, 400, 450, 500, 900, 1000, 1030, 1100, 1210, 1300, 1333, 1400, 1500, 1520, 1600, 1800, 1900]
 
 # name -> (encoder, settings of `write_video`, which decoder `auto` ends with): a new format is a new line
@@ -33,24 +35,38 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
     "h264_one_gop.mp4": ("libx264", {"gop": 250}, "decord"),
     "h264.mov": ("libx264", {}, "decord"),
     "h264_sound.mkv": ("libx264", {"sound": "libopus"}, "decord"),
+    "h264_open.mp4": ("libx264", {"options": OPEN}, "pyav"),
     "h264.avi": ("libx264", {"options": {"bf": "0"}}, "pyav"),
     "h264_uneven.mp4": ("libx264", {"stamps": UNEVEN}, "decord"),
     "h264_uneven.mkv": ("libx264", {"stamps": UNEVEN}, "decord"),
+    "h264_sound.mov": ("libx264", {"sound": "aac"}, "decord"),
     "h264.ts": ("libx264", {}, "pyav"),
     "hevc.mp4": ("libx265", {"options": HEVC}, "decord"),
+    "hevc_sound.mp4": ("libx265", {"options": HEVC, "sound": "aac"}, "decord"),
+    "hevc_uneven.mp4": ("libx265", {"options": HEVC, "stamps": UNEVEN}, "decord"),
+    "hevc_open.mp4": ("libx265", {"options": HEVC_OPEN}, "pyav"),
+    "hevc_open_uneven.mkv": ("libx265", {"options": HEVC_OPEN, "stamps": UNEVEN}, "pyav"),
     "hevc_sound.mkv": ("libx265", {"options": HEVC, "sound": "aac"}, "decord"),
     "vp8.webm": ("libvpx", {"options": {"auto-alt-ref": "1", "lag-in-frames": "16"}}, "decord"),
     "vp9.webm": ("libvpx-vp9", {}, "decord"),
     "vp9_sound.webm": ("libvpx-vp9", {"sound": "libopus"}, "decord"),
+    "vp9.mkv": ("libvpx-vp9", {}, "decord"),
+    "vp9.mp4": ("libvpx-vp9", {}, "decord"),
+    "vp9_uneven.webm": ("libvpx-vp9", {"stamps": UNEVEN}, "decord"),
     "av1.mp4": ("libsvtav1", {"options": {"preset": "12"}}, "pyav"),
+    "av1.webm": ("libsvtav1", {"options": {"preset": "12"}}, "pyav"),
+    "av1_uneven.mp4": ("libsvtav1", {"options": {"preset": "12"}, "stamps": UNEVEN}, "pyav"),
     "av1_sound.mkv": ("libsvtav1", {"options": {"preset": "12"}, "sound": "libopus"}, "pyav"),
     "mpeg4.avi": ("mpeg4", {}, "pyav"),
     "mpeg4_sound.avi": ("mpeg4", {"sound": "pcm_s16le"}, "pyav"),
     "mpeg4_b_frames.avi": ("mpeg4", {"options": {"bf": "2"}}, "pyav"),
+    "mpeg4.mkv": ("mpeg4", {}, "decord"),
+    "mpeg4_sound.mp4": ("mpeg4", {"sound": "aac"}, "decord"),
     "mpeg4_uneven.mp4": ("mpeg4", {"stamps": UNEVEN}, "decord"),
     "mpeg2.mpg": ("mpeg2video", {}, "pyav"),
     "mjpeg.avi": ("mjpeg", {"pixels": "yuvj420p"}, "pyav"),
     "gif.gif": ("gif", {"pixels": "rgb8"}, "pyav"),
+    "gif_uneven.gif": ("gif", {"pixels": "rgb8", "stamps": [10 * (stamp // 10) for stamp in UNEVEN]}, "pyav"),
 }
 
 
@@ -88,10 +104,11 @@ def test_the_frame_asked_for_is_the_frame_got(files: Path, painted: Any, name: s
         assert whole.dtype == torch.float32
         assert whole.shape == (3, round(10 * found["seconds"]), 64, 64)
         assert painted.numbers(whole) == [shown(stamps, (k + 0.5) / 10) for k in range(whole.shape[1])]
-        # far into the file, finer than its own rate, from memory
+        # far into the file, behind each of its key frames, finer than its own rate, from memory
         content = io.BytesIO((files / name).read_bytes())
-        part = read(content, rate=16, start=1.2, duration=0.5, decoder=decoder)
-        assert painted.numbers(part) == [shown(stamps, 1.2 + (k + 0.5) / 16) for k in range(8)]
+        for start in (0.7, 1.2):
+            part = read(content, rate=16, start=start, duration=0.5, decoder=decoder)
+            assert painted.numbers(part) == [shown(stamps, start + (k + 0.5) / 16) for k in range(8)]
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "av1.mp4", "mpeg4_b_frames.avi", "gif.gif"])

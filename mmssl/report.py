@@ -1,0 +1,479 @@
+"""What `mmssl report` writes: a run as one page that needs nothing but itself.
+
+What the run's folder holds is shown, and what it lacks is left out, so that a run that is still going on, or that broke
+off, has a page too. With labelled or unlabelled clips the page shows as well what the encoder makes of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from html import escape
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmssl.clips import find_clips
+from mmssl.data.manifest import Manifest
+from mmssl.embed import Embedder, load
+from mmssl.evaluation.knn import knn_predict
+from mmssl.recipe import parse
+from mmssl.training.health import diagnose
+
+MOST_CLIPS = 1_000  # of a manifest, evenly from it: a page of so many thumbnails has some 2 MB
+MOST_SHEETS = 8  # of pictures, the last one among them
+MOST_BAD = 100  # bad clips by name
+NEIGHBORS, GALLERY = 5, 12
+FOLDS = 5
+THUMB = 64  # pixels
+WIDTH, HEIGHT, MARGIN = 480, 220, 62
+MAP = 560
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#e07b39", "#5b5b5b", "#8c6bb1", "#2a9d8f")
+
+Row = Mapping[str, Any]
+Points = Sequence[tuple[float, float | None]]
+
+
+def write_report(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    data: str | Path | Manifest | None = None,
+    label: str = "label",
+    pool: str = "mean",
+    device: str = "auto",
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Path:
+    """Write the page of a run: curves, verdicts, pictures, costs, bad clips and recipe.
+
+    Args:
+        run: its folder; with `data` also anything else that `mmssl.load` takes.
+        out: the file; report.html in the folder of the run by default.
+        data: a manifest, of which at most `MOST_CLIPS` clips are embedded: their map, nearest neighbors, how well each
+            layer tells labels apart and, of a run that was fine-tuned to tell classes, what it takes for what.
+        label: the key of a row that holds its class, where it has one.
+        pool: see `Pool.named`.
+        device, batch_size, progress: see `mmssl.load` and `Embedder.embed`. Clips that cannot be read are named.
+
+    Returns:
+        the file.
+
+    Raises:
+        ValueError: the folder holds nothing of a run, or the manifest cannot be read.
+    """
+    folder = Path(run)
+    if out is None and not folder.is_dir():
+        raise ValueError(f"{run}: no such folder; give the folder of a run, or --out for the file of the page")
+    out = folder / "report.html" if out is None else Path(out)
+    rows, broken = read_log(folder / "log.jsonl")
+    recipe = _text(folder / "recipe.yaml")
+    found = {
+        "Health": _health(rows, broken),
+        "Curves": _curves(rows),
+        "Pictures": _pictures(folder / "pictures"),
+        "Costs": _costs(rows, folder),
+        "Bad clips": _bad_clips(folder / "bad_clips.jsonl"),
+    }
+    if not any(found.values()) and not recipe and data is None:
+        raise ValueError(f"{folder}: holds no log, no recipe and no pictures, so it is no run; give the folder of one")
+    clips: list[dict[str, Any]] = []
+    if data is not None:
+        manifest = data if isinstance(data, Manifest) else Manifest(data)
+        try:
+            embedder = load(run, device=device)
+        except ValueError as error:
+            found["Embeddings"] = f'<p class="bad">No encoder to embed with: {escape(str(error))}</p>'
+        else:
+            clips, sections = _embedded(embedder, manifest, label, pool, batch_size, progress)
+            found |= sections
+    if recipe:
+        found["Recipe"] = f"<pre>{escape(recipe)}</pre>"
+    name = folder.name or str(run)
+    title = f"<h1>{escape(name)}</h1>\n<p>{escape(_state(rows, recipe))}</p>"
+    body = "\n".join([title, *(f"<h2>{heading}</h2>\n{text}" for heading, text in found.items() if text)])
+    page = resources.files("mmssl").joinpath("report.html").read_text(encoding="utf-8")
+    # one after the other over pieces of the template: what a file is called is never taken for a place to fill
+    head, rest = page.split("{{title}}")
+    middle, rest = rest.split("{{body}}")
+    before, after = rest.split("{{clips}}")
+    # in a script nothing but "<" could end it, or begin another
+    blob = json.dumps(clips, allow_nan=False).replace("<", "\\u003c")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # a name may hold bytes that are no text
+    out.write_text(
+        head + escape(name) + middle + body + before + blob + after, encoding="utf-8", errors="backslashreplace"
+    )
+    return out
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a run's log, and how many are no lines of one, as where a machine went down while it wrote."""
+    rows, broken = [], 0
+    for line in _text(path).splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            broken += 1
+    return rows, broken
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _trained(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if "loss" in row]
+
+
+def _state(rows: Sequence[Row], recipe: str) -> str:
+    """How far the run is, in a sentence."""
+    try:
+        steps = parse(recipe, source="recipe.yaml").get("trainer.steps") if recipe else None
+    except ValueError:
+        steps = None
+    last = max((row["step"] for row in rows), default=0)
+    if not isinstance(steps, int):
+        return f"Update {last:,} is the last in the log." if rows else "No log."
+    return f"Finished: {steps:,} updates." if last >= steps else f"Not finished: update {last:,} of {steps:,}."
+
+
+def _health(rows: Sequence[Row], broken: int) -> str:
+    history = _trained(rows)
+    now = dict(history[-1].get("verdict") or diagnose(history)) if history else {}
+    parts = [f'<p class="bad"><b>{escape(name)}</b>: {escape(str(said))}</p>' for name, said in now.items()]
+    if history and not now:
+        parts.append('<p class="good">No verdict on the last lines: nothing that is known to go wrong has.</p>')
+    if broken:
+        parts.append(f'<p class="bad">{broken} lines of log.jsonl cannot be read.</p>')
+    said: list[tuple[int, str]] = []
+    before: set[str] = set()
+    for row in rows:
+        verdicts = row.get("verdict") or {}
+        said += [(row["step"], f"{name}: {text}") for name, text in verdicts.items() if name not in before]
+        if "loss" in row:
+            before = set(verdicts)
+        if "note" in row:
+            said.append((row["step"], str(row["note"])))
+        if row.get("not_finite"):
+            said.append((row["step"], f"not finite: {', '.join(map(str, row['not_finite']))}"))
+    if said:
+        lines = "".join(f"<tr><td>{step:,}</td><td>{escape(text)}</td></tr>" for step, text in said)
+        parts.append(f"<table><tr><th>update</th><th>what was said</th></tr>{lines}</table>")
+    return "\n".join(parts)
+
+
+def _curves(rows: Sequence[Row]) -> str:
+    """Loss and metrics, of training and of evaluation, then rate and gradient, each over updates."""
+    series: dict[str, dict[str, list[tuple[float, float | None]]]] = {"loss": {}}
+    for row in rows:
+        found = {(name, "training"): value for name, value in (row.get("metrics") or {}).items()}
+        found |= {(name, "evaluation"): value for name, value in (row.get("evaluation") or {}).items()}
+        found |= {(name, "training"): row[name] for name in ("loss", "lr", "grad_norm") if name in row}
+        for (name, side), value in found.items():
+            if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+                series.setdefault(name, {}).setdefault(side, []).append((row["step"], value))
+    plots = [_plot(name, "update", lines) for name, lines in series.items() if lines]
+    return f'<div class="curves">{"".join(plots)}</div>' if plots else ""
+
+
+def _plot(title: str, axis: str, lines: Mapping[str, Points]) -> str:
+    """A figure of lines over one axis, with the last value of each in its caption."""
+    known = [(x, y) for points in lines.values() for x, y in points if y is not None and math.isfinite(y)]
+    if not known:
+        return f"<figure><figcaption><b>{escape(title)}</b>: no finite value</figcaption></figure>"
+    left, right = min(x for x, _ in known), max(x for x, _ in known)
+    low, high = min(y for _, y in known), max(y for _, y in known)
+    # what differs by rounding alone is drawn as level
+    varies = high - low > 1e-6 * max(abs(low), abs(high))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - left) / (right - left) if right > left else 0.5
+        up = (y - low) / (high - low) if varies else 0.5
+        return MARGIN + across * (WIDTH - MARGIN - 12), HEIGHT - 26 - up * (HEIGHT - 42)
+
+    drawn, said = [], []
+    for (name, points), color in zip(lines.items(), COLORS, strict=False):
+        pieces: list[list[tuple[float, float]]] = [[]]
+        for x, y in points:
+            # a value that is not finite leaves a gap
+            if y is None or not math.isfinite(y):
+                pieces.append([])
+            else:
+                spot = place(x, y)
+                pieces[-1].append(spot)
+                note = f"<title>{escape(name)} {escape(axis)} {x:g}: {y:.5g}</title>"
+                drawn.append(f'<circle cx="{spot[0]:.1f}" cy="{spot[1]:.1f}" r="2" fill="{color}">{note}</circle>')
+        for piece in pieces:
+            spots = " ".join(f"{x:.1f},{y:.1f}" for x, y in piece)
+            drawn.append(f'<polyline stroke="{color}" points="{spots}"/>' if len(piece) > 1 else "")
+        last = next((y for _, y in reversed(points) if y is not None), math.nan)
+        said.append(f'<span class="swatch" style="background:{color}"></span> {escape(name)} {last:.4g}')
+    ticks = (
+        f'<text x="4" y="20">{high:.3g}</text><text x="4" y="{HEIGHT - 26}">{low:.3g}</text>'
+        f'<text x="{MARGIN}" y="{HEIGHT - 8}">{left:g}</text>'
+        f'<text x="{WIDTH - 12}" y="{HEIGHT - 8}" text-anchor="end">{escape(axis)} {right:g}</text>'
+    )
+    return (
+        f'<figure><svg width="{WIDTH}" height="{HEIGHT}" role="img">{ticks}{"".join(drawn)}</svg>'
+        f"<figcaption><b>{escape(title)}</b>: {', '.join(said)}</figcaption></figure>"
+    )
+
+
+def _pictures(folder: Path) -> str:
+    """The sheets that evaluations have drawn, evenly from all of them, the last one on top."""
+    sheets = sorted(
+        (path for path in folder.glob("update_*.png") if path.stem[7:].isdigit()), key=lambda path: int(path.stem[7:])
+    )
+    if not sheets:
+        return ""
+    count = min(MOST_SHEETS, len(sheets))
+    chosen = [sheets[round(i * (len(sheets) - 1) / max(count - 1, 1))] for i in range(count)]
+    if count == 1:
+        chosen = sheets[-1:]
+    shown = [
+        f'<figure><img alt="{path.stem}" src="{_data_url(path.read_bytes(), "png")}">'
+        f"<figcaption>after update {int(path.stem[7:]):,}</figcaption></figure>"
+        for path in reversed(chosen)
+    ]
+    words = f"<p>{escape(_text(folder / 'README.txt'))}</p>"
+    earlier = f"<details><summary>{len(shown) - 1} earlier</summary>{''.join(shown[1:])}</details>"
+    return words + shown[0] + (earlier if len(shown) > 1 else "")
+
+
+def _costs(rows: Sequence[Row], folder: Path) -> str:
+    last = next((row for row in reversed(rows) if "seconds" in row and "clips" in row), None)
+    lines: list[tuple[str, str]] = []
+    if last is not None and last["seconds"]:
+        lines += [
+            ("time in updates", str(timedelta(seconds=round(last["seconds"])))),
+            ("clips seen", f"{last['clips']:,}"),
+            ("clips a second", f"{last['clips'] / last['seconds']:.1f}"),
+            ("seconds an update", f"{last['seconds'] / max(last['step'], 1):.3g}"),
+        ]
+    try:
+        with safe_open(folder / "encoder.safetensors", framework="pt") as file:
+            sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118 (no mapping)
+        lines.append(("weights of the encoder", f"{sum(sizes):,}"))
+    except (OSError, SafetensorError):
+        pass  # not exported yet, or not whole: nothing to say of it
+    if not lines:
+        return ""
+    return f"<table>{''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in lines)}</table>"
+
+
+def _bad_clips(path: Path) -> str:
+    found = []
+    for line in _text(path).splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            found.append([str(row.get(key, "")) for key in ("id", "path", "reason")])
+    if not found:
+        return ""
+    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in cells) for cells in found[:MOST_BAD])
+    more = f"<p>and {len(found) - MOST_BAD} more in bad_clips.jsonl</p>" if len(found) > MOST_BAD else ""
+    head = "<tr><th>clip</th><th>file</th><th>reason</th></tr>"
+    return f"<p>{len(found)} left out</p><table>{head}{''.join(f'<tr>{line}</tr>' for line in lines)}</table>{more}"
+
+
+def _embedded(
+    embedder: Embedder, manifest: Manifest, label: str, pool: str, batch_size: int, progress: bool
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """What the page's script knows of each clip, and the sections about clips."""
+    if len(manifest) > MOST_CLIPS:
+        manifest = manifest.select(np.linspace(0, len(manifest) - 1, MOST_CLIPS).round().astype(np.int64))
+    layers = [-1, *range(embedder.depth + 1)]
+    found = embedder.embed(
+        manifest, layer=layers, pool=pool, tokens=False, batch_size=batch_size, on_bad_clip="skip", progress=progress
+    )
+    read = torch.isfinite(found[0].scene).all(1).nonzero()[:, 0]
+    sections = {}
+    if found[0].bad:
+        lines = "".join(
+            f"<tr><td>{escape(name)}</td><td>{escape(reason)}</td></tr>"
+            for name, reason in islice(found[0].bad.items(), MOST_BAD)
+        )
+        sections["Clips that could not be embedded"] = f"<p>{len(found[0].bad)} clips</p><table>{lines}</table>"
+    if len(read) < 2:
+        sections["Embeddings"] = f'<p class="bad">{len(read)} clips could be embedded, and a map takes two.</p>'
+        return [], sections
+    manifest = manifest.select(read.numpy())
+    labels = [_label(row.get(label)) for row in manifest]
+    scenes = {layer: one.scene[read] for layer, one in zip(layers, found, strict=True)}
+    near = _neighbors(scenes[-1])
+    pictures = _thumbnails(embedder, manifest)
+    clips = [
+        {"name": row["id"], "label": name, "near": close, "picture": picture}
+        for row, name, close, picture in zip(manifest, labels, near, pictures, strict=True)
+    ]
+    sections["Embedding map"] = _map(scenes[-1], labels)
+    sections["Nearest neighbors"] = _gallery(len(clips))
+    if (layerwise := _layerwise(scenes, labels)) is not None:
+        sections["Layers"] = layerwise
+    objective = embedder.config.get("objective") or {}
+    if embedder.config.get("classes") and not objective.get("multi_label") and all(name is not None for name in labels):
+        said = embedder.predict(manifest, batch_size=batch_size, progress=progress)
+        sections["Confusion"] = _confusion([str(name) for name in labels], [str(name) for name in said])
+    return clips, sections
+
+
+def _label(value: Any) -> str | None:
+    return None if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _neighbors(scenes: Tensor) -> list[list[tuple[int, float]]]:
+    """The nearest other clips of each, by cosine similarity."""
+    directions = normalize(scenes.float(), dim=1)
+    similarity = directions @ directions.T
+    similarity.fill_diagonal_(-torch.inf)
+    values, places = similarity.topk(min(NEIGHBORS, len(scenes) - 1), dim=1)
+    return [
+        [(place, round(value, 4)) for place, value in zip(own, close, strict=True)]
+        for own, close in zip(places.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _thumbnails(embedder: Embedder, manifest: Manifest) -> list[str | None]:
+    """Pictures as the encoder sees them, of video the frame in the middle; None where there is nothing to see."""
+    clips = find_clips(manifest, embedder.config, embedder.encoder, rate=None)
+    found: list[str | None] = []
+    for place in range(len(clips)):
+        sample = clips.read(place).sample
+        x = None if sample is None else sample.inputs[embedder.modality]
+        if x is not None and x.ndim == 4:
+            x = x[:, x.shape[1] // 2]
+        if x is None or x.ndim != 3:
+            found.append(None)
+            if place == 0 and x is not None:  # sound: none of the others is to be looked at either
+                return [None] * len(clips)
+            continue
+        found.append(_thumbnail(x))
+    return found
+
+
+def _thumbnail(x: Tensor) -> str:
+    from PIL import Image
+
+    x = x if x.shape[0] == 3 else x[:1].expand(3, -1, -1)
+    picture = Image.fromarray((x.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+    picture.thumbnail((THUMB, THUMB))
+    file = io.BytesIO()
+    picture.save(file, format="JPEG", quality=80)
+    return _data_url(file.getvalue(), "jpeg")
+
+
+def _data_url(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _spread(scenes: Tensor) -> tuple[Tensor, str]:
+    """(B, 2) places of clips, and what made them."""
+    try:
+        umap = importlib.import_module("umap")
+    except ImportError:
+        centered = scenes.double() - scenes.double().mean(0)
+        _, sizes, axes = torch.linalg.svd(centered, full_matrices=False)
+        share = float(sizes[:2].square().sum() / sizes.square().sum().clamp_min(1e-30))
+        # of an axis either end may be the first: the largest weight is made positive, so that pages can be compared
+        axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
+        return centered @ axes.T, f"PCA: two axes with {share:.0%} of the variance"
+    return torch.from_numpy(umap.UMAP(random_state=0).fit_transform(scenes.numpy())).double(), "UMAP"
+
+
+def _map(scenes: Tensor, labels: Sequence[str | None]) -> str:
+    places, how = _spread(scenes)
+    places = torch.nn.functional.pad(places, (0, 2 - places.shape[1]))
+    span = (places.amax(0) - places.amin(0)).clamp_min(1e-30)
+    spots = ((places - places.amin(0)) / span * (MAP - 24) + 12).tolist()
+    names = sorted({name for name in labels if name is not None})
+    colors = {
+        name: COLORS[i] if len(names) <= len(COLORS) else f"hsl({i * 360 // len(names)} 65% 45%)"
+        for i, name in enumerate(names)
+    }
+    dots = "".join(
+        f'<circle data-clip="{i}" cx="{x:.1f}" cy="{MAP - y:.1f}" r="5" fill="{colors.get(name or "", COLORS[0])}"/>'
+        for i, ((x, y), name) in enumerate(zip(spots, labels, strict=True))
+    )
+    legend = "".join(
+        f'<div><span class="swatch" style="background:{color}"></span> {escape(name)}</div>'
+        for name, color in colors.items()
+    )
+    return (
+        f"<p>{len(labels)} clips. {how}. Hover to see a clip, click for its nearest neighbors.</p>"
+        f'<div class="map"><svg width="{MAP}" height="{MAP}" role="img">{dots}</svg><div class="side">'
+        f'<div id="chosen"></div><h3>Nearest</h3><div id="near" class="clips"></div><h3>Labels</h3>{legend}</div></div>'
+    )
+
+
+def _gallery(count: int) -> str:
+    """Clips evenly from all, each with its nearest neighbors beside it; the page's script puts them in."""
+    shown = dict.fromkeys(round(i * (count - 1) / max(GALLERY - 1, 1)) for i in range(GALLERY))
+    rows = "".join(f'<div class="clips gallery" data-clip="{i}"></div>' for i in shown)
+    return f"<p>A clip, then those nearest to it, by cosine similarity of the output.</p>{rows}"
+
+
+def _layerwise(scenes: Mapping[int, Tensor], labels: Sequence[str | None]) -> str | None:
+    """How well the neighbors of a clip tell its label, by layer; None where there are no labels to tell."""
+    names = sorted({name for name in labels if name is not None})
+    if len(names) < 2 or None in labels or len(labels) < 2 * FOLDS:
+        return None
+    numbers = torch.tensor([names.index(name) for name in labels if name is not None])
+    # evenly from all, so that a manifest in the order of its labels has all of them in each
+    fold = torch.arange(len(numbers)) % FOLDS
+    right = {}
+    for layer, features in scenes.items():
+        said = torch.empty_like(numbers)
+        for held in range(FOLDS):
+            asked = fold == held
+            said[asked] = knn_predict(features[~asked], numbers[~asked], features[asked])
+        right[layer] = float((said == numbers).double().mean())
+    commonest = float(numbers.bincount().max() / len(numbers))
+    inner: dict[str, Points] = {
+        "accuracy": [(layer, value) for layer, value in right.items() if layer >= 0],
+        "the commonest label": [(0, commonest), (max(scenes), commonest)],
+    }
+    return (
+        f"<p>Accuracy of 20 nearest neighbors on {len(labels)} clips, {FOLDS} folds; of the output, after the final "
+        f"norm, {right[-1]:.3f}.</p>{_plot('kNN', 'layer', inner)}"
+    )
+
+
+def _confusion(truth: Sequence[str], said: Sequence[str]) -> str:
+    names = sorted({*truth, *said})
+    counts = torch.zeros(len(names), len(names), dtype=torch.int64)
+    for one, other in zip(truth, said, strict=True):
+        counts[names.index(one), names.index(other)] += 1
+    right = int(counts.diagonal().sum())
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    lines = "".join(
+        f"<tr><th>{escape(name)}</th>"
+        + "".join(
+            f'<td style="background:rgb(68 119 170 / {count / max(sum(row), 1):.2f})">{count or ""}</td>'
+            for count in row
+        )
+        + "</tr>"
+        for name, row in zip(names, counts.tolist(), strict=True)
+    )
+    return (
+        f"<p>{right} of {len(truth)} right. A row is what a clip is, a column what it is taken for.</p>"
+        f'<table class="confusion"><tr><th></th>{head}</tr>{lines}</table>'
+    )

@@ -1,0 +1,367 @@
+"""Embeddings of any number of clips to one file, in parts: memory stays flat, and a job that was cut off goes on.
+
+Parts are .npz files in a folder beside the file that is to come. They are put together, in the order of the clips, when
+the last of them is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mmssl.clips import Clips, Input, find_clips
+from mmssl.embed import Embedder
+from mmssl.types import Embeddings
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a job.
+
+    path: the file; None while parts that other processes work on are not there yet.
+    clips: all of them.
+    bad: those that could not be read.
+    width: of a scene.
+    """
+
+    path: Path | None
+    clips: int
+    bad: int
+    width: int
+
+
+def write_embeddings(
+    embedder: Embedder,
+    inputs: Input | Sequence[Input],
+    out: str | Path,
+    *,
+    layers: Sequence[int] = (-1,),
+    pool: str | None = None,
+    tokens: bool = False,
+    window: float | None = None,
+    overlap: float = 1.0,
+    batch_size: int = 16,
+    batch_seconds: float = 60.0,
+    on_bad_clip: Literal["raise", "skip"] = "skip",
+    part: tuple[int, int] = (1, 1),
+    progress: bool = False,
+    tell: Callable[[str, str], None] = lambda name, reason: None,
+) -> Written:
+    """Embed clips into a file; the same call goes on where it was cut off.
+
+    .npz, which numpy opens without unpickling, holds `ids` and `scene` (clips, width), NaN for a clip that could not
+    be read; where tokens are kept `tokens`, `valid` and, for sound and video, `time_ms`; where clips were bad `bad_ids`
+    and `bad_reasons`. With several layers `scene` and `tokens` get an axis of layers in front, which `layers` names.
+
+    .parquet has one row a clip: `id`, `scene`, `error`, and where tokens are kept `tokens` and `time_ms`; the scene of
+    a clip that could not be read is null and its error says why. With several layers there is a `scene_<layer>` and a
+    `tokens_<layer>` for each of them.
+
+    Args:
+        out: file to write; .npz is added where it has another ending than .npz and .parquet. Until it is written,
+            parts lie in a folder of its name with .parts.
+        inputs, pool, tokens, window, overlap, batch_size, batch_seconds, on_bad_clip, progress: see `Embedder.embed`.
+        layers: see `layer` of `Embedder.embed`.
+        part: (i, n): embed only the i-th of n stretches of the clips, one for each of n processes. Whoever is there
+            last writes the file.
+        tell: called with the name of each clip that could not be read, and why.
+
+    Raises:
+        ValueError: parts of another job lie there, no clip can be read, or Parquet is asked for without pyarrow.
+    """
+    out = Path(out)
+    if out.suffix not in FORMATS:
+        out = out.with_name(out.name + ".npz")
+    if out.suffix == ".parquet":
+        _pyarrow(out)
+    number, of = part
+    if not 1 <= number <= of:
+        raise ValueError(f"part={number}/{of}: counts from 1 to the number of processes")
+    clips = find_clips(inputs, embedder.config, embedder.encoder, rate=None)
+    job = {
+        "clips": len(clips),
+        "encoder": _digest(embedder),
+        "layers": list(layers),
+        "pool": pool,
+        "precision": embedder.precision,
+        "tokens": tokens,
+        "window": None if window is None else [window, overlap],
+    }
+    folder, merging = (out.with_name(f"{out.name}.{state}") for state in ("parts", "merging"))
+    if merging.exists() and not folder.exists():
+        merging.rename(folder)  # it was cut off while the parts were put together
+    _open(folder, job, clips)
+
+    mine = range(len(clips) * (number - 1) // of, len(clips) * number // of)
+    done = [_places(path) for path in _parts(folder)]
+    start = max([mine.start, *(stop for first, stop in done if first in mine)])
+    settings: dict[str, Any] = {"layers": layers, "pool": pool, "tokens": tokens, "on_bad_clip": on_bad_clip}
+    settings |= {
+        "window": window,
+        "overlap": overlap,
+        "batch_size": batch_size,
+        "batch_seconds": batch_seconds,
+        "progress": progress,
+    }
+    if start < mine.stop:
+        for found in embedder.stream(clips, places=range(start, mine.stop), **settings):
+            stop = start + len(found[0].ids)
+            _write_part(folder / f"{start:012}-{stop:012}.npz", found, layers)
+            for name, reason in found[0].bad.items():
+                tell(name, reason)
+            start = stop
+    return _finish(folder, merging, out, clips, layers)
+
+
+def _open(folder: Path, job: Mapping[str, Any], clips: Clips) -> None:
+    """Make the folder of parts, or see that those in it are of the same job."""
+    said = folder / "job.json"
+    if not said.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with _whole(said) as unfinished:
+            unfinished.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+        return
+    way_out = "delete it, or choose another --out"
+    before = json.loads(said.read_text(encoding="utf-8"))
+    for key, value in job.items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"{folder}: holds parts of another job, where {key} is {before.get(key)} and not {value}; {way_out}"
+            )
+    for path in _parts(folder):
+        first, stop = _places(path)
+        with np.load(path, allow_pickle=False) as file:
+            ids = file["ids"].tolist()
+        for place, name in zip(range(first, stop), ids, strict=True):
+            if clips.name(place) != name:
+                raise ValueError(
+                    f"{folder}: holds parts of other clips, number {place} was {name} and is {clips.name(place)}; "
+                    f"{way_out}"
+                )
+
+
+def _finish(folder: Path, merging: Path, out: Path, clips: Clips, layers: Sequence[int]) -> Written:
+    """Put the parts together where all of them are there, and remove them."""
+    covered = bad = width = 0
+    for path in _parts(folder):
+        first, covered_to = _places(path)
+        covered += covered_to - first
+        with np.load(path, allow_pickle=False) as file:
+            bad += int((file["errors"] != "").sum())
+            width = max(width, file[f"scene_{layers[0]}"].shape[1])
+    if covered < len(clips):
+        return Written(None, len(clips), bad, width)
+    if bad == len(clips):
+        with np.load(_parts(folder)[0], allow_pickle=False) as file:
+            first_bad, reason = file["ids"][0], file["errors"][0]
+        shutil.rmtree(folder)
+        raise ValueError(f"none of the {len(clips)} clips can be read; the first is {first_bad} ({reason})")
+    try:
+        folder.rename(merging)
+    except FileNotFoundError:  # another process has begun to
+        return Written(None, len(clips), bad, width)
+    with _whole(out) as unfinished:
+        FORMATS[out.suffix](_parts(merging), unfinished, layers)
+    shutil.rmtree(merging)
+    return Written(out, len(clips), bad, width)
+
+
+def _digest(embedder: Embedder) -> str:
+    """What tells one encoder from another: its config and its weights."""
+    digest = blake2b(json.dumps(embedder.config, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensor in sorted(embedder.encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _parts(folder: Path) -> list[Path]:
+    """In the order of their clips."""
+    return sorted(folder.glob("*.npz"))
+
+
+def _places(path: Path) -> tuple[int, int]:
+    """The first clip of a part, and the one after its last."""
+    first, _, stop = path.stem.partition("-")
+    return int(first), int(stop)
+
+
+def _write_part(path: Path, found: Sequence[Embeddings], layers: Sequence[int]) -> None:
+    """The rows of good clips only, and tokens end to end."""
+    ids = found[0].ids
+    # no width where no clip of them is good; a name may come twice, good once and bad once
+    good = found[0].scene.isfinite().all(1).numpy() & (found[0].scene.shape[1] > 0)
+    errors = ["" if fine else found[0].bad[name] for name, fine in zip(ids, good, strict=True)]
+    valid = found[0].valid.numpy()
+    arrays: dict[str, Any] = {"ids": np.array(ids, np.str_), "errors": np.array(errors, np.str_)}
+    for layer, one in zip(layers, found, strict=True):
+        arrays[f"scene_{layer}"] = one.scene.numpy()[good]
+        if valid.shape[1]:
+            arrays[f"tokens_{layer}"] = one.tokens.numpy()[valid]
+    if valid.shape[1]:
+        arrays["lengths"] = valid.sum(1)
+        if found[0].time_ms is not None:
+            arrays["time_ms"] = found[0].time_ms.numpy()[valid]
+    with _whole(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A place to write to, which becomes `path` if nothing goes wrong."""
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        if error.filename is None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _to_npz(parts: Sequence[Path], path: Path, layers: Sequence[int]) -> None:
+    """One array after the other, each part by part: no array is ever in memory."""
+    count = _places(parts[-1])[1]
+    width = channels = longest = 0
+    text = {"ids": 1, "errors": 1}  # characters of the longest
+    n_bad, timed = 0, False
+    for part in parts:
+        with np.load(part, allow_pickle=False) as file:
+            text = {key: max(most, file[key].dtype.itemsize // 4) for key, most in text.items()}
+            n_bad += int((file["errors"] != "").sum())
+            width = max(width, file[f"scene_{layers[0]}"].shape[1])
+            if "lengths" in file:
+                longest = max(longest, int(file["lengths"].max()))
+                channels = file[f"tokens_{layers[0]}"].shape[1]
+                timed = timed or "time_ms" in file
+    stack = (len(layers),) if len(layers) > 1 else ()
+
+    def scenes() -> Iterator[np.ndarray]:
+        for layer in layers:
+            for part in parts:
+                with np.load(part, allow_pickle=False) as file:
+                    rows = np.full((len(file["ids"]), width), np.nan, np.float32)
+                    good = file["errors"] == ""
+                    if good.any():
+                        rows[good] = file[f"scene_{layer}"]
+                yield rows
+
+    def ragged(names: Sequence[str], *shape: int) -> Iterator[np.ndarray]:
+        for name in names:
+            for part in parts:
+                with np.load(part, allow_pickle=False) as file:
+                    rows = np.zeros((len(file["ids"]), longest, *shape), np.float32)
+                    if "lengths" in file:
+                        rows[np.arange(longest) < file["lengths"][:, None]] = file[name]
+                yield rows
+
+    def valid() -> Iterator[np.ndarray]:
+        for part in parts:
+            with np.load(part, allow_pickle=False) as file:
+                lengths = file["lengths"] if "lengths" in file else np.zeros(len(file["ids"]), np.int64)
+            yield np.arange(longest) < lengths[:, None]
+
+    def texts(key: str, only_bad: bool) -> Iterator[np.ndarray]:
+        for part in parts:
+            with np.load(part, allow_pickle=False) as file:
+                chosen = file["errors"] != "" if only_bad else slice(None)
+                yield file[key][chosen].astype(f"<U{text[key]}")
+
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+
+        def put(name: str, shape: tuple[int, ...], dtype: str, rows: Iterator[np.ndarray]) -> None:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                header = {"descr": dtype, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for chunk in rows:
+                    file.write(np.ascontiguousarray(chunk, np.dtype(dtype)).tobytes())
+
+        put("ids", (count,), f"<U{text['ids']}", texts("ids", False))
+        put("scene", (*stack, count, width), "<f4", scenes())
+        if stack:
+            put("layers", stack, "<i8", iter([np.array(layers)]))
+        if longest:
+            names = [f"tokens_{layer}" for layer in layers]
+            put("tokens", (*stack, count, longest, channels), "<f4", ragged(names, channels))
+            put("valid", (count, longest), "|b1", valid())
+            if timed:
+                put("time_ms", (count, longest), "<f4", ragged(["time_ms"]))
+        if n_bad:
+            put("bad_ids", (n_bad,), f"<U{text['ids']}", texts("ids", True))
+            put("bad_reasons", (n_bad,), f"<U{text['errors']}", texts("errors", True))
+
+
+def _to_parquet(parts: Sequence[Path], path: Path, layers: Sequence[int]) -> None:
+    """One row group a part."""
+    pa, parquet = _pyarrow(path)
+    scenes = {f"scene_{layer}": f"scene_{layer}" if len(layers) > 1 else "scene" for layer in layers}
+    tokens = {f"tokens_{layer}": f"tokens_{layer}" if len(layers) > 1 else "tokens" for layer in layers}
+    width = channels = 0
+    timed = False
+    for part in parts:
+        with np.load(part, allow_pickle=False) as file:
+            width = max(width, file[f"scene_{layers[0]}"].shape[1])
+            if "lengths" in file:
+                channels, timed = file[f"tokens_{layers[0]}"].shape[1], timed or "time_ms" in file
+    vector, token = (pa.list_(pa.float32(), size) for size in (width, channels))
+    fields = [pa.field("id", pa.string(), nullable=False), *(pa.field(name, vector) for name in scenes.values())]
+    if channels:
+        fields += [pa.field(name, pa.list_(token)) for name in tokens.values()]
+        fields += [pa.field("time_ms", pa.list_(pa.float32()))] if timed else []
+    schema = pa.schema([*fields, pa.field("error", pa.string())])
+
+    with parquet.ParquetWriter(path, schema) as writer:
+        for part in parts:
+            with np.load(part, allow_pickle=False) as file:
+                bad = file["errors"] != ""
+                columns: dict[str, Any] = {"id": [_utf8(name) for name in file["ids"]]}
+                for stored, name in scenes.items():
+                    rows = np.zeros((len(bad), width), np.float32)
+                    if not bad.all():
+                        rows[~bad] = file[stored]
+                    columns[name] = pa.FixedSizeListArray.from_arrays(rows.ravel(), width, mask=pa.array(bad))
+                if channels:
+                    lengths = file["lengths"] if "lengths" in file else np.zeros(len(bad), np.int64)
+                    ends = pa.array(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+                    for stored, name in tokens.items():
+                        x = file[stored] if stored in file else np.zeros((0, channels), np.float32)
+                        values = pa.FixedSizeListArray.from_arrays(x.ravel(), channels)
+                        columns[name] = pa.ListArray.from_arrays(ends, values, mask=pa.array(bad))
+                    if timed:
+                        times = file["time_ms"] if "time_ms" in file else np.zeros(0, np.float32)
+                        columns["time_ms"] = pa.ListArray.from_arrays(ends, pa.array(times), mask=pa.array(bad))
+                columns["error"] = [_utf8(error) or None for error in file["errors"]]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _utf8(text: str) -> str:
+    """What of a file's name is no UTF-8 becomes a question mark: Parquet holds nothing else."""
+    return str(text).encode("utf-8", "replace").decode("utf-8")
+
+
+def _pyarrow(path: Path) -> tuple[Any, Any]:
+    """pyarrow and its Parquet.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{path}: Parquet takes pyarrow: pip install mmssl[parquet]; or name a .npz file") from None
+    return pyarrow, parquet
+
+
+FORMATS: dict[str, Callable[[Sequence[Path], Path, Sequence[int]], None]] = {".npz": _to_npz, ".parquet": _to_parquet}

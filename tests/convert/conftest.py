@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# theirs.py serves these tests; pytest's import mode puts no folder on the path
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """A model by its name, and the folder that it saved itself in."""
+    # inside: without transformers the tests are left out, and this file is read all the same
+    from theirs import LAYOUTS_OF, PREPROCESSORS, build, write_json
+
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def save(name: str) -> tuple[Any, Path]:
+        if name not in made:
+            model, folder = build(name), tmp_path_factory.mktemp("theirs")
+            model.save_pretrained(folder)
+            write_json(folder / "preprocessor_config.json", PREPROCESSORS[LAYOUTS_OF[name].modality])
+            made[name] = model, folder
+        return made[name]
+
+    return save

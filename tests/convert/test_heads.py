@@ -1,0 +1,101 @@
+"""What stands on an encoder of transformers: heads that spell go both ways, others are left out and named."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from theirs import LARGE, LAYOUTS_OF, PREPROCESSORS, SPEECH, TRUNK, clips_of, write_json
+
+import mmssl
+from mmssl.convert.folder import convert, open_encoder
+
+transformers = pytest.importorskip("transformers")
+
+
+def test_a_head_that_spells_goes_both_ways(tmp_path: Path) -> None:
+    config = transformers.Wav2Vec2Config(**SPEECH, **LARGE, pad_token_id=3)
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2ForCTC(config).eval()
+    model.lm_head.weight.data *= 20  # so that it spells more than one character
+    model.save_pretrained(tmp_path / "theirs")
+    vocabulary = {"<s>": 0, "b": 1, "|": 2, "<pad>": 3, "a": 4, "<unk>": 5}
+    write_json(tmp_path / "theirs" / "vocab.json", vocabulary)
+    write_json(tmp_path / "theirs" / "preprocessor_config.json", PREPROCESSORS["speech"])
+    clips = clips_of("wav2vec2 large")
+    embedder = mmssl.load(tmp_path / "theirs", device="cpu")
+    # blank and boundary first, the others in their order; tokens of several characters as private ones
+    order = [3, 2, 0, 1, 4, 5]
+    assert embedder.config["vocabulary"] == ["<blank>", "|", "\ue000", "b", "a", "\ue002"]
+    head = open_encoder(tmp_path / "theirs").objective
+    assert torch.equal(head["head.weight"], model.lm_head.weight[order])
+    said = embedder.predict(clips)
+    convert(tmp_path / "theirs", tmp_path / "back")
+    back = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "back").eval()
+    names = {number: token for token, number in json.loads((tmp_path / "back" / "vocab.json").read_text()).items()}
+    extract = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)
+    for clip, text in zip(clips, said, strict=True):
+        given = extract(clip, sampling_rate=16_000, return_tensors="pt").input_values
+        with torch.no_grad():
+            before, after = model(given).logits[0], back(given).logits[0]
+        assert torch.allclose(after, before[:, order], atol=1e-5)
+        assert [names[i] for i in range(6)] == ["<pad>", "|", "<s>", "b", "a", "<unk>"]
+        best = torch.unique_consecutive(before.argmax(-1)).tolist()
+        spelled = "".join({0: "\ue000", 1: "b", 2: " ", 3: "", 4: "a", 5: "\ue002"}[i] for i in best)
+        assert text == " ".join(spelled.split())
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["pad_token_id"] == 0
+
+
+def test_a_vocabulary_of_words_is_refused(tmp_path: Path) -> None:
+    transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**SPEECH)).save_pretrained(tmp_path)
+    write_json(tmp_path / "vocab.json", {"<pad>": 0, "|": 1, "<s>": 2, "</s>": 3, "<unk>": 4, "ng": 5})
+    with pytest.raises(ValueError, match="the token 'ng' is no single character"):
+        mmssl.load(tmp_path)
+    write_json(tmp_path / "vocab.json", {"<pad>": 0, "|": 1})
+    with pytest.raises(ValueError, match="names 2 tokens for the 6 rows of lm_head"):
+        mmssl.load(tmp_path)
+
+
+HEADS = [
+    ("wav2vec2 base", "Wav2Vec2ForCTC", "lm_head"),
+    ("hubert large", "HubertForCTC", "lm_head"),
+    ("data2vec audio", "Data2VecAudioForCTC", "lm_head"),
+    ("wav2vec2 large", "Wav2Vec2ForSequenceClassification", "classifier, projector"),
+    ("vit", "ViTForImageClassification", "classifier"),
+    ("vit_mae", "ViTMAEForPreTraining", "decoder"),
+    ("dinov2", "Dinov2ForImageClassification", "classifier"),
+    ("videomae", "VideoMAEForPreTraining", "decoder, encoder_to_decoder, mask_token"),
+    ("videomae for its mean", "VideoMAEForVideoClassification", "classifier, fc_norm"),
+    ("ast", "ASTForAudioClassification", "classifier"),
+    ("clip", "CLIPModel", "logit_scale, text_model, text_projection, visual_projection"),
+    ("siglip", "SiglipModel", "logit_bias, logit_scale, text_model"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "beside"), HEADS, ids=[kind for _, kind, _ in HEADS])
+def test_the_encoder_of_a_model_with_a_head_is_the_same(
+    saved: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, kind: str, beside: str
+) -> None:
+    body, folder = saved(name)
+    theirs = getattr(transformers, kind)
+    config = body.config
+    if kind in ("CLIPModel", "SiglipModel"):
+        text = {**TRUNK, "vocab_size": 6, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        config = theirs.config_class(vision_config=config.to_dict(), text_config=text, projection_dim=8)
+    model = theirs(config)
+    inner = model.vision_model if "vision_model" in dict(model.named_children()) else model.base_model
+    assert not inner.load_state_dict(body.state_dict(), strict=False).missing_keys
+    model.save_pretrained(tmp_path)
+    write_json(tmp_path / "preprocessor_config.json", PREPROCESSORS[LAYOUTS_OF[name].modality])
+    with caplog.at_level(logging.WARNING):
+        found = open_encoder(tmp_path)
+    expected = open_encoder(folder)
+    assert found.config == expected.config
+    assert found.encoder.keys() == expected.encoder.keys()
+    assert all(torch.equal(tensor, expected.encoder[key]) for key, tensor in found.encoder.items())
+    [said] = [record.getMessage() for record in caplog.records if record.name.startswith("mmssl")][:1]
+    assert said.endswith(f"left out: {beside}")

@@ -1,0 +1,221 @@
+"""Embeddings on disk: the same however they were written, and never lost to one bad clip or to a cut."""
+
+import gc
+import json
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from mmssl import clips, store
+from mmssl.assemble import build_encoder
+from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.embed import Embedder
+from mmssl.store import Written, write_embeddings
+
+SPEECH: dict[str, Any] = {
+    "format": 1,
+    "modality": "speech",
+    "frontend": {"name": "waveform", "layers": [[8, 10, 5], [8, 4, 4], [8, 4, 4]], "rate": 8000},
+    "positions": {"name": "conv", "kernel": 8, "groups": 2},
+    "transformer": {"dim": 16, "depth": 2, "heads": 2},
+    "encoder": {},
+    "augment_eval": [],
+}
+KEPT: dict[str, Any] = {"layers": [0, 2], "tokens": True, "batch_size": 2}
+
+
+def embedder() -> Embedder:
+    torch.manual_seed(0)
+    return Embedder(build_encoder(SPEECH), SPEECH)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 clips, of which three cannot be read, two of them at the beginning."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in range(13):
+        path = folder / f"{n}.wav"
+        soundfile.write(path, rng.standard_normal(300 + 70 * n) / 4, 8000)
+        if n in (0, 1, 7):
+            path.write_bytes(b"rubbish")
+        rows.append({"audio": str(path), "id": f"clip {n}", "seconds": 0.1})
+    write_manifest(folder / "m.jsonl", rows)
+    return folder / "m.jsonl"
+
+
+def arrays(path: Path | None) -> dict[str, np.ndarray]:
+    assert path is not None
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_a_file_holds_what_embed_gives(manifest: Path, tmp_path: Path) -> None:
+    first, last = embedder().embed(manifest, layer=[0, 2], on_bad_clip="skip")
+    told: dict[str, str] = {}
+    done = write_embeddings(embedder(), manifest, tmp_path / "sub" / "e", tell=told.__setitem__, **KEPT)
+    assert done == Written(tmp_path / "sub" / "e.npz", 13, 3, 16)
+    found = arrays(done.path)
+    assert found["ids"].tolist() == first.ids
+    assert found["layers"].tolist() == [0, 2]
+    for layer, one in enumerate((first, last)):
+        assert found["scene"][layer] == pytest.approx(one.scene.numpy(), abs=1e-5, nan_ok=True)
+        assert found["tokens"][layer] == pytest.approx(one.tokens.numpy(), abs=1e-5)
+    assert np.array_equal(found["valid"], first.valid.numpy())
+    assert first.time_ms is not None
+    assert found["time_ms"] == pytest.approx(first.time_ms.numpy())
+    assert dict(zip(found["bad_ids"].tolist(), found["bad_reasons"].tolist(), strict=True)) == first.bad == told
+    assert [path.name for path in done.path.parent.iterdir()] == ["e.npz"]  # type: ignore[union-attr]
+    one = write_embeddings(embedder(), Manifest(manifest)[2:5], tmp_path / "one.npz")
+    assert set(arrays(one.path)) == {"ids", "scene"}
+    assert arrays(one.path)["scene"] == pytest.approx(embedder().embed(Manifest(manifest)[2:5]).scene.numpy(), abs=1e-5)
+
+
+def test_parquet_holds_the_same_with_null_rows(manifest: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    whole = arrays(write_embeddings(embedder(), manifest, tmp_path / "e.npz", **KEPT).path)
+    path = write_embeddings(embedder(), manifest, tmp_path / "e.parquet", **KEPT).path
+    assert parquet.ParquetFile(path).num_row_groups > 1
+    table = parquet.read_table(path)
+    assert table.column_names == ["id", "scene_0", "scene_2", "tokens_0", "tokens_2", "time_ms", "error"]
+    rows = table.to_pylist()
+    assert [row["id"] for row in rows] == whole["ids"].tolist()
+    assert {row["id"]: row["error"] for row in rows if row["error"]} == dict(
+        zip(whole["bad_ids"].tolist(), whole["bad_reasons"].tolist(), strict=True)
+    )
+    for n, row in enumerate(rows):
+        if row["error"] is not None:
+            assert row["scene_0"] is row["tokens_2"] is row["time_ms"] is None
+            continue
+        valid = whole["valid"][n]
+        assert np.array(row["scene_2"], np.float32) == pytest.approx(whole["scene"][1, n])
+        assert np.array(row["tokens_0"], np.float32) == pytest.approx(whole["tokens"][0, n, valid])
+        assert np.array(row["time_ms"], np.float32) == pytest.approx(whole["time_ms"][n, valid])
+    plain = parquet.read_table(write_embeddings(embedder(), manifest, tmp_path / "s.parquet").path)
+    assert plain.column_names == ["id", "scene", "error"]
+    assert plain["scene"].null_count == 3
+
+
+def test_parquet_without_pyarrow_is_one_sentence(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"e\.parquet: Parquet takes pyarrow: pip install mmssl\[parquet\]; or name"):
+        write_embeddings(embedder(), manifest, tmp_path / "e.parquet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_was_cut_off_goes_on(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = arrays(write_embeddings(embedder(), manifest, tmp_path / "whole.npz", **KEPT).path)
+    write, written = store._write_part, []
+
+    def dies(path: Path, *given: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, *given)
+
+    monkeypatch.setattr(store, "_write_part", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write_embeddings(embedder(), manifest, tmp_path / "e.npz", **KEPT)
+    assert not (tmp_path / "e.npz").exists()
+
+    read: list[int] = []
+    reading = clips.Clips.read
+    monkeypatch.setattr(store, "_write_part", write)
+    monkeypatch.setattr(clips.Clips, "read", lambda self, place: read.append(place) or reading(self, place))
+    found = arrays(write_embeddings(embedder(), manifest, tmp_path / "e.npz", **KEPT).path)
+    # 2 and 4 clips were done
+    assert read == list(range(6, 13))
+    assert set(found) == set(whole)
+    for name, values in whole.items():
+        assert found[name].tolist() == values.tolist() or found[name] == pytest.approx(values, abs=1e-5, nan_ok=True)
+
+
+def test_a_cut_while_parts_are_put_together_loses_none(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(parts: Any, path: Path, layers: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setitem(store.FORMATS, ".npz", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*e\.npz'"):
+            write_embeddings(embedder(), manifest, tmp_path / "e.npz", **KEPT)
+    assert [path.name for path in tmp_path.iterdir()] == ["e.npz.merging"]
+    monkeypatch.setattr(clips.Clips, "read", None)
+    assert write_embeddings(embedder(), manifest, tmp_path / "e.npz", **KEPT).bad == 3
+
+
+def test_several_processes_write_one_file(manifest: Path, tmp_path: Path) -> None:
+    whole = arrays(write_embeddings(embedder(), manifest, tmp_path / "whole.npz", **KEPT).path)
+    for number in (2, 3):
+        assert write_embeddings(embedder(), manifest, tmp_path / "e.npz", part=(number, 3), **KEPT).path is None
+    settings = {**KEPT, "batch_size": 3}
+    found = arrays(write_embeddings(embedder(), manifest, tmp_path / "e.npz", part=(1, 3), **settings).path)
+    assert found["ids"].tolist() == whole["ids"].tolist()
+    assert found["tokens"] == pytest.approx(whole["tokens"], abs=1e-5)
+    assert found["scene"] == pytest.approx(whole["scene"], abs=1e-5, nan_ok=True)
+    with pytest.raises(ValueError, match="part=4/3: counts from 1"):
+        write_embeddings(embedder(), manifest, tmp_path / "e.npz", part=(4, 3))
+
+
+def test_parts_of_another_job_are_left_alone(manifest: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"part": (1, 2), **KEPT}
+    write_embeddings(embedder(), manifest, tmp_path / "e.npz", **given)
+    with pytest.raises(
+        ValueError, match=r"e\.npz\.parts: holds parts of another job, where layers is \[0, 2\] and not"
+    ):
+        write_embeddings(embedder(), manifest, tmp_path / "e.npz", **{**given, "layers": [1]})
+    other = embedder()
+    with torch.no_grad():
+        other.encoder.transformer.blocks[1].attention.qkv.weight[0, 0] += 0.1
+    with pytest.raises(ValueError, match="another job, where encoder is"):
+        write_embeddings(other, manifest, tmp_path / "e.npz", **given)
+    rows = [{**row, "id": row["id"].replace("clip 3", "clip three")} for row in Manifest(manifest)]
+    write_manifest(tmp_path / "m.jsonl", rows)
+    with pytest.raises(ValueError, match="other clips, number 3 was clip 3 and is clip three; delete it, or choose"):
+        write_embeddings(embedder(), tmp_path / "m.jsonl", tmp_path / "e.npz", **given)
+    assert json.loads((tmp_path / "e.npz.parts" / "job.json").read_text())["layers"] == [0, 2]
+
+
+def test_no_more_clips_are_held_than_a_part_has(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clips, "WINDOW_GROUPS", 2)
+    write, before, sizes = store._write_part, [], []
+
+    def watched(path: Path, found: Any, layers: Any) -> None:
+        gc.collect()
+        assert not any(one() is not None for one in before), "embeddings that are on disk are still in memory"
+        before.extend(weakref.ref(one.tokens) for one in found)
+        sizes.append(len(found[0].ids))
+        write(path, found, layers)
+
+    monkeypatch.setattr(store, "_write_part", watched)
+    write_embeddings(embedder(), manifest, tmp_path / "e.npz", **KEPT)
+    assert sizes == [2, 4, 4, 3]
+
+
+def test_bad_clips_can_end_the_job_and_nothing_but_bad_clips_does(manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="0.wav: not a sound"):
+        write_embeddings(embedder(), manifest, tmp_path / "e.npz", on_bad_clip="raise")
+    with pytest.raises(ValueError, match="none of the 2 clips can be read; the first is clip 0"):
+        write_embeddings(embedder(), Manifest(manifest)[:2], tmp_path / "none.npz")
+    assert not (tmp_path / "none.npz.parts").exists()
+
+
+def test_one_name_may_be_of_a_good_and_of_a_bad_clip(manifest: Path, tmp_path: Path) -> None:
+    rows = [{**row, "id": "same"} for row in Manifest(manifest)[1:3]]
+    write_manifest(tmp_path / "m.jsonl", rows)
+    found = arrays(write_embeddings(embedder(), tmp_path / "m.jsonl", tmp_path / "e.npz").path)
+    assert np.isnan(found["scene"]).all(1).tolist() == [True, False]
+    assert found["bad_ids"].tolist() == ["same"]
