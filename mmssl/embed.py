@@ -97,6 +97,8 @@ class Embedder:
         encoder: or anything else with its `tokens`, `forward`, `frontend`, `dim` and `depth`; or several encoders.
         config: what config.json holds.
         device, precision: see `load`.
+        head: the objective's own weights, for `predict` and for the space of several encoders; empty or None where they
+            were not exported.
         name: what protocols call it.
         joint: of one of several encoders, what it encodes -> (B, J), its clips in the space of all.
     """

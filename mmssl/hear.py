@@ -37,7 +37,7 @@ def load_model(model_file_path: str = "") -> Model:
     Raises:
         ValueError: it is no encoder of sound.
     """
-    return Model(load(model_file_path))
+    return Model(load(model_file_path).of())
 
 
 def get_scene_embeddings(audio: Tensor, model: Model) -> Tensor:

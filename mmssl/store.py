@@ -87,6 +87,7 @@ def write_embeddings(
     number, of = part
     if not 1 <= number <= of:
         raise ValueError(f"part={number}/{of}: counts from 1 to the number of processes")
+    embedder = embedder.of()
     clips = find_clips(inputs, embedder.config, embedder.encoder, rate=None)
     job = {
         "clips": len(clips),
