@@ -6,6 +6,7 @@ from torch import nn
 
 from mmssl.encoder import Encoder
 from mmssl.modalities import MODALITIES
+from mmssl.modalities.text.tokenizer import byte_bpe
 from mmssl.nn.masking import plan_of
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
@@ -96,6 +97,7 @@ FRONTENDS = {
     "codes/codes": {"codes": [3, 3], "rate": 50},
     "image/patches": {"size": [4, 4]},
     "video/tubes": {"size": [2, 4, 4], "rate": 5},
+    "text/tokens": {"tokenizer": byte_bpe([""], entries=258)},
 }
 # modality -> (one clip, units along time, how many of them a second)
 SOUND = torch.randn(1, 1600, generator=torch.Generator().manual_seed(0)), 1600, 8000.0
@@ -105,6 +107,7 @@ CLIPS = {
     "codes": (torch.arange(32).view(1, 2, 16) % 3, 16, 50.0),
     "image": (torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(0)), 1, None),
     "video": (torch.rand(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 4, 5.0),
+    "text": (torch.arange(2, 10).view(1, 8), 8, None),
 }
 TABLES = {
     "sincos": {},

@@ -21,6 +21,10 @@ from mmssl.modalities.video import process, reader
 from mmssl.modalities.video.reader import probe, read
 from mmssl.types import BadClip
 
+# inherited by every process that these tests start
+os.environ["MMSSL_TESTS_OF"] = str(os.getpid())
+MARK = f"MMSSL_TESTS_OF={os.getpid()}".encode()
+
 linux = pytest.mark.skipif(not Path("/proc/self").exists(), reason="counts processes in /proc")
 
 HEVC = {"x265-params": "log-level=none:pools=none:frame-threads=1:open-gop=0"}
@@ -335,14 +339,15 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_more_try(
 
 
 def running() -> set[int]:
-    """Processes that decode, whoever started them."""
+    """Processes that decode and descend from this one, whoever started them; other tests may have theirs."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command, state = (folder / "cmdline").read_bytes(), (folder / "stat").read_text().rpartition(")")[2]
+            ours = MARK in (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"video/decoders.py" in command and not state.strip().startswith("Z"):
+        if ours and b"video/decoders.py" in command and not state.strip().startswith("Z"):
             found.add(int(folder.name))
     return found
 
