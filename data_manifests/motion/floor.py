@@ -25,7 +25,9 @@ def main(folder: Path) -> None:
     classes = Classes.from_labels(manifests["train"].values("label"))
     found: dict[str, dict[str, list[np.ndarray]]] = {}
     for split, manifest in manifests.items():
-        clips = clips_of(manifest, "video", Tubes(dim=1, size=[2, 8, 8], rate=8, channels=1, mean=[0.0], std=[1.0]), ())
+        clips = clips_of(
+            manifest, {"video": Tubes(dim=1, size=[2, 8, 8], rate=8, channels=1, mean=[0.0], std=[1.0])}, {"video": ()}
+        )
         for place in track(range(len(clips)), split):
             frames = clips.read(place, 0).inputs["video"][0].numpy()
             for name, features in views(frames).items():
