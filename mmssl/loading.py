@@ -257,7 +257,9 @@ def build_plan(recipe: Recipe, manifest: Manifest, *, side: Literal["train", "ev
     """
     data, training = recipe.placed(lambda: DataSettings(**recipe.values["data"])), side == "train"
     # pictures have no length, and captions are short; neither states seconds
-    timed = {name: own for name, own in members(recipe.values).items() if MODALITIES[name].media in ("audio", "video")}
+    timed = {
+        name: own for name, own in members(recipe.values).items() if MODALITIES[name].media not in ("image", "text")
+    }
     by_length = bool(timed) and (data.bucket or data.max_seconds is not None)
     if data.batch_size is None and (data.max_seconds is None or not by_length):
         raise recipe.error(
