@@ -543,7 +543,7 @@ class Embedder:
         return list(asked)
 
     def _fine_tuned(self) -> Any:
-        if self.config.get("classes") is None and self.config.get("vocabulary") is None:
+        if not self._head or (self.config.get("classes") is None and self.config.get("vocabulary") is None):
             raise ValueError(
                 f"{self.name}: was pretrained and not fine-tuned, so there is nothing to predict with; "
                 "`mmssl finetune` it first, or use embed"
