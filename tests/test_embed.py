@@ -372,7 +372,7 @@ def test_predictions_are_classes_or_transcripts(
 
 
 def test_an_encoder_that_was_not_fine_tuned_predicts_nothing(tmp_path: Path, waves: list[np.ndarray]) -> None:
-    with pytest.raises(ValueError, match="without the objective that trained it; those of fine-tuned runs"):
+    with pytest.raises(ValueError, match="not fine-tuned"):
         load(exported(tmp_path / "run", SPEECH)).predict(waves)
 
 
