@@ -425,16 +425,17 @@ def learn_tokenizer(recipe: Recipe, rows: Iterable[Mapping[str, Any]], run: Path
     if recipe.values["tokenizer"] is None:
         init = recipe.values["init"]
         return None if init is None else _init_config(recipe, init).get("tokenizer")
-    made = ""
-    if distributed.is_main():
+
+    def make() -> str:
         kept = None if run is None else run / checkpoint.TOKENIZER
         if kept is not None and kept.is_file():
-            made = kept.read_text(encoding="utf-8")
-        else:
-            table = next(kind.tokenizers for name in members(recipe.values) if (kind := MODALITIES[name]).tokenizers)
-            texts = (row["text"] for row in rows if "text" in row)
-            made = recipe.placed(lambda: _make(table, recipe.values["tokenizer"], texts=texts))
-    return distributed.broadcast_text(made)
+            return kept.read_text(encoding="utf-8")
+        table = next(kind.tokenizers for name in members(recipe.values) if (kind := MODALITIES[name]).tokenizers)
+        texts = (row["text"] for row in rows if "text" in row)
+        made: str = recipe.placed(lambda: _make(table, recipe.values["tokenizer"], texts=texts))
+        return made
+
+    return str(_by_main(make))
 
 
 def _tokenizer(recipe: Recipe, modality: Modality) -> dict[str, Any] | None:
@@ -532,27 +533,32 @@ def _claim(run: Path, recipe: Recipe) -> bool:
     Raises:
         RecipeError: it holds something else.
     """
-    problem, resume = "", False
+    return bool(_by_main(partial(_holds, run, recipe)))
+
+
+def _by_main(make: Callable[[], Any]) -> Any:
+    """What the main process makes, as JSON carries it, for all; and all raise what it raises, or they would wait.
+
+    Raises:
+        RecipeError: it could not.
+    """
+    problem, made = "", None
     if distributed.is_main():
-        # told to all before anything is raised: the others would wait for an answer
         try:
-            resume = _holds(run, recipe)
-        except RecipeError as error:
-            problem = str(error)
+            made = make()
         except (OSError, ValueError) as error:
-            problem = f"{run}: its recipe cannot be read ({error}); choose another folder with --out"
-    problem, resume = json.loads(distributed.broadcast_text(json.dumps([problem, resume])))
+            problem = str(error) or repr(error)
+    problem, made = json.loads(distributed.broadcast_text(json.dumps([problem, made])))
     if problem:
         raise RecipeError(problem)
-    return bool(resume)
+    return made
 
 
 def _holds(run: Path, recipe: Recipe) -> bool:
     """Whether a folder holds the run of this recipe; false where there is nothing yet.
 
     Raises:
-        RecipeError: it holds something else.
-        OSError, ValueError: its recipe cannot be read.
+        RecipeError: it holds something else, or a recipe that cannot be read.
     """
     if not run.exists():
         return False
@@ -562,9 +568,14 @@ def _holds(run: Path, recipe: Recipe) -> bool:
         if any(path.name != "recipe.yaml.tmp" for path in run.iterdir()):  # that one is of a run killed as it began
             raise RecipeError(f"{run}: holds files that are not of a run; choose another folder with --out")
         return False
-    saved = parse((run / "recipe.yaml").read_text(encoding="utf-8"), source=str(run / "recipe.yaml"))
-    # resolved again: a setting that is newer than the run was at its default
-    before = dict(leaves(resolve(saved).values))
+    try:
+        saved = parse((run / "recipe.yaml").read_text(encoding="utf-8"), source=str(run / "recipe.yaml"))
+        # resolved again: a setting that is newer than the run was at its default
+        before = dict(leaves(resolve(saved).values))
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{run}: its recipe cannot be read ({error}); choose another folder with --out") from None
     now = dict(leaves(recipe.values))
     differing = [key for key in before | now if key not in PRACTICAL and before.get(key) != now.get(key)]
     if differing:

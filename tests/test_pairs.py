@@ -10,7 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mmssl
-from mmssl.assemble import build_encoders, export_config, resolve, train
+from mmssl import distributed
+from mmssl.assemble import build_encoders, export_config, learn_tokenizer, resolve, train
 from mmssl.cli import app
 from mmssl.data.batching import collate_samples
 from mmssl.data.manifest import Manifest, write_manifest
@@ -71,6 +72,21 @@ def test_a_resolved_recipe_is_resolved_to_itself(folder: Path) -> None:
         first = resolve(load("toy.yaml", settings))
         (folder / "again.yaml").write_text(first.dump(), encoding="utf-8")
         assert resolve(load("again.yaml")).values == first.values
+
+
+def test_captions_that_give_no_tokenizer_are_told_to_all_processes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, told = resolve(load("toy.yaml")), []
+    monkeypatch.setattr(distributed, "broadcast_text", lambda text: told.append(text) or text)
+    with pytest.raises(RecipeError) as main:
+        learn_tokenizer(recipe, [{"id": "without a caption"}])
+    # another process, which does not read captions, and gets what the main one sent
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "broadcast_text", lambda text: told[0])
+    with pytest.raises(RecipeError) as other:
+        learn_tokenizer(recipe, [])
+    assert str(other.value) == str(main.value)
 
 
 def test_one_line_shares_the_trunk(folder: Path) -> None:
