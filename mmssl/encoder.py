@@ -62,6 +62,31 @@ class Encoder(nn.Module):
             or getattr(self.frontend, "grad_mult", 1.0) == 0
         )
 
+    def refuse_learned(
+        self,
+        learned: bool,
+        does: str,
+        *,
+        so: str = "the target would collapse onto the prediction",
+        choose: str = "a fixed target such as log_mel",
+    ) -> None:
+        """For objectives whose target is what the frontend measures.
+
+        Args:
+            learned: whether that is features which the frontend learns.
+            does: the objective and what it does, such as "MAE reconstructs".
+            so: what would become of it.
+            choose: the way out.
+
+        Raises:
+            ValueError: it is learned.
+        """
+        if learned:
+            name = type(self.frontend).__name__
+            raise ValueError(
+                f"{does} what the frontend measures, and {name} learns what it measures, so {so}; choose {choose}"
+            )
+
     def refuse_lookahead(self, objective: str) -> None:
         """For objectives that predict what is to come.
 

@@ -49,12 +49,9 @@ class APC(nn.Module):
     ) -> None:
         super().__init__()
         encoder.refuse_lookahead("APC")
-        if target_learned:
-            name = type(encoder.frontend).__name__
-            raise ValueError(
-                f"APC predicts what the frontend measures, and {name} learns what it measures, so the target would "
-                "collapse onto the prediction; choose a fixed target such as log_mel, or CPC for waveforms"
-            )
+        encoder.refuse_learned(
+            target_learned, "APC predicts", choose="a fixed target such as log_mel, or CPC for waveforms"
+        )
         if ahead < 1:
             raise ValueError(f"objective.ahead={ahead}: what is predicted lies at least 1 step ahead")
         self.encoder = encoder

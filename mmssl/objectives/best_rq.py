@@ -62,12 +62,7 @@ class BestRQ(nn.Module):
         quantizer_seed: int = 0,
     ) -> None:
         super().__init__()
-        if target_learned:
-            name = type(encoder.frontend).__name__
-            raise ValueError(
-                f"BEST-RQ takes codes of what the frontend measures, and {name} learns what it measures, so the codes "
-                "would move under the prediction; choose a fixed target such as log_mel"
-            )
+        encoder.refuse_learned(target_learned, "BEST-RQ takes codes of", so="the codes would move under the prediction")
         if encoder.mask_token is None:
             raise ValueError("encoder.mask_token=false: BEST-RQ replaces hidden tokens, set it to true")
         if min(groups, codes - 1, code_dim) < 1:

@@ -69,12 +69,9 @@ class CAE(nn.Module):
         decoder_heads: int = 12,
     ) -> None:
         super().__init__()
-        if target_learned:
-            name = type(encoder.frontend).__name__
-            raise ValueError(
-                f"CAE reconstructs what the frontend measures, and {name} learns what it measures, so the target would "
-                "collapse onto the prediction; choose a fixed target such as log_mel, or Wav2Vec2 for waveforms"
-            )
+        encoder.refuse_learned(
+            target_learned, "CAE reconstructs", choose="a fixed target such as log_mel, or Wav2Vec2 for waveforms"
+        )
         if encoder.dim % decoder_heads:
             raise ValueError(f"objective.decoder_heads={decoder_heads}: must divide transformer.dim={encoder.dim}")
         self.encoder = encoder

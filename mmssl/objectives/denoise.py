@@ -58,11 +58,7 @@ class Denoise(nn.Module):
         decoder_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        if target_learned:
-            raise ValueError(
-                f"Denoise reconstructs what the frontend measures, and {type(encoder.frontend).__name__} learns what "
-                "it measures, so the target would collapse onto the prediction; choose a fixed target such as log_mel"
-            )
+        encoder.refuse_learned(target_learned, "Denoise reconstructs")
         low, high = noise
         if not 0 <= low <= high or high == 0:
             raise ValueError(

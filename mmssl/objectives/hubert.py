@@ -89,12 +89,12 @@ class HuBERT(nn.Module):
                 f"objective.regression={regression:g}: a weight above 0 goes with a target to regress to, and no "
                 "target without one; set both, or neither"
             )
-        if target_learned:
-            name = type(encoder.frontend).__name__
-            raise ValueError(
-                f"objective.target: {name} learns what it measures, so the regression would collapse; choose a fixed "
-                "target such as cqt or log_mel"
-            )
+        encoder.refuse_learned(
+            target_learned,
+            "HuBERT regresses to",
+            so="the regression would collapse",
+            choose="a fixed target such as cqt or log_mel",
+        )
         if not units:
             raise ValueError("objective.units={}: name a key of the manifest and its number of codes: {units: 500}")
         topics = dict(topics or {})

@@ -81,12 +81,9 @@ class MAE(nn.Module):
         decoder_global_blocks: int = 0,
     ) -> None:
         super().__init__()
-        if target_learned:
-            name = type(encoder.frontend).__name__
-            raise ValueError(
-                f"MAE reconstructs what the frontend measures, and {name} learns what it measures, so the target would "
-                "collapse onto the prediction; choose a fixed target such as log_mel, or Wav2Vec2 for waveforms"
-            )
+        encoder.refuse_learned(
+            target_learned, "MAE reconstructs", choose="a fixed target such as log_mel, or Wav2Vec2 for waveforms"
+        )
         if mask not in MASKS:
             raise ValueError(f"objective.mask={mask!r}: choose one of {', '.join(MASKS)}")
         if decoder_mask is not None and decoder_mask not in DECODER_MASKS:

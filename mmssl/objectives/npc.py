@@ -96,11 +96,7 @@ class NPC(nn.Module):
                 f"positions: {type(encoder.positions).__name__} reads the frames that NPC hides; choose sincos, "
                 "flat_sincos, learned or none"
             )
-        if target_learned:
-            raise ValueError(
-                f"NPC predicts what the frontend measures, and {name} learns what it measures, so the target would "
-                "collapse onto the prediction; choose a fixed target such as log_mel"
-            )
+        encoder.refuse_learned(target_learned, "NPC predicts")
         gaps = [hidden + window * block for block in range(1, encoder.depth + 1)]
         if kernel % 2 == 0 or hidden < 0 or kernel // 2 <= gaps[-1]:
             raise ValueError(

@@ -55,11 +55,7 @@ class SiamMAE(nn.Module):
         name = type(encoder.frontend).__name__
         if views is None:
             raise ValueError(f"SiamMAE compares two views of a clip, and there are none for {name}; choose mae")
-        if target_learned:
-            raise ValueError(
-                f"SiamMAE reconstructs what the frontend measures, and {name} learns what it measures, so the target "
-                "would collapse onto the prediction; choose a fixed target"
-            )
+        encoder.refuse_learned(target_learned, "SiamMAE reconstructs", choose="a fixed target")
         self.encoder = encoder
         self.target, self.views = target, views
         self.mask_ratio = mask_ratio
