@@ -7,6 +7,7 @@ for a whole batch is a few integer operations instead of one generator a clip.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -58,11 +59,32 @@ def normal_per_clip(counts: Tensor, dim: int, seeds: Tensor, device: torch.devic
     Returns:
         (M, dim) float32 on `device`, M the sum of `counts`.
     """
-    parts = [
-        torch.randn(n, dim, generator=torch.Generator(device).manual_seed(seed), device=device)
-        for n, seed in zip(counts.tolist(), seeds.tolist(), strict=True)
-    ]
-    return torch.cat(parts)
+    return draw_per_clip(counts, (dim,), generators_of(seeds, device), lambda part, g: part.normal_(generator=g))
+
+
+def gumbel_per_clip(counts: Tensor, shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    """(M, *shape) Gumbel noise, the clips' end to end, each by its own generator."""
+    noise = draw_per_clip(counts, shape, generators, lambda part, g: part.exponential_(generator=g))
+    # minus the logarithm of an exponential variable is a Gumbel one; the clamp is against its rare exact zero
+    return -noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
+
+
+def generators_of(seeds: Tensor, device: torch.device | str) -> list[torch.Generator]:
+    """One for each clip, so that noise does not depend on what else is in the batch. Kinds of devices differ."""
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
+
+
+def draw_per_clip(
+    counts: Tensor,
+    shape: tuple[int, ...],
+    generators: list[torch.Generator],
+    fill: Callable[[Tensor, torch.Generator], Tensor],
+) -> Tensor:
+    """(M, *shape) float32, the clips' end to end, each filled by its own generator."""
+    out = torch.empty(int(counts.sum()), *shape, device=generators[0].device)
+    for part, generator in zip(out.split(counts.tolist()), generators, strict=True):
+        fill(part, generator)
+    return out
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

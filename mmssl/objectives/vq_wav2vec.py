@@ -13,8 +13,8 @@ from mmssl.encoder import Encoder
 from mmssl.nn.contrast import binary_chance, binary_cross_entropy, contrast_metrics, contrast_steps
 from mmssl.nn.predictor import places
 from mmssl.nn.quantizer import GumbelQuantizer, KMeansQuantizer, code_perplexity, perplexity
+from mmssl.nn.seeds import generators_of, gumbel_per_clip
 from mmssl.nn.spread import spread
-from mmssl.objectives.wav2vec2 import draw_per_clip, generators_of
 from mmssl.types import Batch, Hide, Loss, Raw, Tokens, valid_mask
 
 
@@ -134,10 +134,7 @@ class VQWav2Vec(nn.Module):
         if not self.training:
             return None
         shape = self.quantizer.groups, self.quantizer.codes
-        generators = generators_of(seeds, tokens.x.device)
-        noise = draw_per_clip(tokens.lengths, shape, generators, lambda part, g: part.exponential_(generator=g))
-        # minus the logarithm of an exponential variable is a Gumbel one; the clamp is against its rare exact zero
-        return -noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
+        return gumbel_per_clip(tokens.lengths, shape, generators_of(seeds, tokens.x.device))
 
 
 def _features(tokens: Tokens) -> tuple[Tensor, Tensor]:

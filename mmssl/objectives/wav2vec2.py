@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +13,8 @@ from mmssl.encoder import Encoder
 from mmssl.nn.contrast import contrast, contrast_metrics, draw_negatives
 from mmssl.nn.masking import span_mask
 from mmssl.nn.quantizer import GumbelQuantizer, code_perplexity, perplexity
+from mmssl.nn.seeds import draw_per_clip, generators_of, gumbel_per_clip
+from mmssl.nn.spread import spread
 from mmssl.types import Batch, Hide, Loss, MaskPlan, Tokens, valid_mask
 
 
@@ -161,9 +162,9 @@ class Wav2Vec2(nn.Module):
                 "code_perplexity": (code_perplexity(quantized.codes, self.quantizer.codes).mean() * n, n),
                 "codes": (self.quantizer.codes * n, n),
                 "temperature": (self.quantizer.temperature_at(self.updates) * n, n),
-                "feature_std": (_spread(features) * n, n),
-                "prediction_std": (_spread(_unit(prediction)) * n, n),
-                "target_std": (_spread(_unit(target)) * n, n),
+                "feature_std": (spread(features) * n, n),
+                "prediction_std": (spread(_unit(prediction)) * n, n),
+                "target_std": (spread(_unit(target)) * n, n),
             }
             metrics |= {name: (value, n) for name, value in contrast_metrics(logits.detach()).items()}
         return Loss(total, n, metrics)
@@ -186,9 +187,7 @@ class Wav2Vec2(nn.Module):
         if not self.training:
             return None
         shape = self.quantizer.groups, self.quantizer.codes
-        noise = draw_per_clip(counts, shape, generators, lambda part, g: part.exponential_(generator=g))
-        # minus the logarithm of an exponential variable is a Gumbel one; the clamp is against its rare exact zero
-        return -noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
+        return gumbel_per_clip(counts, shape, generators)
 
     def _diversity(self, soft: Tensor) -> tuple[Tensor, Tensor]:
         """The share of codewords not in use, times M; and how many are in use in each group.
@@ -225,24 +224,6 @@ def masked_places(plan: MaskPlan) -> tuple[Tensor, Tensor]:
     return (masked & (counts > 0)[:, None]).flatten().nonzero()[:, 0], counts
 
 
-def generators_of(seeds: Tensor, device: torch.device) -> list[torch.Generator]:
-    """One for each clip, so that noise does not depend on what else is in the batch. Kinds of devices differ."""
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
-
-
-def draw_per_clip(
-    counts: Tensor,
-    shape: tuple[int, ...],
-    generators: list[torch.Generator],
-    fill: Callable[[Tensor, torch.Generator], Tensor],
-) -> Tensor:
-    """(M, *shape) float32, the clips' end to end, each filled by its own generator."""
-    out = torch.empty(int(counts.sum()), *shape, device=generators[0].device)
-    for part, generator in zip(out.split(counts.tolist()), generators, strict=True):
-        fill(part, generator)
-    return out
-
-
 def feature_size(pre_norm: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
     """The mean square of each clip's features over its real tokens, times its hidden tokens, summed over clips.
 
@@ -263,12 +244,6 @@ def _features(tokens: Tokens, index: Tensor, kept: Tensor | None) -> Tensor:
         raise ValueError("wav2vec 2.0 quantizes the frontend's features, and this frontend gives none")
     features = tokens.feat.flatten(0, 1).index_select(0, index.to(tokens.feat.device))
     return features if kept is None else features * kept
-
-
-@torch.no_grad()
-def _spread(x: Tensor) -> Tensor:
-    """The deviation over M of a typical channel: near 0 where all rows are alike."""
-    return x.float().std(0, correction=0).mean()
 
 
 def _unit(x: Tensor) -> Tensor:
