@@ -115,6 +115,19 @@ def evaluate(
     Raises:
         ValueError: something that this task needs is missing, or manifests that do not fit each other.
     """
+    # setting -> the one task that it is for, its value, and what leaves it out
+    own: dict[str, tuple[Task, Any, Any]] = {
+        "spans": ("classify", spans, 1),
+        "crops": ("classify", crops, 1),
+        "beam": ("ctc", beam, None),
+        "lm": ("ctc", lm, None),
+        "trials": ("verify", trials, None),
+        "ood": ("ood", ood, None),
+        "classes": ("zero-shot", classes, None),
+    }
+    for name, (only, value, absent) in own.items():
+        if value != absent and task != only:
+            raise ValueError(f"{name}={value}: is for task {only} only; leave {name} out")
     embedder = run if isinstance(run, Embedder) else load(run, device=device, precision=precision)
     if task in ("retrieval", "zero-shot"):
         if baseline is not None:
@@ -131,20 +144,13 @@ def evaluate(
     if baseline is not None:
         embedder = as_baseline(embedder, baseline, seed=seed)
     settings: dict[str, Any] = {"batch_size": batch_size, "on_bad_clip": on_bad_clip, "progress": progress}
-    views = {"spans": spans, "crops": crops}
-    for name, number in views.items():
-        if number != 1 and task != "classify":
-            raise ValueError(
-                f"{name}={number}: several parts of a clip are read for task classify only; leave {name} out"
-            )
-    if trials is not None and task != "verify":
-        raise ValueError(f"trials={trials}: pairs of clips are told apart by task verify only; leave trials out")
-    if (ood is None) == (task == "ood"):
-        raise ValueError(f"ood={ood}: task ood takes the manifest of clips from outside, and no other task does")
+    if task == "ood" and ood is None:
+        raise ValueError("task=ood: tells clips of another kind from those of test; give their manifest as ood")
     if task in ("classify", "ctc"):
         if baseline is not None:
             raise ValueError(f"baseline={baseline}: {task} measures what a fine-tuned run says; leave the baseline out")
         search = {"beam": beam, "lm": lm, "lm_weight": lm_weight, "word_score": word_score}
+        views = {"spans": spans, "crops": crops}
         return _fine_tuned(embedder, task, _manifest(test), label, search, views, settings)
     if task in ("cluster", "verify", "rank", "ood"):
         return _frozen(embedder, task, test, train, ood, trials, layer, pool, label, k, settings)
