@@ -154,7 +154,6 @@ def embed(
         if layer == "all"
         else [_number("--layer", part, int) for part in layer.split(",")]
     )
-    number, _, of = part.partition("/")
     done = write_embeddings(
         embedder,
         inputs,
@@ -166,7 +165,7 @@ def embed(
         overlap=overlap,
         batch_size=batch_size,
         on_bad_clip=on_bad_clip,
-        part=(_number("--part", number, int), _number("--part", of, int)),
+        part=_part(part),
         progress=sys.stderr.isatty(),
         tell=lambda name, reason: print(f"left out: {name}: {reason}", file=sys.stderr),
     )
@@ -463,7 +462,7 @@ def units(
         typer.Argument(metavar="MANIFEST", help="Clusters are of the first; all get units.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the codebook, units and manifests.", show_default=False)],
-    codes: Annotated[int | None, typer.Option(help="Clusters; with --topics: how many units there are.")] = None,
+    codes: Annotated[int | None, typer.Option(help="Clusters.", show_default=False)] = None,
     features: Annotated[
         Literal["mfcc", "logmel"] | None, typer.Option(help="Cluster these, every 10 ms of sound.", show_default=False)
     ] = None,
@@ -479,14 +478,7 @@ def units(
     ] = None,
     bandwidth: Annotated[float, typer.Option(help="With an EnCodec: kbit per second.")] = 6.0,
     layer: Annotated[int, typer.Option(help="With --model: -1 is the output, i the output of block i.")] = -1,
-    topics: Annotated[
-        int | None, typer.Option(help="Write a topic of each clip, of so many, from the units it has.")
-    ] = None,
-    of: Annotated[str, typer.Option(help="With --topics: key of the rows at which their units stand.")] = "units",
-    ngram: Annotated[int, typer.Option(help="With --topics: units in a row that are counted together.")] = 1,
-    key: Annotated[
-        str | None, typer.Option(help="Of the rows, for their units (units) or topics (topic).", show_default=False)
-    ] = None,
+    key: Annotated[str, typer.Option(help="Of the rows, for the place of their units.")] = "units",
     frames: Annotated[int, typer.Option(help="Tokens that k-means is fitted on.")] = 1_000_000,
     rate: Annotated[int, typer.Option(help="With --features: samples per second.")] = 16_000,
     modality: Annotated[Literal["speech", "audio"], typer.Option(help="With --features and --codec.")] = "speech",
@@ -500,34 +492,13 @@ def units(
         Literal["raise", "skip"], typer.Option(help="Stop at the first bad clip, or name it and leave it out.")
     ] = "raise",
 ) -> None:
-    """Cluster the features of clips, and write the unit of each moment, or a topic of each clip, beside the rows.
+    """Cluster the features of clips, and write the unit of each moment beside the rows of manifests.
 
     The manifests in the folder are for objectives that predict units. The same command goes on where it was cut off,
     and with other manifests it uses the codebook that the folder holds.
     """
-    from mmssl.topics import write_topics
     from mmssl.units import write_units
 
-    if topics is not None:
-        if codes is None or (features, model, codec) != (None, None, None):
-            raise ValueError(
-                "--topics: topics are of units that rows have already; say how many there are with --codes, and leave "
-                "out --features, --model and --codec"
-            )
-        for one in write_topics(
-            manifests,
-            out,
-            topics=topics,
-            codes=codes,
-            of=of,
-            key=key or "topic",
-            ngram=ngram,
-            seed=seed,
-            progress=sys.stderr.isatty(),
-        ):
-            print(f"{one.manifest}: {one.clips} clips, {one.perplexity:.1f} of {topics} topics in use")
-        return
-    number, _, parts = part.partition("/")
     found = write_units(
         manifests,
         out,
@@ -537,12 +508,12 @@ def units(
         bandwidth=bandwidth,
         model=model,
         layer=layer,
-        key=key or "units",
+        key=key,
         frames=frames,
         rate=rate,
         modality=modality,
         seed=seed,
-        part=(_number("--part", number, int), _number("--part", parts, int)),
+        part=_part(part),
         batch_size=batch_size,
         device=device,
         on_bad_clip=on_bad_clip,
@@ -556,6 +527,40 @@ def units(
         else:
             of = "" if codes is None else f"of {codes} "
             print(f"{one.manifest}: {one.clips} clips, {one.units:,} units, {one.perplexity:.1f} {of}codes in use")
+
+
+@command("mmssl topics units/train.jsonl units/valid.jsonl --topics 50 --codes 100 --out topics")
+def topics(
+    manifests: Annotated[
+        list[Path],
+        typer.Argument(metavar="MANIFEST", help="Topics are of the first; all get theirs.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the topics and manifests.", show_default=False)],
+    topics: Annotated[int, typer.Option(help="How many topics.", show_default=False)],
+    codes: Annotated[int, typer.Option(help="How many units there are.", show_default=False)],
+    of: Annotated[str, typer.Option(help="Key of the rows at which their units stand.")] = "units",
+    ngram: Annotated[int, typer.Option(help="Units in a row that are counted together.")] = 1,
+    key: Annotated[str, typer.Option(help="Of the rows, for their topics.")] = "topic",
+    seed: Annotated[int, typer.Option(help="Of the topics' first values.")] = 0,
+) -> None:
+    """Write a topic of each clip, from how often each unit stands in it, beside the rows of manifests.
+
+    Their units are those that `mmssl units` wrote. With other manifests it uses the topics that the folder holds.
+    """
+    from mmssl.topics import write_topics
+
+    for one in write_topics(
+        manifests,
+        out,
+        topics=topics,
+        codes=codes,
+        of=of,
+        key=key,
+        ngram=ngram,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+    ):
+        print(f"{one.manifest}: {one.clips} clips, {one.perplexity:.1f} of {topics} topics in use")
 
 
 @command("mmssl recipes image/mae_base > mine.yaml")
@@ -645,6 +650,12 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}" if error.filename else error.strerror
     return str(error)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Of --part N/OF."""
+    number, _, of = text.partition("/")
+    return _number("--part", number, int), _number("--part", of, int)
 
 
 def _number(option: str, text: str, kind: Callable[[str], N]) -> N:

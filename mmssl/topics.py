@@ -1,4 +1,4 @@
-"""What `mmssl units --topics` does: a topic for each clip, from the counts of its units."""
+"""What `mmssl topics` does: a topic for each clip, from the counts of its units."""
 
 from __future__ import annotations
 

@@ -95,7 +95,18 @@ def test_links_lead_somewhere(document: str) -> None:
 
 def test_commands_are_found_in_blocks_and_in_recipes() -> None:
     names = {line.split()[1] for line in commands()}
-    assert names == {"manifest", "pretrain", "finetune", "embed", "evaluate", "report", "units", "convert", "recipes"}
+    assert names == {
+        "manifest",
+        "pretrain",
+        "finetune",
+        "embed",
+        "evaluate",
+        "report",
+        "units",
+        "topics",
+        "convert",
+        "recipes",
+    }
 
 
 def commands() -> list[str]:
