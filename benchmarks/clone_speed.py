@@ -19,9 +19,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from mmssl.assemble import build_encoder, build_objective, resolve
+from mmssl.build import build_encoder, build_objective
 from mmssl.memory import keep_freed_memory
 from mmssl.recipe import load
+from mmssl.resolve import resolve
 from mmssl.types import Batch, Raw
 
 CLONES = 8

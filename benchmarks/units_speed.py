@@ -53,9 +53,11 @@ def make_model(folder: Path) -> None:
     """HuBERT base with random weights, as a run exports it."""
     import torch
 
-    from mmssl.assemble import build_encoder, export_config, resolve
+    from mmssl.assemble import export_config
+    from mmssl.build import build_encoder
     from mmssl.data.manifest import Manifest
     from mmssl.recipe import load
+    from mmssl.resolve import resolve
     from mmssl.training.checkpoint import export_encoder
 
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from mmssl.assemble import build_encoders, build_objective
+from mmssl.build import build_encoders, build_objective
 from mmssl.clips import Clips, Input, Item, find_clips, groups, spread_out, windows
 from mmssl.convert.folder import open_encoder
 from mmssl.data.batching import collate_samples
@@ -24,6 +24,7 @@ from mmssl.encoder import Encoder, Encoders
 from mmssl.evaluation.speech import best_path, prefix_beam
 from mmssl.evaluation.word_beam import WordBeam
 from mmssl.nn.pooling import NAMES, Pool
+from mmssl.progress import bar
 from mmssl.recipe import members
 from mmssl.recordings import Windows, by_steps, encode_long, time_axis
 from mmssl.types import BadClip, Batch, Embeddings, Encoded, Raw, Tokens, valid_mask
@@ -693,18 +694,3 @@ class _Gathered:
             if times is not None:
                 times[place, : len(x)] = self.times.pop(place)
         return Embeddings(self.scene, tokens, valid_mask(lengths, longest), times, names, bad)
-
-
-@contextmanager
-def bar(what: str, count: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, and how to move it."""
-    if not shown:
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    look = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*look, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=count)
-        yield lambda done: progress.advance(task, done)

@@ -12,10 +12,12 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from mmssl.assemble import build_encoder, build_objective, learn_tokenizer, resolve
+from mmssl.assemble import learn_tokenizer
+from mmssl.build import build_encoder, build_objective
 from mmssl.modalities import MODALITIES
 from mmssl.objectives import OBJECTIVES, PAIRED
 from mmssl.recipe import Recipe, load, members, shipped
+from mmssl.resolve import resolve
 
 # modality/frontend
 SOURCES = tuple(f"{name}/{frontend}" for name, kind in MODALITIES.items() for frontend in kind.frontends)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
-from mmssl.assemble import build_frontend, resolve
+from mmssl.build import build_frontend
 from mmssl.data.batching import collate_samples
 from mmssl.data.manifest import Manifest
 from mmssl.loading import clips_of
 from mmssl.modalities import MODALITIES
+from mmssl.progress import bar
 from mmssl.recipe import load as load_recipe
+from mmssl.resolve import resolve
 from mmssl.types import BadClip
 
 
@@ -52,9 +54,6 @@ def input_statistics(recipe: str | Path, clips: str | Path | Manifest, *, progre
     Raises:
         ValueError: this frontend has no such constants, or no clip can be read.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     manifest = clips if isinstance(clips, Manifest) else Manifest(clips)
     resolved = resolve(load_recipe(recipe, [f"data.train={json.dumps(str(manifest.path))}"]))
     name = resolved.values["modality"]
@@ -69,19 +68,20 @@ def input_statistics(recipe: str | Path, clips: str | Path | Manifest, *, progre
     dataset = clips_of(manifest, {name: frontend}, {name: spans})
     measured, count, bad = 0, 0, {}
     total = squares = torch.zeros((), dtype=torch.float64)
-    places = track(range(len(manifest)), "measuring", console=Console(stderr=True), disable=not progress)
-    for place in places:
-        try:
-            raw = collate_samples([dataset.read(place, 0)]).raw
-            if int(raw.lengths[0]) < frontend.min_length:
-                raise BadClip(raw.ids[0], f"is shorter than the {frontend.min_length} that one token needs")
-        except BadClip as error:
-            bad[error.path] = error.reason
-            continue
-        values = frontend.measured(raw).double()
-        measured += 1
-        count += len(values)
-        total, squares = total + values.sum(0), squares + values.square().sum(0)
+    with bar("measuring", len(manifest), shown=progress) as advance:
+        for place in range(len(manifest)):
+            advance(1)
+            try:
+                raw = collate_samples([dataset.read(place, 0)]).raw
+                if int(raw.lengths[0]) < frontend.min_length:
+                    raise BadClip(raw.ids[0], f"is shorter than the {frontend.min_length} that one token needs")
+            except BadClip as error:
+                bad[error.path] = error.reason
+                continue
+            values = frontend.measured(raw).double()
+            measured += 1
+            count += len(values)
+            total, squares = total + values.sum(0), squares + values.square().sum(0)
     if not measured:
         path, reason = next(iter(bad.items()))
         raise ValueError(f"none of the {len(manifest)} clips can be read; the first is {path} ({reason})")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.units import read_units
-from mmssl.embed import bar
+from mmssl.progress import bar
 from mmssl.units import Written, keep, open_all, read_kept, scattered
 
 PASSES = 10  # over the first manifest

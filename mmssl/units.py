@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.units import LARGEST, read_lengths, write_shard
-from mmssl.embed import Embedder, bar, load
+from mmssl.embed import Embedder, load
 from mmssl.modalities.filterbank import Filterbank
 from mmssl.modalities.speech.mfcc import MFCC
+from mmssl.progress import bar
 from mmssl.training.checkpoint import read_tensors, write_tensors
 from mmssl.types import Encoded, Raw, Tokens
 

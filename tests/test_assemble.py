@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 
 from mmssl import distributed
-from mmssl.assemble import build_encoder, build_frontend, finetune, pretrain, resolve, train
+from mmssl.assemble import finetune, pretrain, train
+from mmssl.build import build_encoder, build_frontend
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import load as load_encoder
 from mmssl.loading import build_augment, build_plan
 from mmssl.objectives.mae import MAE
 from mmssl.recipe import Recipe, RecipeError, load, parse
+from mmssl.resolve import resolve
 from mmssl.tasks import evaluate
 from mmssl.training.checkpoint import read_encoder, read_tensors
 from mmssl.types import BadClip, Batch, Loss

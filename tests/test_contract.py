@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from mmssl import matrix
-from mmssl.assemble import refuse
 from mmssl.encoder import Encoder
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.text.tokenizer import byte_bpe
@@ -20,6 +19,7 @@ from mmssl.nn.masking import random_mask, span_mask
 from mmssl.nn.positions import Convolutional, NoPositions, SinCos
 from mmssl.nn.transformer import Transformer
 from mmssl.objectives import OBJECTIVES, PAIRED
+from mmssl.resolve import refuse
 from mmssl.types import Batch, Raw, Units
 
 DIM = 16

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmssl import clips
-from mmssl.assemble import build_encoder, build_objective
+from mmssl.build import build_encoder, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import Embedder, load
 from mmssl.encoder import Encoder

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmssl import assemble, matrix
+from mmssl import build, matrix
 from mmssl.cli import app
 from mmssl.modalities import MODALITIES
 from mmssl.objectives import OBJECTIVES, PAIRED
@@ -42,5 +42,5 @@ def test_the_sentence_is_that_of_who_tries(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*args: object, **kwargs: object) -> None:
         raise ValueError("objective.codes=3: odd")
 
-    monkeypatch.setitem(assemble.OBJECTIVES, "best_rq", refuse)
+    monkeypatch.setitem(build.OBJECTIVES, "best_rq", refuse)
     assert matrix.refusal("best_rq", "speech/logmel") == "objective.codes=3: odd"

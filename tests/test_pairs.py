@@ -11,13 +11,15 @@ from typer.testing import CliRunner
 
 import mmssl
 from mmssl import distributed
-from mmssl.assemble import build_encoders, export_config, learn_tokenizer, resolve, train
+from mmssl.assemble import export_config, learn_tokenizer, train
+from mmssl.build import build_encoders
 from mmssl.cli import app
 from mmssl.data.batching import collate_samples
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.encoder import Encoder
 from mmssl.loading import build_dataset, build_plan
 from mmssl.recipe import RecipeError, load, members
+from mmssl.resolve import resolve
 from mmssl.types import BadClip, Batch, Raw
 
 RECIPE = """# toy

@@ -13,12 +13,14 @@ import soundfile
 import torch
 import typer
 
-from mmssl.assemble import build_encoder, export_config, resolve
+from mmssl.assemble import export_config
+from mmssl.build import build_encoder
 from mmssl.cli import app
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.modalities import MODALITIES
 from mmssl.objectives import OBJECTIVES
 from mmssl.recipe import header, load, shipped
+from mmssl.resolve import resolve
 from mmssl.training.checkpoint import export_encoder
 
 ROOT = Path(__file__).parents[1]

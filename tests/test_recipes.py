@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from mmssl.assemble import build_encoders, build_objective, export_config, finetune, pretrain, resolve
+from mmssl.assemble import export_config, finetune, pretrain
+from mmssl.build import build_encoders, build_objective
 from mmssl.data.manifest import Manifest, split_rows, write_manifest
 from mmssl.data.scan import scan
 from mmssl.data.units import write_shard
 from mmssl.modalities import MODALITIES
 from mmssl.objectives import LABELLED
 from mmssl.recipe import Recipe, header, load, shipped
+from mmssl.resolve import resolve
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 TRUNK = ("transformer.dim", "transformer.depth", "transformer.heads")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmssl import hear
-from mmssl.assemble import build_encoder
+from mmssl.build import build_encoder
 from mmssl.embed import Embedder
 from mmssl.types import Embeddings
 

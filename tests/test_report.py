@@ -19,7 +19,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from mmssl.assemble import build_encoder, build_objective
+from mmssl.build import build_encoder, build_objective
 from mmssl.cli import app
 from mmssl.data.manifest import write_manifest
 from mmssl.report import _confusion, _layerwise, _neighbors, _plot, _spread, read_log, write_report

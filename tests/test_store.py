@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 from mmssl import clips, store
-from mmssl.assemble import build_encoder
+from mmssl.build import build_encoder
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import Embedder
 from mmssl.store import Written, write_embeddings

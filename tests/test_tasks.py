@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmssl.assemble import build_encoder, build_objective
+from mmssl.build import build_encoder, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.text import Classes
 from mmssl.embed import load

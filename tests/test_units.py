@@ -9,7 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 import mmssl.units
-from mmssl.assemble import build_encoder, export_config, finetune, pretrain, resolve
+from mmssl.assemble import export_config, finetune, pretrain
+from mmssl.build import build_encoder
 from mmssl.cli import app
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.units import read_units
@@ -17,6 +18,7 @@ from mmssl.embed import load
 from mmssl.modalities.speech.mfcc import MFCC
 from mmssl.modalities.speech.reader import read
 from mmssl.recipe import load as load_recipe
+from mmssl.resolve import resolve
 from mmssl.training.checkpoint import export_encoder, read_tensors
 from mmssl.types import Raw
 from mmssl.units import Written, scattered, write_units

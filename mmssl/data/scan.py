@@ -7,6 +7,7 @@ import math
 import os
 import posixpath
 import re
+import sys
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmssl.data.manifest import MEDIA, Row, read_slice
+from mmssl.progress import bar
 from mmssl.types import BadClip
 
 
@@ -332,13 +334,7 @@ def _is_fairseq(line: str) -> bool:
 
 def _with_progress(found: Iterable[Any], parts: list[list[_Clip]], shown: bool) -> Iterator[Any]:
     """Hand through, with a progress bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    look = (TextColumn("reading headers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*look, console=console, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task("", total=sum(len(part) for part in parts))
+    with bar("reading headers", sum(len(part) for part in parts), shown=shown and sys.stderr.isatty()) as advance:
         for part, item in zip(parts, found, strict=True):
-            progress.advance(task, len(part))
+            advance(len(part))
             yield item

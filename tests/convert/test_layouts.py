@@ -13,7 +13,7 @@ from theirs import AST_BANDS, LAYOUTS_OF, MODELS, clips_of, run
 from torch import Tensor, nn
 
 import mmssl
-from mmssl.assemble import build_encoder
+from mmssl.build import build_encoder
 from mmssl.convert import LAYOUTS
 from mmssl.convert.folder import convert, open_encoder, read_weights
 from mmssl.data.manifest import write_manifest

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmssl
-from mmssl.assemble import build_encoder
+from mmssl.build import build_encoder
 from mmssl.convert import LAYOUTS
 from mmssl.convert.folder import convert, open_encoder, read_weights
 from mmssl.nn.bias import DistanceBuckets

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import mmssl
-from mmssl.assemble import pretrain, resolve
+from mmssl.assemble import pretrain
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
 from mmssl.data.manifest import Manifest, write_manifest
@@ -24,6 +24,7 @@ from mmssl.modalities.video.spans import random_span
 from mmssl.objectives.classify import mix
 from mmssl.objectives.mae import MAE
 from mmssl.recipe import RecipeError, load
+from mmssl.resolve import resolve
 from mmssl.types import BadClip, Batch, Loss, Raw
 
 TOY = [

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmssl.assemble import build_encoder, resolve
+from mmssl.build import build_encoder
 from mmssl.nn import transformer as room
 from mmssl.nn.bias import DistanceBuckets, Gate, GridTable
 from mmssl.nn.masking import random_mask
 from mmssl.nn.transformer import Transformer
 from mmssl.recipe import RecipeError, load
+from mmssl.resolve import resolve
 from mmssl.types import Raw, Tokens
 
 BUCKETS = {"bias": {"name": "buckets", "buckets": 8, "furthest": 8}}

@@ -8,6 +8,8 @@ from torch import nn
 
 from mmssl import assemble
 from mmssl.assemble import train
+from mmssl.build import Config
+from mmssl.encoder import Encoder
 from mmssl.recipe import load
 
 RECIPES = ["mae_image", "data2vec_image", "data2vec2_image", "wav2vec2_speech", "best_rq_speech", "cpc_speech"]
@@ -77,7 +79,7 @@ def test_a_codebook_of_zeros_is_named(
 ) -> None:
     build = assemble.build_objective
 
-    def broken(config: assemble.Config, encoder: assemble.Encoder) -> nn.Module:
+    def broken(config: Config, encoder: Encoder) -> nn.Module:
         objective = build(config, encoder)
         codebook = objective.get_submodule("quantizer").codebook
         nn.init.zeros_(codebook)

@@ -10,10 +10,11 @@ import torch
 from typer.testing import CliRunner
 
 import mmssl
-from mmssl.assemble import resolve, train
+from mmssl.assemble import train
 from mmssl.cli import app
 from mmssl.data.manifest import write_manifest
 from mmssl.recipe import RecipeError, load
+from mmssl.resolve import resolve
 from mmssl.types import BadClip
 
 RECIPE = """# toy

@@ -1,0 +1,246 @@
+"""A recipe checked: every section against what it becomes, and every default written out.
+
+What is built later is built from these plain values alone, so a saved config.json goes on meaning the same when a
+default changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mmssl.build import PROVIDED, Config
+from mmssl.convert.folder import find, is_transformers, read_transformers
+from mmssl.encoder import Encoder
+from mmssl.loading import DataSettings
+from mmssl.modalities import MODALITIES
+from mmssl.modalities.modality import Modality
+from mmssl.nn.bias import BIASES
+from mmssl.nn.positions import POSITIONS
+from mmssl.nn.transformer import Transformer
+from mmssl.objectives import OBJECTIVES, PAIRED
+from mmssl.recipe import OWN, SECTIONS, Recipe, members
+from mmssl.training import checkpoint
+from mmssl.training.optimizer import build_optimizer
+from mmssl.training.schedule import SCHEDULES
+from mmssl.training.settings import TrainSettings
+
+ENCODER = ("frontend", "positions", "transformer", "encoder")
+# of an encoder that was pretrained, a recipe for fine-tuning may set these alone: they are no part of what it learned
+RATES = ("dropout", "attention_dropout", "activation_dropout", "drop_path", "layer_drop", "dither", "stripes")
+# what the program gives a frontend
+GIVEN = ("dim", "tokenizer")
+_SEVERAL = "write them as modality: {image: {...}, text: {...}}"
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with every section checked and every default written out.
+
+    Raises:
+        RecipeError: a setting that is missing, unknown, or of the wrong type.
+    """
+    named: dict[str, Mapping[str, Any]] = {}
+    if isinstance(recipe.get("modality"), Mapping):
+        values = _several(recipe)
+    else:
+        modality = recipe.choice("modality", MODALITIES)
+        if recipe.get("init") is not None:
+            recipe = _with_encoder(recipe, init_config(recipe, str(recipe.get("init"))))
+        objective = recipe.get("objective.name")
+        if objective in PAIRED:
+            raise recipe.error("objective.name", f"{objective} brings several modalities together; {_SEVERAL}")
+        if recipe.get("backbone") is not None:
+            raise recipe.error("backbone", f"backbone: is of several modalities; leave it out, or {_SEVERAL}")
+        refuse(modality, str(objective), recipe)
+        values = {"modality": modality.name, "tokenizer": _tokenizer(recipe, modality), **_own(recipe, modality)}
+        named = {"target": modality.targets, "views": modality.views}
+    init = recipe.get("init")
+    given = ["encoder", *(name for name in PROVIDED if name not in named)]
+    values["objective"] = _named(recipe, "objective", OBJECTIVES, given=given, named=named)
+    values["data"] = recipe.settings("data", DataSettings)
+    values["optimizer"] = recipe.settings("optimizer", build_optimizer, given=["objective"])
+    values["schedule"] = _named(recipe, "schedule", SCHEDULES, given=["step", "steps"])
+    values["trainer"] = recipe.settings("trainer", TrainSettings)
+    if "backbone" in values and values["optimizer"]["layer_decay"] is not None:
+        raise recipe.error(
+            "optimizer.layer_decay", "optimizer.layer_decay: goes by the depth of one encoder; leave it out for several"
+        )
+    if "backbone" in values and values["trainer"]["accumulate"] > 1:
+        raise recipe.error(
+            "trainer.accumulate",
+            f"trainer.accumulate={values['trainer']['accumulate']}: {recipe.get('objective.name')} tells the pairs of "
+            "a micro-batch apart, so several would have another loss than one; set it to 1, and data.batch_size as "
+            "high as memory goes, or use more processes",
+        )
+    values["init"] = None if init is None else str(init)
+    return replace(recipe, values={name: values[name] for name in SECTIONS if name in values})
+
+
+def _own(recipe: Recipe, modality: Modality, at: str = "") -> dict[str, Any]:
+    """The sections that make the encoder of one modality, checked; `at` is what stands before their keys."""
+    return {
+        "frontend": _named(recipe, f"{at}frontend", modality.frontends, given=GIVEN),
+        "positions": _named(recipe, f"{at}positions", POSITIONS, given=["dim"]),
+        "transformer": _transformer(recipe, at),
+        "encoder": recipe.settings(f"{at}encoder", Encoder, given=["frontend", "transformer", "positions"]),
+        "augment": _augments(recipe, modality, at),
+    }
+
+
+def _transformer(recipe: Recipe, at: str = "") -> dict[str, Any]:
+    """The section `transformer`, checked, and that of its biases within."""
+    found = recipe.settings(f"{at}transformer", Transformer)
+    if found["bias"] is not None:
+        found["bias"] = _named(recipe, f"{at}transformer.bias", BIASES, given=["heads", "depth"])
+    return found
+
+
+def _several(recipe: Recipe) -> dict[str, Any]:
+    """The sections that make the encoders of several modalities, checked.
+
+    With `backbone: shared` the section `transformer` is that of all; with "separate" each modality has its own, and one
+    that writes none takes that of the recipe.
+    """
+    names = list(recipe.get("modality"))
+    for name in names:
+        if name not in MODALITIES:
+            raise recipe.unknown(f"modality.{name}", MODALITIES)
+        sections = recipe.get(f"modality.{name}")
+        if not isinstance(sections, Mapping):
+            raise recipe.error(f"modality.{name}", f"'modality.{name}' should be a mapping of {', '.join(OWN)}")
+        for section in sections:
+            if section not in OWN:
+                raise recipe.unknown(f"modality.{name}.{section}", OWN)
+    media = [MODALITIES[name].media for name in names]
+    if len(media) < 2 or len(set(media)) < len(media):
+        raise recipe.error("modality", f"modality: needs two or more that read different keys of a row (got {media})")
+    objective = recipe.get("objective.name")
+    recipe.choice("objective.name", OBJECTIVES)
+    if objective not in PAIRED:
+        what = f"{objective} learns from one modality, and these are {' and '.join(names)}"
+        raise recipe.error("objective.name", f"{what}; choose {' or '.join(PAIRED)}")
+    for section in OWN:
+        if section != "transformer" and recipe.get(section) is not None:
+            raise recipe.error(
+                section, f"'{section}' stands below each modality here, as modality.{names[0]}.{section}"
+            )
+    if recipe.get("init") is not None:
+        raise recipe.error("init", f"init: holds one encoder, and these are {' and '.join(names)}; leave it out")
+    backbone = recipe.get("backbone", "separate")
+    if backbone not in ("separate", "shared"):
+        raise recipe.error("backbone", f"backbone: should be 'separate' or 'shared' (got {backbone!r})")
+    if recipe.get("transformer") is not None and all(recipe.get(f"modality.{name}.transformer") for name in names):
+        raise recipe.error("transformer", "transformer: each modality has its own here; leave this one out")
+    values: dict[str, Any] = {"backbone": backbone, "tokenizer": None, "modality": {}}
+    if backbone == "shared":
+        values["transformer"] = _transformer(recipe)
+    for name in names:
+        modality, at = MODALITIES[name], f"modality.{name}."
+        if modality.tokenizers:
+            values["tokenizer"] = _tokenizer(recipe, modality)
+        own = recipe
+        if backbone == "shared" and recipe.get(f"{at}transformer") is not None:
+            raise recipe.error(f"{at}transformer", f"'{at}transformer': is shared; write it once, as 'transformer'")
+        if recipe.get(f"{at}transformer") is None:
+            sections = {**recipe.values["modality"][name], "transformer": recipe.get("transformer")}
+            own = replace(recipe, values={**recipe.values, "modality": {name: sections}})
+        found = _own(own, modality, at)
+        values["modality"][name] = {key: found[key] for key in OWN if key != "transformer" or backbone == "separate"}
+    if values["tokenizer"] is None and recipe.get("tokenizer") is not None:
+        raise recipe.error("tokenizer", f"tokenizer: {' and '.join(names)} are read without one; leave the section out")
+    return values
+
+
+def refuse(modality: Modality, objective: str, recipe: Recipe | None = None) -> None:
+    """See that an objective makes sense for a modality.
+
+    Raises:
+        ValueError: it does not; with a recipe a RecipeError.
+    """
+    if objective in modality.refuses:
+        sentence = f"objective {objective} is not for {modality.name}: it {modality.refuses[objective]}"
+        raise ValueError(sentence) if recipe is None else recipe.error("objective.name", sentence)
+
+
+def _tokenizer(recipe: Recipe, modality: Modality) -> dict[str, Any] | None:
+    """The section `tokenizer`, checked; None for a modality that has none, and where the encoder brings its own."""
+    if not modality.tokenizers:
+        if recipe.get("tokenizer") is not None:
+            raise recipe.error("tokenizer", f"tokenizer: {modality.name} is read without one; leave the section out")
+        return None
+    if recipe.get("init") is not None:
+        return None
+    return _named(recipe, "tokenizer", modality.tokenizers, given=["texts"])
+
+
+def _named(
+    recipe: Recipe,
+    section: str,
+    table: Mapping[str, Callable[..., Any]],
+    *,
+    given: Sequence[str],
+    named: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """A section that says by `name` what it becomes, checked."""
+    chosen = recipe.choice(f"{section}.name", table)
+    return {"name": recipe.get(f"{section}.name"), **recipe.settings(section, chosen, given=given, named=named)}
+
+
+def _augments(recipe: Recipe, modality: Modality, at: str) -> dict[str, list[dict[str, Any]]]:
+    sides = recipe.get(f"{at}augment") or {}
+    if not isinstance(sides, Mapping):
+        raise recipe.error(f"{at}augment", f"'{at}augment' should be a mapping with train and eval (got {sides!r})")
+    for side in sides:
+        if side not in ("train", "eval"):
+            raise recipe.unknown(f"{at}augment.{side}", ("train", "eval"))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for side in ("train", "eval"):
+        steps = sides.get(side) or []
+        if not isinstance(steps, list):
+            section = f"{at}augment.{side}"
+            raise recipe.error(section, f"'{section}' should be a list of steps (got {steps!r})")
+        # the rate and the channels are the frontend's
+        given = ["x", "whole", "rng", "rate", "channels"]
+        found[side] = []
+        for place in range(len(steps)):
+            # a span says what is read, so nothing can come before it
+            table = {**modality.spans, **modality.augments} if place == 0 else modality.augments
+            found[side].append(_named(recipe, f"{at}augment.{side}.{place}", table, given=given))
+    return found
+
+
+def _with_encoder(recipe: Recipe, config: Config) -> Recipe:
+    """The recipe with the encoder's sections of a run; of its own it keeps the rates."""
+    init = recipe.get("init")
+    if config["modality"] != recipe.get("modality"):
+        raise recipe.error(
+            "init", f"{init} holds an encoder of {config['modality']}, and this recipe is for {recipe.get('modality')}"
+        )
+    sections: dict[str, Any] = {}
+    for section in ENCODER:
+        # a rate that the recipe leaves out is the constructor's default, as in any recipe, and not that of pretraining
+        there = sections[section] = {key: value for key, value in config[section].items() if key not in RATES}
+        for key, value in (recipe.get(section) or {}).items():
+            place = f"{section}.{key}"
+            if key in RATES:
+                there[key] = value
+            elif key not in there and recipe.get(f"{section}.name") == there.get("name"):
+                raise recipe.unknown(place, config[section])
+            elif recipe.place(place).startswith("command line") and value != there.get(key):
+                raise recipe.error(
+                    place,
+                    f"the encoder comes from init={init}, where {place} is {there.get(key)!r}; "
+                    f"only {', '.join(RATES)} may be set",
+                )
+    return replace(recipe, values={**recipe.values, **sections})
+
+
+def init_config(recipe: Recipe, init: str) -> dict[str, Any]:
+    """The config of the encoder that `init` names; of a run on several modalities, that of the recipe's."""
+    try:
+        folder = find(init)
+        config = read_transformers(folder).config if is_transformers(folder) else checkpoint.read_config(folder)
+        return dict(members(config).get(str(recipe.get("modality")), config))
+    except ValueError as error:
+        raise recipe.error("init", f"init={error}") from None
