@@ -32,17 +32,19 @@ class Pool:
         """A pooling by its name.
 
         "mean" of all tokens; "class", the class token; "last", the last token, which of a caption is its end;
-        "slices:4", the means of four equal slices of time; "grid:2x2", the means of 2 by 2 regions of a picture (down x
-        across). "+std" behind a mean adds the deviations.
+        "slices:4", the means of four equal slices of time; "grid:2x2", the means of 2 by 2 regions along the last
+        axes: of pictures and frames down x across ("grid:4x2x2" of a video begins with time), of spectrograms time x
+        frequency. "+std" behind a mean adds the deviations.
 
         Raises:
             ValueError: there is none of that name.
         """
-        found = re.fullmatch(r"(mean|class|last|slices:([1-9]\d*)|grid:([1-9]\d*)x([1-9]\d*))(\+std)?", name)
-        if found is None or (found[1] in ("class", "last") and found[5]):
+        number = r"[1-9]\d*"
+        found = re.fullmatch(rf"(mean|class|last|slices:{number}|grid:{number}(?:x{number}){{1,2}})(\+std)?", name)
+        if found is None or (found[1] in ("class", "last") and found[2]):
             raise ValueError(f"pool={name!r}: choose {NAMES}")
-        parts = tuple(int(part) for part in found.groups()[1:4] if part is not None)
-        return cls(name, found[1].partition(":")[0], parts, found[5] is not None)
+        kind, _, parts = found[1].partition(":")
+        return cls(name, kind, tuple(int(part) for part in parts.split("x") if part), found[2] is not None)
 
     def __call__(self, x: Tensor, encoded: Encoded, tokens: Tokens) -> Tensor:
         """One layer of an encoder to one vector a clip.
@@ -86,12 +88,11 @@ class Pool:
         valid = valid_mask(tokens.lengths, tokens.x.shape[1], tokens.coords.device)
         if self.kind == "mean":
             return valid[:, None]
-        wanted = ("t",) if self.kind == "slices" else ("h", "w")
-        missing = [axis for axis in wanted if axis not in tokens.axes]
-        if missing:
+        wanted = ("t",) if self.kind == "slices" else tokens.axes[-len(self.parts) :]
+        if len(wanted) < len(self.parts) or wanted[0] not in tokens.axes:
+            needed = "t" if self.kind == "slices" else f"{len(self.parts)} axes"
             raise ValueError(
-                f"pool={self.name!r}: needs tokens along {', '.join(wanted)}, and these lie along "
-                f"{', '.join(tokens.axes)}"
+                f"pool={self.name!r}: needs tokens along {needed}, and these lie along {', '.join(tokens.axes)}"
             )
         members = valid[:, None]
         for axis, parts in zip(wanted, self.parts, strict=True):

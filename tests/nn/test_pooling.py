@@ -74,6 +74,24 @@ def test_regions_of_a_picture_run_row_by_row() -> None:
     assert pooled("grid:2x1", in_a_grid(2, 4, n_prefix=2)).tolist() == [[1.5, 5.5]]
 
 
+def test_a_grid_goes_along_the_last_axes_of_each_clip() -> None:
+    # 3 steps of 2 bands that hold 0 to 5, and beside them 1 step
+    coords = torch.tensor([[t, f] for t in range(3) for f in range(2)])[None].expand(2, -1, -1)
+    x = torch.arange(6).float()[None, :, None] * torch.tensor([[1], [0]])[..., None]
+    x[1, :2, 0] = torch.tensor([7.0, 9.0])
+    sound = Tokens(x, torch.tensor([6, 2]), coords, ("t", "f"), (3, 2))
+    encoded = Encoded(x, sound.lengths, {}, 0)
+    assert pooled("grid:1x2", (encoded, sound)).tolist() == [[2.0, 3.0], [7.0, 9.0]]
+    assert pooled("grid:2x1", (encoded, sound)).tolist() == [[1.5, 3.5], [8.0, 8.0]]
+    # two frames of 1 x 2
+    coords = torch.tensor([[t, 0, w] for t in range(2) for w in range(2)])[None]
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])[None, :, None]
+    video = Tokens(x, torch.tensor([4]), coords, ("t", "h", "w"), (2, 1, 2))
+    encoded = Encoded(x, video.lengths, {}, 0)
+    assert pooled("grid:1x2", (encoded, video)).tolist() == [[2.0, 3.0]]
+    assert pooled("grid:2x1x1", (encoded, video)).tolist() == [[1.5, 3.5]]
+
+
 def test_prefix_is_no_token_and_its_first_is_the_class() -> None:
     assert pooled("mean", in_a_grid(2, 2, n_prefix=1)).tolist() == [[1.5]]
     assert pooled("class", in_a_grid(2, 2, n_prefix=1)).tolist() == [[100.0]]
@@ -81,7 +99,9 @@ def test_prefix_is_no_token_and_its_first_is_the_class() -> None:
         pooled("class", in_a_grid(2, 2))
 
 
-@pytest.mark.parametrize("name", ["max", "slices", "slices:0", "grid:2", "class+std", "last+std", "mean+", ""])
+@pytest.mark.parametrize(
+    "name", ["max", "slices", "slices:0", "grid:2", "grid:2x", "grid:2x2x2x2", "class+std", "last+std", "mean+", ""]
+)
 def test_a_pooling_that_does_not_exist_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="choose mean, class, last, slices"):
         Pool.named(name)
@@ -90,7 +110,7 @@ def test_a_pooling_that_does_not_exist_is_refused(name: str) -> None:
 def test_a_pooling_of_other_axes_is_refused() -> None:
     with pytest.raises(ValueError, match="needs tokens along t"):
         pooled("slices:2", in_a_grid(2, 2))
-    with pytest.raises(ValueError, match="needs tokens along h, w"):
+    with pytest.raises(ValueError, match="needs tokens along 2 axes, and these lie along t"):
         pooled("grid:2x2", along_time(3))
 
 
