@@ -23,6 +23,7 @@ from mmssl.data.text import CharVocabulary
 from mmssl.encoder import Encoder, Encoders
 from mmssl.evaluation.speech import best_path, prefix_beam
 from mmssl.evaluation.word_beam import WordBeam
+from mmssl.nn.linear import Linear
 from mmssl.nn.pooling import NAMES, Pool
 from mmssl.progress import bar
 from mmssl.recipe import members
@@ -131,6 +132,9 @@ class Embedder:
                 if isinstance(module, nn.Linear):
                     module.to(torch.bfloat16)
         self.encoder.eval().requires_grad_(False)
+        for module in self.encoder.modules():
+            if isinstance(module, Linear):
+                module.pack()
         self.config = dict(config)
         self.precision = precision
         self.name = name

@@ -17,7 +17,28 @@ class Linear(nn.Linear):
     the results agree to rounding.
     """
 
+    _packed: tuple[Tensor, int] | None = None
+
+    def pack(self) -> None:
+        """Keep the weight a second time as oneDNN reads it on the CPU, until it changes or is to be trained.
+
+        Each call would else bring it into that order, which takes a tenth of the time where rows are few.
+        """
+        if _HAS_ONEDNN and self.weight.device.type == "cpu" and not self.weight.requires_grad:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None), self.weight._version
+
+    def __getstate__(self) -> dict[str, Any]:
+        # of a copy: a packed weight cannot be copied
+        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
+
     def forward(self, input: Tensor) -> Tensor:
+        if self._packed is not None:
+            packed, version = self._packed
+            # an update by a fused optimizer leaves no trace in the version
+            if self.weight.requires_grad or version != self.weight._version or packed.dtype is not self.weight.dtype:
+                self._packed = None
+            elif not input.requires_grad and _reaches_onednn(input) and _precision(input) is packed.dtype:
+                return _product(input.to(packed.dtype), packed, self.bias)
         if _is_plain(input):
             return _OneDNN.apply(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
@@ -32,14 +53,16 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 
 def _is_plain(x: Tensor) -> bool:
-    return (
-        _HAS_ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype is torch.float32
-        and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    return _reaches_onednn(x) and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def _reaches_onednn(x: Tensor) -> bool:
+    return _HAS_ONEDNN and x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    """In which a product is computed."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,5 +1,7 @@
 """Products by either library are the same linear map, with the same gradients."""
 
+import copy
+
 import pytest
 import torch
 
@@ -56,3 +58,50 @@ def test_a_product_is_a_product(dtype):
     a, b = torch.randn(5, 12, dtype=dtype), torch.randn(7, 12, dtype=dtype)
     assert torch.allclose(product(a, b), a @ b.t(), atol=1e-5)
     assert torch.allclose(product(a.t().contiguous().t(), b), a @ b.t(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_packed_weight_is_the_same_map(dtype):
+    torch.manual_seed(0)
+    layer, x = Linear(24, 40).to(dtype).requires_grad_(False), torch.randn(2, 5, 24)
+    before = layer(x.to(dtype))
+    names = set(layer.state_dict())
+    layer.pack()
+    assert layer._packed is not None
+    assert torch.allclose(layer(x.to(dtype)).float(), before.float(), rtol=1e-6 if dtype is torch.float32 else 1e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16
+    assert set(layer.state_dict()) == names
+    assert torch.equal(copy.deepcopy(layer)(x.to(dtype)), before)
+
+
+def test_gradients_reach_the_input_of_a_packed_layer():
+    torch.manual_seed(0)
+    layer, x = Linear(24, 40).requires_grad_(False), torch.randn(5, 24, requires_grad=True)
+    layer.pack()
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(5, 24), atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["in place", "loaded", "trained", "moved"])
+def test_a_weight_that_changed_is_not_read_as_it_was_packed(change):
+    torch.manual_seed(0)
+    layer, x = Linear(24, 40).requires_grad_(False), torch.randn(5, 24)
+    layer.pack()
+    assert layer._packed is not None
+    if change == "in place":
+        with torch.no_grad():
+            layer.weight.mul_(2)
+    elif change == "loaded":
+        layer.load_state_dict(Linear(24, 40).state_dict())
+    elif change == "trained":
+        optimizer = torch.optim.AdamW(layer.requires_grad_().parameters(), lr=0.1, fused=True)
+        layer(x).sum().backward()
+        optimizer.step()
+        layer.requires_grad_(False)
+    else:
+        layer.double()
+    with torch.no_grad():
+        expected = torch.nn.functional.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
+        assert torch.allclose(layer(x.to(layer.weight.dtype)), expected, atol=1e-6)
