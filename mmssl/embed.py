@@ -175,7 +175,9 @@ class Embedder:
             return self
         assert modality is not None
         config = {**own[modality], "objective": None, "classes": None, "vocabulary": None}
-        device, joint = str(self.device), partial(self.objective.joint, modality)
+        # without weights of an objective there is no space that they share
+        joint = partial(self.objective.joint, modality) if self._head else None
+        device = str(self.device)
         return Embedder(
             self.encoder[modality], config, device=device, precision=self.precision, name=self.name, joint=joint
         )

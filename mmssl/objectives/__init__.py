@@ -20,6 +20,7 @@ from mmssl.objectives.jepa import JEPA
 from mmssl.objectives.mae import MAE
 from mmssl.objectives.mp3 import MP3
 from mmssl.objectives.npc import NPC
+from mmssl.objectives.omni import Omni
 from mmssl.objectives.siam_mae import SiamMAE
 from mmssl.objectives.tera import TERA
 from mmssl.objectives.vq_wav2vec import VQWav2Vec
@@ -48,6 +49,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "data2vec2": Data2Vec2,
     "jepa": JEPA,
     "clip": CLIP,
+    "omni": Omni,
     "ctc": CTC,
     "classify": Classify,
 }
@@ -55,6 +57,8 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
 CODERS = ("vq_wav2vec",)
 # those that bring several modalities together, and take their `Encoders`
 PAIRED = [name for name, objective in OBJECTIVES.items() if getattr(objective, "pairs", False)]
+# and those that take `Encoders` whether or not their batches are of pairs
+SEVERAL = [name for name, objective in OBJECTIVES.items() if name in PAIRED or getattr(objective, "several", False)]
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {
     name: label for name, objective in OBJECTIVES.items() if (label := getattr(objective, "label", None)) is not None
