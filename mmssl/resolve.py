@@ -19,7 +19,7 @@ from mmssl.modalities.modality import Modality
 from mmssl.nn.bias import BIASES
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
-from mmssl.objectives import OBJECTIVES, PAIRED
+from mmssl.objectives import CONTRASTING, OBJECTIVES, PAIRED
 from mmssl.recipe import OWN, SECTIONS, Recipe, members
 from mmssl.training import checkpoint
 from mmssl.training.optimizer import build_optimizer
@@ -66,7 +66,7 @@ def resolve(recipe: Recipe) -> Recipe:
         raise recipe.error(
             "optimizer.layer_decay", "optimizer.layer_decay: goes by the depth of one encoder; leave it out for several"
         )
-    if "backbone" in values and values["trainer"]["accumulate"] > 1:
+    if values["objective"]["name"] in CONTRASTING and values["trainer"]["accumulate"] > 1:
         raise recipe.error(
             "trainer.accumulate",
             f"trainer.accumulate={values['trainer']['accumulate']}: {recipe.get('objective.name')} tells the pairs of "

@@ -97,7 +97,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
     }
     per_name["encodec_mae"] = {"objective.units": "{units: 3}", "objective.weights": "{}"}
     decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
-    per_name |= dict.fromkeys(("mae", "siam_mae", "denoise", "dbot"), decoder)
+    per_name |= dict.fromkeys(("mae", "siam_mae", "vic_mae", "denoise", "dbot"), decoder)
     per_name["encodec_mae"] |= decoder
     if not name.startswith("small/"):  # 16 frames of 224 x 224 are 1,568 tokens otherwise
         per_name["tubes"] = {"frontend.size": [2, 56, 56], "data.batch_size": 2}
@@ -116,7 +116,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 68
+    assert len(RECIPES) == 70
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -15,7 +15,7 @@ from mmssl import distributed
 from mmssl.assemble import train
 from mmssl.data.manifest import write_manifest
 from mmssl.data.units import write_shard
-from mmssl.objectives import OBJECTIVES, PAIRED
+from mmssl.objectives import CONTRASTING, OBJECTIVES
 from mmssl.training.checkpoint import read_tensors
 
 TOY = {
@@ -65,6 +65,12 @@ RUNS = {
     "mae": ("small/mae_image", DECODER),
     "cae": ("small/cae_image", {"objective.regressor_heads": 2, "objective.decoder_heads": 2}),
     "siam_mae": ("small/mae_image", DECODER | {"objective.name": "siam_mae", "objective.views": "crops"}),
+    "vic_mae": (
+        "small/mae_image",
+        DECODER
+        | {"objective.name": "vic_mae", "objective.views": "crops", "objective.weight": 0.5}
+        | {"objective.hidden_dim": 16, "objective.dim": 8},
+    ),
     "denoise": ("small/denoise_image", DECODER),
     "dbot": ("small/dbot_image", DECODER),
     "data2vec": ("small/data2vec_speech", SPEECH | {"objective.top_k": 2}),
@@ -87,7 +93,7 @@ KINDS = {"audio": "speech", "emoji": "image"}  # of a recipe -> of the files her
 def commands(folder: Path, *, alone: bool = False) -> dict[str, tuple[str, list[str]]]:
     """Run -> its recipe and settings; each objective once, and once more with a clip that cannot be read.
 
-    On one process alone, those that tell the pairs of a batch apart have the whole of it at once.
+    On one process alone, those that tell the clips of a batch apart have the whole of it at once.
     """
     found = {}
     for name, (recipe, settings) in RUNS.items():
@@ -98,7 +104,7 @@ def commands(folder: Path, *, alone: bool = False) -> dict[str, tuple[str, list[
             skip = {"data.on_bad_clip": "skip"} if rows == "bad" else {}
             every = TOY | settings | data | skip
             if alone:
-                every |= {"data.batch_size": 4} if name in PAIRED else {"trainer.accumulate": 2}
+                every |= {"data.batch_size": 4} if name in CONTRASTING else {"trainer.accumulate": 2}
             found[f"{name}_{rows}"] = recipe, [f"{key}={value}" for key, value in every.items()]
     return found
 

@@ -22,6 +22,7 @@ from mmssl.objectives.mp3 import MP3
 from mmssl.objectives.npc import NPC
 from mmssl.objectives.siam_mae import SiamMAE
 from mmssl.objectives.tera import TERA
+from mmssl.objectives.vic_mae import ViCMAE
 from mmssl.objectives.vq_wav2vec import VQWav2Vec
 from mmssl.objectives.wav2vec import Wav2Vec
 from mmssl.objectives.wav2vec2 import Wav2Vec2
@@ -42,6 +43,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "mp3": MP3,
     "vq_wav2vec": VQWav2Vec,
     "siam_mae": SiamMAE,
+    "vic_mae": ViCMAE,
     "denoise": Denoise,
     "dbot": DBOT,
     "data2vec": Data2Vec,
@@ -55,6 +57,8 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
 CODERS = ("vq_wav2vec",)
 # those that bring several modalities together, and take their `Encoders`
 PAIRED = [name for name, objective in OBJECTIVES.items() if getattr(objective, "pairs", False)]
+# those that tell the clips of a micro-batch apart, so that several have another loss than one
+CONTRASTING = [name for name, objective in OBJECTIVES.items() if getattr(objective, "contrasts", False)]
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {
     name: label for name, objective in OBJECTIVES.items() if (label := getattr(objective, "label", None)) is not None
