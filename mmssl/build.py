@@ -14,6 +14,7 @@ from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Target
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
+from mmssl.nn.trunk import twin
 from mmssl.objectives import OBJECTIVES
 from mmssl.recipe import members
 from mmssl.types import Frontend
@@ -43,15 +44,22 @@ def build_encoders(config: Config) -> Encoder | Encoders:
     """
     if isinstance(config["modality"], str):
         return build_encoder(config)
-    trunk = Transformer(**config["transformer"]) if config["backbone"] == "shared" else None
-    return Encoders({name: build_encoder(own, trunk) for name, own in members(config).items()})
+    own = members(config)
+    if config["backbone"] == "separate":
+        return Encoders({name: build_encoder(each) for name, each in own.items()})
+    settings = {} if config["backbone"] == "shared" else {**config["backbone"]}
+    settings.pop("name", None)
+    trunk = Transformer(**config["transformer"])
+    first, *others = own
+    bodies = {first: trunk, **{name: twin(trunk, **settings) for name in others}}
+    return Encoders({name: build_encoder(each, bodies[name]) for name, each in own.items()})
 
 
 def build_encoder(config: Config, transformer: Transformer | None = None) -> Encoder:
     """An encoder with new weights, from the sections `modality`, `frontend`, `positions`, `transformer`, `encoder`.
 
     Args:
-        transformer: that of another encoder, to be shared.
+        transformer: one that holds blocks of other encoders, see `mmssl.nn.trunk`.
 
     Raises:
         ValueError: settings that do not fit together.

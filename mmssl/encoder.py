@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from mmssl.nn.masking import take
 from mmssl.nn.positions import READ_CONTENT, shared
 from mmssl.nn.transformer import Transformer
+from mmssl.nn.trunk import upper
 from mmssl.types import Encoded, Frontend, Hide, MaskPlan, Point, Raw, Tokens, valid_mask
 
 
 class Encoder(nn.Module):
     """A modality's frontend and positions in front of a Transformer.
 
-    Several encoders may hold the same Transformer object: that is what a shared backbone is.
+    Several encoders may hold the same blocks, see `mmssl.nn.trunk`: that is what a shared backbone is.
 
     Args:
         prefix: learned vectors put before the tokens; the first is the class token, others are registers.
@@ -165,16 +166,40 @@ class Encoder(nn.Module):
 
 
 class Encoders(nn.ModuleDict):
-    """The encoders of several modalities by name, each with its own Transformer or all with the same."""
+    """The encoders of several modalities by name, each with its own Transformer or all on one trunk.
+
+    Attributes:
+        own_blocks: of each Transformer so many of the first blocks are no other's; all of them without a trunk.
+        own_norms: whether the layer norms of the others are no other's either.
+        shared: whether there is a trunk.
+    """
 
     def __init__(self, encoders: Mapping[str, Encoder]) -> None:
         super().__init__(encoders)
-        self.shared = len({id(encoder.transformer) for encoder in encoders.values()}) == 1
+        columns = list(zip(*(encoder.transformer.blocks for encoder in encoders.values()), strict=False))
+        shared = [len({id(block.attention) for block in column}) == 1 for column in columns]
+        self.shared = any(shared)
+        self.own_blocks = shared.index(True) if self.shared else len(columns)
+        self.own_norms = len(set(map(id, columns[-1]))) > 1
 
     def __getitem__(self, modality: str) -> Encoder:
         encoder = super().__getitem__(modality)
         assert isinstance(encoder, Encoder)
         return encoder
+
+    def joint(self) -> Transformer:
+        """The shared blocks alone, for sequences of several modalities; with norms of its own where each has some.
+
+        It goes on from layer `own_blocks` of the encoders.
+
+        Raises:
+            ValueError: nothing is shared.
+        """
+        if not self.shared:
+            raise ValueError("backbone=separate: no block sees several modalities; set it to shared")
+        first = next(iter(self.values()))
+        assert isinstance(first, Encoder)
+        return upper(first.transformer, first=self.own_blocks, own_norms=self.own_norms)
 
 
 def _copies(tokens: Tokens, plan: MaskPlan) -> Tokens:

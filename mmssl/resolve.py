@@ -19,6 +19,7 @@ from mmssl.modalities.modality import Modality
 from mmssl.nn.bias import BIASES
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
+from mmssl.nn.trunk import twin
 from mmssl.objectives import CONTRASTING, OBJECTIVES, PAIRED
 from mmssl.recipe import OWN, SECTIONS, Recipe, members
 from mmssl.training import checkpoint
@@ -100,7 +101,7 @@ def _several(recipe: Recipe) -> dict[str, Any]:
     """The sections that make the encoders of several modalities, checked.
 
     With `backbone: shared` the section `transformer` is that of all; with "separate" each modality has its own, and one
-    that writes none takes that of the recipe.
+    that writes none takes that of the recipe. `{name: shared, own_blocks: 2}` shares all but the first two blocks.
     """
     names = list(recipe.get("modality"))
     for name in names:
@@ -127,20 +128,18 @@ def _several(recipe: Recipe) -> dict[str, Any]:
             )
     if recipe.get("init") is not None:
         raise recipe.error("init", f"init: holds one encoder, and these are {' and '.join(names)}; leave it out")
-    backbone = recipe.get("backbone", "separate")
-    if backbone not in ("separate", "shared"):
-        raise recipe.error("backbone", f"backbone: should be 'separate' or 'shared' (got {backbone!r})")
+    backbone = _backbone(recipe)
     if recipe.get("transformer") is not None and all(recipe.get(f"modality.{name}.transformer") for name in names):
         raise recipe.error("transformer", "transformer: each modality has its own here; leave this one out")
     values: dict[str, Any] = {"backbone": backbone, "tokenizer": None, "modality": {}}
-    if backbone == "shared":
+    if backbone != "separate":
         values["transformer"] = _transformer(recipe)
     for name in names:
         modality, at = MODALITIES[name], f"modality.{name}."
         if modality.tokenizers:
             values["tokenizer"] = _tokenizer(recipe, modality)
         own = recipe
-        if backbone == "shared" and recipe.get(f"{at}transformer") is not None:
+        if backbone != "separate" and recipe.get(f"{at}transformer") is not None:
             raise recipe.error(f"{at}transformer", f"'{at}transformer': is shared; write it once, as 'transformer'")
         if recipe.get(f"{at}transformer") is None:
             sections = {**recipe.values["modality"][name], "transformer": recipe.get("transformer")}
@@ -150,6 +149,21 @@ def _several(recipe: Recipe) -> dict[str, Any]:
     if values["tokenizer"] is None and recipe.get("tokenizer") is not None:
         raise recipe.error("tokenizer", f"tokenizer: {' and '.join(names)} are read without one; leave the section out")
     return values
+
+
+def _backbone(recipe: Recipe) -> str | dict[str, Any]:
+    """The section `backbone`, checked: "separate", "shared", or {name: shared} with settings of `twin`."""
+    backbone = recipe.get("backbone", "separate")
+    if isinstance(backbone, Mapping) and backbone.get("name") == "shared":
+        settings = recipe.settings("backbone", twin, given=["trunk"])
+        return {"name": "shared", **settings} if any(settings.values()) else "shared"
+    if backbone not in ("separate", "shared"):
+        raise recipe.error(
+            "backbone",
+            f"backbone: should be 'separate', 'shared' or {{name: shared, own_blocks: 2, own_norms: true}} (got "
+            f"{backbone!r})",
+        )
+    return str(backbone)
 
 
 def refuse(modality: Modality, objective: str, recipe: Recipe | None = None) -> None:

@@ -45,6 +45,7 @@ SPEECH = """  speech:
     frontend: {name: logmel, bands: 8, rate: 8000}
     positions: {name: sincos}
 backbone"""
+SOME_SHARED = "backbone={name: shared, own_blocks: 1, own_norms: true}"
 WORDS = ["red heart", "blue box", "green tree", "white moon", "black cat", "red box"]
 
 
@@ -70,7 +71,12 @@ def dataset(settings=(), side="train"):
 
 
 def test_a_resolved_recipe_is_resolved_to_itself(folder: Path) -> None:
-    for settings in ([], ["backbone=shared"], ["modality.text.transformer={dim: 8, depth: 1, heads: 1}"]):
+    for settings in (
+        [],
+        ["backbone=shared"],
+        [SOME_SHARED],
+        ["modality.text.transformer={dim: 8, depth: 1, heads: 1}"],
+    ):
         first = resolve(load("toy.yaml", settings))
         (folder / "again.yaml").write_text(first.dump(), encoding="utf-8")
         assert resolve(load("again.yaml")).values == first.values
@@ -103,6 +109,34 @@ def test_one_line_shares_the_trunk(folder: Path) -> None:
     assert counts["separate"] - counts["shared"] == trunk
 
 
+def test_a_trunk_may_be_shared_in_part(folder: Path) -> None:
+    # of two blocks of width 16 the first, and of the second and the end the norms
+    block, norm = 12 * 16**2 + 9 * 16, 2 * 16
+    sizes = {}
+    for backbone in ("shared", "{name: shared, own_blocks: 1}", "{name: shared, own_blocks: 1, own_norms: true}"):
+        recipe = resolve(load("toy.yaml", [f"backbone={backbone}"]))
+        encoders = build_encoders(export_config(recipe, Manifest("train.jsonl")))
+        assert not isinstance(encoders, Encoder)
+        sizes[encoders.own_blocks, encoders.own_norms] = sum(p.numel() for p in encoders.parameters())
+        assert encoders.shared
+        above = encoders.joint()
+        assert (
+            above.blocks[-1].mlp
+            is encoders["image"].transformer.blocks[-1].mlp
+            is encoders["text"].transformer.blocks[-1].mlp
+        )
+        assert (above.norm is encoders["image"].transformer.norm) == (not encoders.own_norms)
+    assert sizes[1, False] - sizes[0, False] == block + 2 * norm
+    assert sizes[1, True] - sizes[1, False] == 3 * norm
+    with pytest.raises(RecipeError, match=r"backbone.own_blocks=2: must be from 0 to 1"):
+        train("toy.yaml", "run", ["backbone={name: shared, own_blocks: 2}"])
+    apart = build_encoders(export_config(resolve(load("toy.yaml")), Manifest("train.jsonl")))
+    assert not isinstance(apart, Encoder)
+    assert (apart.shared, apart.own_blocks, apart.own_norms) == (False, 2, True)
+    with pytest.raises(ValueError, match="backbone=separate: no block sees several modalities"):
+        apart.joint()
+
+
 def test_a_modality_takes_the_recipes_transformer_where_it_writes_none(folder: Path) -> None:
     recipe = resolve(load("toy.yaml", ["modality.text.transformer={dim: 8, depth: 1, heads: 1, causal: true}"]))
     own = members(recipe.values)
@@ -120,7 +154,8 @@ def test_a_modality_takes_the_recipes_transformer_where_it_writes_none(folder: P
         (["modality.text={}"], "'modality.text.frontend.name' is missing; one of: tokens"),
         (["augment={}"], "'augment' stands below each modality here, as modality.image.augment"),
         (["init=runs/mae"], "init: holds one encoder, and these are image and text; leave it out"),
-        (["backbone=joined"], "backbone: should be 'separate' or 'shared' .got 'joined'."),
+        (["backbone=joined"], "backbone: should be 'separate', 'shared' or .* .got 'joined'."),
+        (["backbone={name: shared, own: 1}"], "unknown key 'backbone.own'. Did you mean 'backbone.own_"),
         (["backbone=shared", "modality.text.transformer={dim: 8}"], "is shared; write it once, as 'transformer'"),
         (
             ["objective={name: classify}"],
@@ -242,7 +277,7 @@ def test_the_ids_of_a_batch_are_put_together_from_what_each_modality_has() -> No
 # what it gives
 
 
-@pytest.mark.parametrize("backbone", ["separate", "shared"])
+@pytest.mark.parametrize("backbone", ["separate", "shared", SOME_SHARED.removeprefix("backbone=")])
 def test_a_run_embeds_both_sides_into_one_space(folder: Path, backbone: str) -> None:
     run = train("toy.yaml", "run", [f"backbone={backbone}", "data.valid=train.jsonl", "trainer.eval_every=3"])
     assert train("toy.yaml", "run", [f"backbone={backbone}", "data.valid=train.jsonl", "trainer.eval_every=3"]) == run
@@ -279,8 +314,9 @@ def test_the_command_embeds_one_side(folder: Path) -> None:
     assert done.exit_code == 2
 
 
-def test_one_side_of_a_run_is_fine_tuned(folder: Path) -> None:
-    run = train("toy.yaml", "run")
+@pytest.mark.parametrize("settings", [[], [SOME_SHARED]])
+def test_one_side_of_a_run_is_fine_tuned(folder: Path, settings: list[str]) -> None:
+    run = train("toy.yaml", "run", settings)
     rows = [{"image": f"{n}.png", "label": str(n % 2)} for n in range(4)]
     write_manifest("labels.jsonl", rows)
     text = RECIPE.partition("modality:")[0] + RECIPE.partition("data:")[1] + RECIPE.partition("data:")[2]

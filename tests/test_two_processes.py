@@ -85,7 +85,15 @@ RUNS = {
     ),
     "jepa": ("small/jepa_image", {"objective.predictor_dim": 16, "objective.predictor_heads": 2}),
     "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
-    "clip": ("small/clip_emoji", {"objective.dim": 8, "objective.same": "text", "tokenizer.entries": 258}),
+    "clip": (
+        "small/clip_emoji",
+        {
+            "objective.dim": 8,
+            "objective.same": "text",
+            "tokenizer.entries": 258,
+            "backbone": "{name: shared, own_blocks: 1, own_norms: true}",
+        },
+    ),
 }
 KINDS = {"audio": "speech", "emoji": "image"}  # of a recipe -> of the files here
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -42,7 +43,8 @@ class Sharded(nn.Module):
     """An objective of which each process holds a part of every parameter, of its gradient and of its optimizer state.
 
     Source: Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054), section 5, all three stages; torch's `fully_shard`.
-    Each block of a Transformer is a unit, and what is in none is one more, the root. The parameters of a unit are whole
+    Each block of a Transformer is a unit, or each part of it that another block holds as well, and what is in none is
+    one more, the root. The parameters of a unit are whole
     only while it is at work: a block's in its forward and again in its backward pass, the root's in between as well.
     The objective stays the same object with the same names; its parameters, and with them those of the optimizer, are
     new ones. It must fit the device of each process before it is sharded. In bfloat16 autograd keeps each weight of
@@ -67,7 +69,7 @@ class Sharded(nn.Module):
         distributed.copy_from_main([*objective.parameters(), *objective.buffers()])
         names = {id(parameter): name for name, parameter in objective.named_parameters()}
         mesh = init_device_mesh(device.type, (distributed.world_size(),))
-        blocks = [module for name, module in objective.named_modules() if _BLOCK.search(name)]
+        blocks = _units(objective)
         trained = [block for block in blocks if any(parameter.requires_grad for parameter in block.parameters())]
         # the last one's backward pass follows its forward pass at once
         self.released: list[Any] = [block for block in blocks if block not in trained[-1:]]
@@ -159,6 +161,17 @@ def gathered(model: nn.Module) -> Iterator[None]:
             block.set_reshard_after_forward(True)
         for unit in (*model.released, *model.kept, model.root):
             unit.reshard()
+
+
+def _units(objective: nn.Module) -> list[nn.Module]:
+    """The blocks of every Transformer; of those that share parts, as with norms of their own, these parts alone."""
+    blocks = [module for name, module in objective.named_modules() if _BLOCK.search(name)]
+    holders = Counter(id(part) for block in blocks for part in block.children())
+    units: dict[int, nn.Module] = {}
+    for block in blocks:
+        shared = [part for part in block.children() if holders[id(part)] > 1]
+        units |= {id(unit): unit for unit in shared or [block]}
+    return list(units.values())
 
 
 def _reached(total: Tensor) -> set[int]:
