@@ -171,7 +171,9 @@ class Embedder:
             return self
         assert modality is not None
         config = {**own[modality], "objective": None, "classes": None, "vocabulary": None}
-        device, joint = str(self.device), partial(self.objective.joint, modality)
+        # some bring modalities together without a space that they share
+        shares = getattr(self.objective, "joint", None)
+        device, joint = str(self.device), None if shares is None else partial(shares, modality)
         return Embedder(
             self.encoder[modality], config, device=device, precision=self.precision, name=self.name, joint=joint
         )
@@ -562,7 +564,7 @@ class Embedder:
             if not self._head:
                 raise ValueError(
                     f"{self.name}: holds an encoder without the objective that trained it; those of fine-tuned runs, "
-                    "of vq_wav2vec and of clip are exported"
+                    "of vq_wav2vec and of several modalities are exported"
                 )
             objective = build_objective(self.config, self.encoder)
             # all but the encoder, which is loaded already

@@ -42,8 +42,10 @@ def resolve(recipe: Recipe) -> Recipe:
         RecipeError: a setting that is missing, unknown, or of the wrong type.
     """
     named: dict[str, Mapping[str, Any]] = {}
+    each: dict[str, Mapping[str, Mapping[str, Any]]] = {}
     if isinstance(recipe.get("modality"), Mapping):
         values = _several(recipe)
+        each = {"targets": {name: MODALITIES[name].targets for name in values["modality"]}}
     else:
         modality = recipe.choice("modality", MODALITIES)
         if recipe.get("init") is not None:
@@ -57,8 +59,8 @@ def resolve(recipe: Recipe) -> Recipe:
         values = {"modality": modality.name, "tokenizer": _tokenizer(recipe, modality), **_own(recipe, modality)}
         named = {"target": modality.targets, "views": modality.views}
     init = recipe.get("init")
-    given = ["encoder", *(name for name in PROVIDED if name not in named)]
-    values["objective"] = _named(recipe, "objective", OBJECTIVES, given=given, named=named)
+    given = ["encoder", *(name for name in PROVIDED if name not in {**named, **each})]
+    values["objective"] = _named(recipe, "objective", OBJECTIVES, given=given, named=named, each=each)
     values["data"] = recipe.settings("data", DataSettings)
     values["optimizer"] = recipe.settings("optimizer", build_optimizer, given=["objective"])
     values["schedule"] = _named(recipe, "schedule", SCHEDULES, given=["step", "steps"])
@@ -195,10 +197,14 @@ def _named(
     *,
     given: Sequence[str],
     named: Mapping[str, Mapping[str, Any]] | None = None,
+    each: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """A section that says by `name` what it becomes, checked."""
     chosen = recipe.choice(f"{section}.name", table)
-    return {"name": recipe.get(f"{section}.name"), **recipe.settings(section, chosen, given=given, named=named)}
+    return {
+        "name": recipe.get(f"{section}.name"),
+        **recipe.settings(section, chosen, given=given, named=named, each=each),
+    }
 
 
 def _augments(recipe: Recipe, modality: Modality, at: str) -> dict[str, list[dict[str, Any]]]:

@@ -85,6 +85,20 @@ RUNS = {
     ),
     "jepa": ("small/jepa_image", {"objective.predictor_dim": 16, "objective.predictor_heads": 2}),
     "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
+    "av_mae": (
+        "small/cav_mae_digits",
+        {
+            "objective": "{name: av_mae, targets: {image: pixels, audio: spectrogram}, "
+            "mask_ratio: {image: 0.5, audio: 0.5}}"
+        }
+        | DECODER
+        | {"backbone.own_blocks": 1},
+    ),
+    # by length, other clips would go together in batches of two than in batches of four
+    "cav_mae": (
+        "small/cav_mae_digits",
+        DECODER | {"objective.weight": 0.5, "backbone.own_blocks": 1, "data.bucket": "false"},
+    ),
     "clip": (
         "small/clip_emoji",
         {
@@ -95,7 +109,7 @@ RUNS = {
         },
     ),
 }
-KINDS = {"audio": "speech", "emoji": "image"}  # of a recipe -> of the files here
+KINDS = {"audio": "speech", "emoji": "image", "digits": "image"}  # of a recipe -> of the files here
 
 
 def commands(folder: Path, *, alone: bool = False) -> dict[str, tuple[str, list[str]]]:
@@ -154,6 +168,8 @@ def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp
                     write_shard(codes, pairs, rate=50.0, lengths=np.array([36]), of="pairs of codes")
                 rows.append({key: str(path), "seconds": 0.7, "label": f"{n % 2}", "text": f"{'ab' * (n % 3)}a"})
                 rows[-1] |= {"units": units, "codes": {"path": str(codes)}}
+                if key == "image":  # with a sound beside it
+                    rows[-1]["audio"] = str(sorted((sounds / "train").rglob("*.wav"))[n])
             write_manifest(tmp_path / f"{kind}_{name}.jsonl", rows)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,20 @@ from torch import Tensor
 from mmssl.nn.predictor import places
 from mmssl.nn.spread import spread
 from mmssl.types import Raw, Tokens
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """What is predicted of the hidden tokens of one modality.
+
+    values: (raw, tokens) -> (B, N, P).
+    dim: P.
+    learned: whether they are learned features of the frontend, which cannot be reconstructed.
+    """
+
+    values: Callable[[Raw, Tokens], Tensor]
+    dim: int
+    learned: bool = False
 
 
 def token_errors(

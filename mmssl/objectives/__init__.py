@@ -3,9 +3,11 @@
 from torch import nn
 
 from mmssl.objectives.apc import APC
+from mmssl.objectives.av_mae import AVMAE
 from mmssl.objectives.bert import BERT
 from mmssl.objectives.best_rq import BestRQ
 from mmssl.objectives.cae import CAE
+from mmssl.objectives.cav_mae import CAVMAE
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.clip import CLIP
 from mmssl.objectives.cpc import CPC
@@ -50,6 +52,8 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "data2vec2": Data2Vec2,
     "jepa": JEPA,
     "clip": CLIP,
+    "av_mae": AVMAE,
+    "cav_mae": CAVMAE,
     "ctc": CTC,
     "classify": Classify,
 }
