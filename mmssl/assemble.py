@@ -16,16 +16,19 @@ from mmssl.convert.folder import open_encoder
 from mmssl.data.batching import Loader, one_pass
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import CharVocabulary, Classes
+from mmssl.data.turns import Turns
 from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, cut_captions, label_of
 from mmssl.modalities import MODALITIES
 from mmssl.objectives import CODERS, LABELLED, OBJECTIVES, PAIRED
-from mmssl.recipe import Recipe, RecipeError, leaves, load, members, parse
+from mmssl.objectives.omni import Omni
+from mmssl.recipe import Recipe, RecipeError, apart, leaves, load, members, parse
 from mmssl.resolve import ENCODER, init_config, resolve
 from mmssl.training import checkpoint
 from mmssl.training.loop import train as train_loop
 from mmssl.training.optimizer import build_optimizer
 from mmssl.training.schedule import SCHEDULES
 from mmssl.training.settings import TrainSettings
+from mmssl.types import Batch
 from mmssl.validation import Validation, spells
 
 # settings that say how a run is done and not what comes out of it: a run may be resumed with others
@@ -70,10 +73,12 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     device = distributed.setup(settings.device)
     resume = _claim(run, recipe)
 
-    data = recipe.values["data"]
-    recipe.placed(lambda: DataSettings(**data))
-    manifest = Manifest(data["train"])
-    config = export_config(recipe, manifest, run)
+    alone = apart(recipe)
+    for one in alone.values():
+        one.placed(partial(DataSettings, **one.values["data"]))
+    manifests = {name: Manifest(one.values["data"]["train"]) for name, one in alone.items()}
+    spoken = next((name for name in manifests if name in MODALITIES and MODALITIES[name].tokenizers), next(iter(alone)))
+    config = export_config(recipe, manifests[spoken], run)
     torch.manual_seed(settings.seed)
     encoder = recipe.placed(lambda: build_encoders(config))
     if recipe.values["init"] is not None:
@@ -81,33 +86,33 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     objective = recipe.placed(lambda: build_objective(config, encoder))
     optimizer = recipe.placed(lambda: build_optimizer(objective.to(device), **recipe.values["optimizer"]))
     bad_clips = run / "bad_clips.jsonl"
-    loader = Loader(
-        build_dataset(recipe, config, encoder, manifest, side="train"),
-        build_plan(recipe, manifest, side="train"),
-        workers=data["workers"],
-        rank=distributed.rank(),
-        world=distributed.world_size(),
-        bad_clips=bad_clips,
-        note=cut_captions(manifest, encoder),
-    )
-    evaluate = None
-    if data["valid"] is not None:
+    ranks: dict[str, Any] = {"rank": distributed.rank(), "world": distributed.world_size(), "bad_clips": bad_clips}
+    loaders, passes, texts = {}, [], None
+    for name, one in alone.items():
+        data, own = one.values["data"], {**config, "objective": one.values["objective"]}
+        loaders[name] = Loader(
+            build_dataset(one, own, encoder, manifests[name], side="train"),
+            build_plan(one, manifests[name], side="train"),
+            workers=data["workers"],
+            note=cut_captions(manifests[name], encoder),
+            **ranks,
+        )
+        if data["valid"] is None:
+            continue
         valid = Manifest(data["valid"])
-        held_out = build_dataset(recipe, config, encoder, valid, side="eval")
-        texts = None
+        held_out = build_dataset(one, own, encoder, valid, side="eval")
         if config["vocabulary"] is not None:
             texts = {row["id"]: row["text"] for row in valid if "text" in row}
             held_out.label = partial(_spelled, CharVocabulary(config["vocabulary"]))
         if data["on_bad_clip"] == "raise" and held_out.label is not None:
             check_labels(held_out.label, valid)
-        batches = partial(
-            one_pass,
-            held_out,
-            build_plan(recipe, valid, side="eval"),
-            rank=distributed.rank(),
-            world=distributed.world_size(),
-            bad_clips=bad_clips,
-        )
+        passes.append(partial(one_pass, held_out, build_plan(one, valid, side="eval"), **ranks))
+    loader: Loader | Turns = next(iter(loaders.values()))
+    if isinstance(objective, Omni):
+        loader = Turns(loaders, objective.weights, accumulate=settings.accumulate, seed=settings.seed)
+    evaluate = None
+    if passes:
+        batches = partial(_one_after_the_other, passes)
         evaluate = Validation(objective, batches, config, device, settings.precision, run / "pictures", texts)
     schedule = dict(recipe.values["schedule"])
     multiplier = partial(SCHEDULES[schedule.pop("name")], steps=settings.steps, **schedule)
@@ -174,6 +179,11 @@ def export_config(recipe: Recipe, manifest: Manifest, run: Path | None = None) -
         "vocabulary": CharVocabulary.from_texts(labels).symbols if key == "text" else None,
         **({} if (tokenizer := learn_tokenizer(recipe, manifest, run)) is None else {"tokenizer": tokenizer}),
     }
+
+
+def _one_after_the_other(passes: Sequence[Callable[[], Iterator[Batch]]]) -> Iterator[Batch]:
+    for batches in passes:
+        yield from batches()
 
 
 def _exported(values: Config) -> dict[str, Any]:
@@ -255,7 +265,7 @@ def _holds(run: Path, recipe: Recipe) -> bool:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{run}: its recipe cannot be read ({error}); choose another folder with --out") from None
     now = dict(leaves(recipe.values))
-    differing = [key for key in before | now if key not in PRACTICAL and before.get(key) != now.get(key)]
+    differing = [key for key in before | now if not _practical(key) and before.get(key) != now.get(key)]
     if differing:
         key = differing[0]
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
@@ -270,6 +280,11 @@ def _holds(run: Path, recipe: Recipe) -> bool:
             f"{run}: holds another run, in which {key} is {before.get(key)!r} and not {now.get(key)!r}{more}; {way_out}"
         )
     return True
+
+
+def _practical(key: str) -> bool:
+    """Whether a dotted key, which may go on with a modality, is one of `PRACTICAL`."""
+    return ".".join(key.split(".")[:2]) in PRACTICAL
 
 
 def _flat(labels: Iterable[Any], objective: Config) -> Iterator[Any]:

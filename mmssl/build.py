@@ -36,6 +36,10 @@ PROVIDED: dict[str, Callable[[Config, Any], Any]] = {
     "pictures": lambda config, encoder: target.pictures if (target := _target(config)) else None,
     "views": lambda config, encoder: MODALITIES[config["modality"]].views.get(config["objective"]["views"]),
     "teacher_encoder": lambda config, encoder: _teacher(config),
+    "of": lambda config, encoder: {
+        name: build_objective({**config, **own, "objective": config["objective"]["of"][name]}, encoder[name])
+        for name, own in members(config).items()
+    },
     "n_characters": lambda config, encoder: len(config["vocabulary"]),
     "n_classes": lambda config, encoder: len(config["classes"]),
 }

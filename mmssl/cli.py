@@ -603,7 +603,7 @@ def main() -> None:
 
 def _done(run: Path) -> None:
     from mmssl import distributed
-    from mmssl.objectives import LABELLED
+    from mmssl.objectives import LABELLED, PAIRED
     from mmssl.recipe import parse
 
     if distributed.is_main():
@@ -613,9 +613,12 @@ def _done(run: Path) -> None:
         task = values["objective"]["name"]
         test = valid or "HELD_OUT.jsonl"
         if isinstance(values["modality"], dict):
-            print(f"{run}: done; what it is good for:\n  mmssl evaluate {run} --task retrieval --test {test}")
+            print(f"{run}: done; what it is good for:")
+            if task in PAIRED:
+                print(f"  mmssl evaluate {run} --task retrieval --test {test}")
             for name in values["modality"]:
-                print(f"  mmssl embed {run} {test} --modality {name} --out {name}.npz")
+                held_out = test.get(name) or "HELD_OUT.jsonl" if isinstance(test, dict) else test
+                print(f"  mmssl embed {run} {held_out} --modality {name} --out {name}.npz")
             distributed.shutdown()
             return
         fitted = f"--task {task}" if task in LABELLED else f"--task linear --train {train}"

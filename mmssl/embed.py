@@ -171,8 +171,8 @@ class Embedder:
             return self
         assert modality is not None
         config = {**own[modality], "objective": None, "classes": None, "vocabulary": None}
-        # some bring modalities together without a space that they share
-        shares = getattr(self.objective, "joint", None)
+        # some bring modalities together without a space that they share, and some are exported without their weights
+        shares = getattr(self.objective, "joint", None) if self._head else None
         device, joint = str(self.device), None if shares is None else partial(shares, modality)
         return Embedder(
             self.encoder[modality], config, device=device, precision=self.precision, name=self.name, joint=joint

@@ -15,7 +15,7 @@ from typing import Any
 from mmssl.assemble import learn_tokenizer
 from mmssl.build import build_encoder, build_objective
 from mmssl.modalities import MODALITIES
-from mmssl.objectives import OBJECTIVES, PAIRED
+from mmssl.objectives import OBJECTIVES, PAIRED, SEVERAL
 from mmssl.recipe import Recipe, load, members, shipped
 from mmssl.resolve import resolve
 
@@ -23,7 +23,7 @@ from mmssl.resolve import resolve
 SOURCES = tuple(f"{name}/{frontend}" for name, kind in MODALITIES.items() for frontend in kind.frontends)
 
 # those that learn from one modality
-ALONE = tuple(name for name in OBJECTIVES if name not in PAIRED)
+ALONE = tuple(name for name in OBJECTIVES if name not in SEVERAL)
 
 # what makes an objective's own parts small, and has nothing to do with whether a pair fits
 _SMALL = {
@@ -103,6 +103,7 @@ def table() -> str:
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
     paired = f"Not in the table: {', '.join(PAIRED)}, for several modalities at once, of different keys of a row."
+    paired += " And omni, which has any of these, but those with labels, learn from several modalities in turn."
     return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), "", paired]) + "\n"
 
 

@@ -16,7 +16,7 @@ import json
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -56,6 +56,18 @@ def members(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         return {chosen: values}
     shared = {key: values[key] for key in ("tokenizer", "transformer") if key in values}
     return {name: {**shared, **sections, "modality": name} for name, sections in chosen.items()}
+
+
+def by_modality(value: Any, names: Iterable[str]) -> bool:
+    """Whether a value of a recipe of several modalities is a mapping from modality to value."""
+    return isinstance(value, Mapping) and bool(value) and value.keys() <= set(names)
+
+
+def share(section: Mapping[str, Any], name: str, names: Iterable[str]) -> dict[str, Any]:
+    """The settings of a section for one modality: of those that are by modality its own, where it has one."""
+    names = list(names)
+    chosen = {key: value for key, value in section.items() if not by_modality(value, names) or name in value}
+    return {key: value[name] if by_modality(value, names) else value for key, value in chosen.items()}
 
 
 class RecipeError(ValueError):
@@ -203,6 +215,24 @@ class Recipe:
     def dump(self) -> str:
         """The recipe as YAML that `load` reads back to the same values."""
         return yaml.dump(self.values, Dumper=_Dumper, sort_keys=False, width=110)
+
+
+def apart(recipe: Recipe) -> dict[str, Recipe]:
+    """Modality -> a resolved recipe as if it were for that one alone.
+
+    Only where each batch is of one modality, as with `omni`; else the recipe as it is, by its name.
+    """
+    values = recipe.values
+    if "of" not in values["objective"]:
+        return {recipe.name: recipe}
+    found, own = {}, members(values)
+    for name, sections in own.items():
+        alone = {**values, **sections, "objective": values["objective"]["of"][name]}
+        alone["data"] = share(values["data"], name, own)
+        prefix = f"modality.{name}."
+        places = {key.removeprefix(prefix): place for key, place in recipe.places.items() if key.startswith(prefix)}
+        found[name] = replace(recipe, values=alone, places={**recipe.places, **places})
+    return found
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -20,8 +20,8 @@ from mmssl.nn.bias import BIASES
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
 from mmssl.nn.trunk import twin
-from mmssl.objectives import CONTRASTING, OBJECTIVES, PAIRED
-from mmssl.recipe import OWN, SECTIONS, Recipe, members
+from mmssl.objectives import CONTRASTING, LABELLED, OBJECTIVES, PAIRED, SEVERAL
+from mmssl.recipe import OWN, SECTIONS, Recipe, by_modality, members, share
 from mmssl.training import checkpoint
 from mmssl.training.optimizer import build_optimizer
 from mmssl.training.schedule import SCHEDULES
@@ -51,7 +51,7 @@ def resolve(recipe: Recipe) -> Recipe:
         if recipe.get("init") is not None:
             recipe = _with_encoder(recipe, init_config(recipe, str(recipe.get("init"))))
         objective = recipe.get("objective.name")
-        if objective in PAIRED:
+        if objective in SEVERAL:
             raise recipe.error("objective.name", f"{objective} brings several modalities together; {_SEVERAL}")
         if recipe.get("backbone") is not None:
             raise recipe.error("backbone", f"backbone: is of several modalities; leave it out, or {_SEVERAL}")
@@ -60,8 +60,11 @@ def resolve(recipe: Recipe) -> Recipe:
         named = {"target": modality.targets, "views": modality.views}
     init = recipe.get("init")
     given = ["encoder", *(name for name in PROVIDED if name not in {**named, **each})]
-    values["objective"] = _named(recipe, "objective", OBJECTIVES, given=given, named=named, each=each)
-    values["data"] = recipe.settings("data", DataSettings)
+    if recipe.get("objective.name") in SEVERAL and recipe.get("objective.name") not in PAIRED:
+        values["objective"], values["data"] = _omni(recipe, given), _data_by_modality(recipe)
+    else:
+        values["objective"] = _named(recipe, "objective", OBJECTIVES, given=given, named=named, each=each)
+        values["data"] = recipe.settings("data", DataSettings)
     values["optimizer"] = recipe.settings("optimizer", build_optimizer, given=["objective"])
     values["schedule"] = _named(recipe, "schedule", SCHEDULES, given=["step", "steps"])
     values["trainer"] = recipe.settings("trainer", TrainSettings)
@@ -69,10 +72,12 @@ def resolve(recipe: Recipe) -> Recipe:
         raise recipe.error(
             "optimizer.layer_decay", "optimizer.layer_decay: goes by the depth of one encoder; leave it out for several"
         )
-    if values["objective"]["name"] in CONTRASTING and values["trainer"]["accumulate"] > 1:
+    inside = [values["objective"], *(values["objective"].get("of") or {}).values()]
+    telling = next((each["name"] for each in inside if each["name"] in CONTRASTING), None)
+    if telling is not None and values["trainer"]["accumulate"] > 1:
         raise recipe.error(
             "trainer.accumulate",
-            f"trainer.accumulate={values['trainer']['accumulate']}: {recipe.get('objective.name')} tells the pairs of "
+            f"trainer.accumulate={values['trainer']['accumulate']}: {telling} tells the pairs of "
             "a micro-batch apart, so several would have another loss than one; set it to 1, and data.batch_size as "
             "high as memory goes, or use more processes",
         )
@@ -115,14 +120,14 @@ def _several(recipe: Recipe) -> dict[str, Any]:
         for section in sections:
             if section not in OWN:
                 raise recipe.unknown(f"modality.{name}.{section}", OWN)
-    media = [MODALITIES[name].media for name in names]
-    if len(media) < 2 or len(set(media)) < len(media):
-        raise recipe.error("modality", f"modality: needs two or more that read different keys of a row (got {media})")
     objective = recipe.get("objective.name")
     recipe.choice("objective.name", OBJECTIVES)
-    if objective not in PAIRED:
+    if objective not in SEVERAL:
         what = f"{objective} learns from one modality, and these are {' and '.join(names)}"
-        raise recipe.error("objective.name", f"{what}; choose {' or '.join(PAIRED)}")
+        raise recipe.error("objective.name", f"{what}; choose {' or '.join(SEVERAL)}")
+    media = [MODALITIES[name].media for name in names]
+    if len(media) < 2 or (objective in PAIRED and len(set(media)) < len(media)):
+        raise recipe.error("modality", f"modality: needs two or more that read different keys of a row (got {media})")
     for section in OWN:
         if section != "transformer" and recipe.get(section) is not None:
             raise recipe.error(
@@ -153,6 +158,51 @@ def _several(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
+def _omni(recipe: Recipe, given: Sequence[str]) -> dict[str, Any]:
+    """The section `objective` of `omni`, checked, with the objective of each modality written out below `of`.
+
+    What is written there is an objective's section, or one for each modality, and any setting in it may be by modality.
+    """
+    names = list(recipe.get("modality"))
+    written = recipe.get("objective")
+    of = {}
+    for name in names:
+        modality = MODALITIES[name]
+        section = share(written, name, names).get("of")
+        if not isinstance(section, Mapping):
+            raise recipe.error(
+                "objective.of", f"'objective.of' should be the section of an objective for {name} (got {section!r})"
+            )
+        one = replace(recipe, values={"objective": {"of": share(section, name, names)}})
+        one.choice("objective.of.name", OBJECTIVES)
+        inner = str(one.get("objective.of.name"))
+        if inner in LABELLED or inner in SEVERAL:
+            what = "learns from labels" if inner in LABELLED else "is itself one of several modalities"
+            raise recipe.error("objective.of.name", f"objective.of.name: {inner} {what}; choose mae, data2vec2 or such")
+        refuse(modality, inner, one, "objective.of.name")
+        named: dict[str, Mapping[str, Any]] = {"target": modality.targets, "views": modality.views}
+        provided = [key for key in ("encoder", *PROVIDED) if key not in named]
+        of[name] = _named(one, "objective.of", OBJECTIVES, given=provided, named=named)
+    outer = replace(recipe, values={"objective": {key: value for key, value in written.items() if key != "of"}})
+    return {**_named(outer, "objective", OBJECTIVES, given=given), "of": of}
+
+
+def _data_by_modality(recipe: Recipe) -> dict[str, Any]:
+    """The section `data` in which any setting may be by modality, checked."""
+    names = list(recipe.get("modality"))
+    written = recipe.get("data") or {}
+    each = {}
+    for name in names:
+        section = share(written, name, names)
+        if "train" not in section:
+            raise recipe.error("data", f"data.train: there is none of {name}; write it as data.train.{name}=FILE")
+        each[name] = replace(recipe, values={"data": section}).settings("data", DataSettings)
+    return {
+        key: {name: own[key] for name, own in each.items()} if by_modality(written.get(key), names) else value
+        for key, value in each[names[0]].items()
+    }
+
+
 def _backbone(recipe: Recipe) -> str | dict[str, Any]:
     """The section `backbone`, checked: "separate", "shared", or {name: shared} with settings of `twin`."""
     backbone = recipe.get("backbone", "separate")
@@ -168,7 +218,7 @@ def _backbone(recipe: Recipe) -> str | dict[str, Any]:
     return str(backbone)
 
 
-def refuse(modality: Modality, objective: str, recipe: Recipe | None = None) -> None:
+def refuse(modality: Modality, objective: str, recipe: Recipe | None = None, key: str = "objective.name") -> None:
     """See that an objective makes sense for a modality.
 
     Raises:
@@ -176,7 +226,7 @@ def refuse(modality: Modality, objective: str, recipe: Recipe | None = None) -> 
     """
     if objective in modality.refuses:
         sentence = f"objective {objective} is not for {modality.name}: it {modality.refuses[objective]}"
-        raise ValueError(sentence) if recipe is None else recipe.error("objective.name", sentence)
+        raise ValueError(sentence) if recipe is None else recipe.error(key, sentence)
 
 
 def _tokenizer(recipe: Recipe, modality: Modality) -> dict[str, Any] | None:

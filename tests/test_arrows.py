@@ -27,6 +27,7 @@ ARROWS = {
     "resolve": ["recipe", *PARTS, "encoder", "objectives", "modalities", "loading", "training", "convert", "build"],
     "assemble": [
         "recipe",
+        "types",
         "objectives",
         "modalities",
         "data",

@@ -18,7 +18,7 @@ from mmssl.modalities.text.tokenizer import byte_bpe
 from mmssl.nn.masking import random_mask, span_mask
 from mmssl.nn.positions import Convolutional, NoPositions, SinCos
 from mmssl.nn.transformer import Transformer
-from mmssl.objectives import CONTRASTING, OBJECTIVES, PAIRED
+from mmssl.objectives import CONTRASTING, OBJECTIVES, SEVERAL
 from mmssl.resolve import refuse
 from mmssl.types import Batch, Raw, Units
 
@@ -270,8 +270,8 @@ each_pair = pytest.mark.parametrize(("name", "source"), PAIRS)
 
 def test_every_frontend_and_objective_is_here():
     assert set(CLIPS) == set(SOURCES)
-    # those of pairs have theirs in their own tests
-    assert {*SETTINGS, *PAIRED} == set(OBJECTIVES)
+    # those of several modalities have theirs in their own tests
+    assert {*SETTINGS, *SEVERAL} == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize(("name", "source"), REFUSED)

@@ -7,7 +7,7 @@ import pytest
 from mmssl import build, matrix
 from mmssl.cli import app
 from mmssl.modalities import MODALITIES
-from mmssl.objectives import OBJECTIVES, PAIRED
+from mmssl.objectives import OBJECTIVES, SEVERAL
 
 README = (Path(__file__).parents[1] / "recipes" / "README.md").read_text(encoding="utf-8")
 
@@ -22,7 +22,7 @@ def test_every_objective_is_a_row_and_every_frontend_a_column() -> None:
     header, _, *rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in matrix.table().split("\n\n")[0].splitlines()
     ]
-    assert [row[0] for row in rows] == [name for name in OBJECTIVES if name not in PAIRED]
+    assert [row[0] for row in rows] == [name for name in OBJECTIVES if name not in SEVERAL]
     assert header[1:] == [f"{name}/{frontend}" for name in MODALITIES for frontend in MODALITIES[name].frontends]
     assert all(len(row) == len(header) for row in rows)
 

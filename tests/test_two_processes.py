@@ -108,6 +108,19 @@ RUNS = {
             "backbone": "{name: shared, own_blocks: 1, own_norms: true}",
         },
     ),
+    # two objectives, of which one shares sums over the whole batch, each with all clips in one update
+    "omni": (
+        "small/omni",
+        {
+            "modality": "{image: {frontend: {name: patches, size: [4, 4]}, positions: {name: sincos}}, "
+            "speech: {frontend: {name: logmel, rate: 8000, bands: 8}, positions: {name: sincos}, "
+            "encoder: {mask_token: true}}}",
+            "backbone": "{name: shared, own_blocks: 1, own_norms: true}",
+            "objective": "{name: omni, of: {image: {name: mae, target: pixels, decoder_dim: 16, decoder_depth: 1, "
+            "decoder_heads: 2}, speech: {name: wav2vec2, dim: 8, codes: 8}}}",
+            "data.batch_size": 4,
+        },
+    ),
 }
 KINDS = {"audio": "speech", "emoji": "image", "digits": "image"}  # of a recipe -> of the files here
 
@@ -123,6 +136,12 @@ def commands(folder: Path, *, alone: bool = False) -> dict[str, tuple[str, list[
         kind = KINDS.get(kind, kind)
         for rows in ("whole", "bad"):
             data = {"data.train": folder / f"{kind}_{rows}.jsonl", "data.valid": folder / f"{kind}_valid.jsonl"}
+            if name == "omni":
+                data = {
+                    f"data.{side}.{kind}": folder / f"{kind}_{which}.jsonl"
+                    for side, which in (("train", rows), ("valid", "valid"))
+                    for kind in ("image", "speech")
+                }
             skip = {"data.on_bad_clip": "skip"} if rows == "bad" else {}
             every = TOY | settings | data | skip
             if alone:

@@ -188,7 +188,7 @@ class Loader:
         self.bad = BadClips(bad_clips, manifest=dataset.manifest, max_share=dataset.max_bad_share)
         self.epoch = 0.0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """Go on after what is consumed; a batch counts as consumed once it is handed out."""
         wanted = _endless(self.plan, self.consumed + self.rank, self.world, self.epoch_start)
         batches = _Batches(self.dataset, self.collate, substitute=True)

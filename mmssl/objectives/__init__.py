@@ -22,6 +22,7 @@ from mmssl.objectives.jepa import JEPA
 from mmssl.objectives.mae import MAE
 from mmssl.objectives.mp3 import MP3
 from mmssl.objectives.npc import NPC
+from mmssl.objectives.omni import Omni
 from mmssl.objectives.siam_mae import SiamMAE
 from mmssl.objectives.tera import TERA
 from mmssl.objectives.vic_mae import ViCMAE
@@ -54,6 +55,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "clip": CLIP,
     "av_mae": AVMAE,
     "cav_mae": CAVMAE,
+    "omni": Omni,
     "ctc": CTC,
     "classify": Classify,
 }
@@ -63,6 +65,8 @@ CODERS = ("vq_wav2vec",)
 PAIRED = [name for name, objective in OBJECTIVES.items() if getattr(objective, "pairs", False)]
 # those that tell the clips of a micro-batch apart, so that several have another loss than one
 CONTRASTING = [name for name, objective in OBJECTIVES.items() if getattr(objective, "contrasts", False)]
+# and those that take `Encoders` whether or not their batches are of pairs
+SEVERAL = [name for name, objective in OBJECTIVES.items() if name in PAIRED or getattr(objective, "several", False)]
 # objective -> the key of a manifest's rows that it learns from
 LABELLED: dict[str, str] = {
     name: label for name, objective in OBJECTIVES.items() if (label := getattr(objective, "label", None)) is not None

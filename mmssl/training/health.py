@@ -13,6 +13,8 @@ it:
     teacher_decay                        of the moving average that gives the targets
     target_norms                         how often those targets are normalized
 
+Where several modalities learn in turn, these are "image/accuracy" and so on, and each modality is judged by its own.
+
 There are three kinds of verdicts. What a run was set up with is wrong from its first line: a teacher that is no slow
 one, targets whose scale nothing holds. What no healthy run shows at any time is named within some fifty updates:
 targets that are exactly alike, or shrink; weights that are replaced rather than learned. All else is normal at the
@@ -217,7 +219,29 @@ NAMES = (*VERDICTS, "not_finite")
 def diagnose(history: Sequence[Line]) -> dict[str, str]:
     """Name -> sentence of every verdict on a run's log so far."""
     said = {name: verdict(history) for name, verdict in VERDICTS.items()}
-    return {name: sentence for name, sentence in said.items() if sentence is not None}
+    found = {name: sentence for name, sentence in said.items() if sentence is not None}
+    for part in dict.fromkeys(
+        name.partition("/")[0] for line in history for name in line.get("metrics", {}) if "/" in name
+    ):
+        own = _of(part, history)
+        for name, verdict in VERDICTS.items():
+            if name not in found and (sentence := verdict(own)) is not None:
+                found[name] = f"{part}: {sentence}"
+    return found
+
+
+def _of(part: str, history: Sequence[Line]) -> list[Line]:
+    """The lines that have metrics "part/name", with these alone."""
+    lines: list[Line] = []
+    for line in history:
+        own = {
+            name.removeprefix(f"{part}/"): value
+            for name, value in line.get("metrics", {}).items()
+            if name.startswith(f"{part}/")
+        }
+        if own:
+            lines.append({"step": line["step"], "metrics": own})
+    return lines
 
 
 def _shown(ids: Sequence[str], most: int) -> str:

@@ -110,7 +110,9 @@ class RunLog:
         self.history.append(clean)
         if self._bar is None:
             numbers = {"loss": clean["loss"], **clean["metrics"], "grad_norm": clean["grad_norm"]}
-            shown = "  ".join(_number(name, numbers[name]) for name in _SHOWN if name in numbers)
+            # of several modalities in turn, the loss of each as well
+            names = [name for name in _SHOWN if name in numbers] + [name for name in numbers if name.endswith("/loss")]
+            shown = "  ".join(_number(name, numbers[name]) for name in names)
             time = timedelta(seconds=round(left))
             self.say(f"update {clean['step']}/{self.steps}  {shown}  {rate:.1f} clips/s  {time} left")
 
