@@ -161,6 +161,7 @@ SETTINGS = {
     "vq_wav2vec": {"steps": 1, "negatives": 5, "codes": 8},
     "siam_mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     "vic_mae": {"weight": 0.5, "hidden_dim": 16, "dim": 8, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "cross_video_mae": {"hidden_dim": 16, "dim": 8, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     "denoise": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     "dbot": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
 }
@@ -193,6 +194,10 @@ REFUSED = {
     ("vic_mae", "speech/logmel"): "there are none for LogMel",
     ("vic_mae", "audio/spectrogram"): "there are none for SpectrogramPatches",
     ("vic_mae", "codes/codes"): "there are none for Codes",
+    ("cross_video_mae", "speech/waveform"): "one step of it in time, but the tokens of Waveform lie on t",
+    ("cross_video_mae", "speech/logmel"): "but the tokens of LogMel lie on t",
+    ("cross_video_mae", "codes/codes"): "but the tokens of Codes lie on t",
+    ("cross_video_mae", "image/patches"): "but the tokens of Patches lie on h, w",
     ("tera", "codes/codes"): "choose frontend logmel",
     **{
         (name, "codes/codes"): "Codes learns what it measures"

@@ -102,7 +102,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
     }
     per_name["encodec_mae"] = {"objective.units": "{units: 3}", "objective.weights": "{}"}
     decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
-    per_name |= dict.fromkeys(("mae", "siam_mae", "vic_mae", "denoise", "dbot"), decoder)
+    per_name |= dict.fromkeys(("mae", "siam_mae", "vic_mae", "cross_video_mae", "denoise", "dbot"), decoder)
     per_name["encodec_mae"] |= decoder
     per_name |= dict.fromkeys(("av_mae", "cav_mae"), decoder | {"backbone.own_blocks": 1})
     if not name.startswith("small/"):  # 16 frames of 224 x 224 are 1,568 tokens otherwise
@@ -122,7 +122,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 76
+    assert len(RECIPES) == 78
 
 
 @pytest.mark.parametrize("name", RECIPES)

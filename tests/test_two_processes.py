@@ -71,6 +71,12 @@ RUNS = {
         | {"objective.name": "vic_mae", "objective.views": "crops", "objective.weight": 0.5}
         | {"objective.hidden_dim": 16, "objective.dim": 8},
     ),
+    "cross_video_mae": (
+        "small/mae_audio",
+        {"objective": "{name: cross_video_mae, target: spectrogram, hidden_dim: 16, dim: 8}"}
+        | DECODER
+        | {"data.bucket": "false"},
+    ),
     "denoise": ("small/denoise_image", DECODER),
     "dbot": ("small/dbot_image", DECODER),
     "data2vec": ("small/data2vec_speech", SPEECH | {"objective.top_k": 2}),

@@ -11,6 +11,7 @@ from mmssl.objectives.cav_mae import CAVMAE
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.clip import CLIP
 from mmssl.objectives.cpc import CPC
+from mmssl.objectives.cross_video_mae import CrossVideoMAE
 from mmssl.objectives.ctc import CTC
 from mmssl.objectives.data2vec import Data2Vec
 from mmssl.objectives.data2vec2 import Data2Vec2
@@ -47,6 +48,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "vq_wav2vec": VQWav2Vec,
     "siam_mae": SiamMAE,
     "vic_mae": ViCMAE,
+    "cross_video_mae": CrossVideoMAE,
     "denoise": Denoise,
     "dbot": DBOT,
     "data2vec": Data2Vec,

@@ -20,7 +20,20 @@ TEXT = Modality(
     tokenizers={"byte_bpe": tokenizer.byte_bpe, "pretrained": tokenizer.pretrained},
     refuses={
         **dict.fromkeys(
-            ("mae", "cae", "siam_mae", "vic_mae", "denoise", "dbot", "tera", "apc", "npc", "best_rq"), _RECONSTRUCTS
+            (
+                "mae",
+                "cae",
+                "siam_mae",
+                "vic_mae",
+                "cross_video_mae",
+                "denoise",
+                "dbot",
+                "tera",
+                "apc",
+                "npc",
+                "best_rq",
+            ),
+            _RECONSTRUCTS,
         ),
         **dict.fromkeys(("wav2vec2", "vq_wav2vec"), _QUANTIZES),
         **dict.fromkeys(("hubert", "encodec_mae"), _UNITS),
