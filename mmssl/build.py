@@ -13,6 +13,7 @@ from mmssl.encoder import Encoder, Encoders
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Target
 from mmssl.nn.positions import POSITIONS
+from mmssl.nn.reconstruction import Reconstructed
 from mmssl.nn.transformer import Transformer
 from mmssl.nn.trunk import twin
 from mmssl.objectives import OBJECTIVES
@@ -28,6 +29,10 @@ PROVIDED: dict[str, Callable[[Config, Any], Any]] = {
     "target_learned": lambda config, encoder: (
         (target := _target(config)) is not None and target.learned and encoder.frontend.learned
     ),
+    "targets": lambda config, encoder: {
+        name: _reconstructed(MODALITIES[name].targets[chosen], encoder[name].frontend)
+        for name, chosen in config["objective"]["targets"].items()
+    },
     "pictures": lambda config, encoder: target.pictures if (target := _target(config)) else None,
     "views": lambda config, encoder: MODALITIES[config["modality"]].views.get(config["objective"]["views"]),
     "teacher_encoder": lambda config, encoder: _teacher(config),
@@ -141,6 +146,10 @@ def _teacher(config: Config) -> Encoder:
     encoder = build_encoder(theirs)
     encoder.load_state_dict(found.encoder)
     return encoder
+
+
+def _reconstructed(target: Target, frontend: Frontend) -> Reconstructed:
+    return Reconstructed(target.values, target.dim(frontend), target.learned and frontend.learned)
 
 
 def _target(config: Config) -> Target | None:

@@ -170,4 +170,5 @@ def several(embedder: Embedder, task: str) -> None:
 
 
 def _embedded(embedder: Embedder, rows: Manifest, modality: str, settings: Mapping[str, Any]) -> Tensor:
-    return embedder.embed(rows, modality=modality, tokens=False, **settings).scene
+    # by name, so that a run without such a space says so
+    return embedder.embed(rows, modality=modality, tokens=False, **{"pool": "joint", **settings}).scene

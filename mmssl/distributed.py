@@ -101,6 +101,11 @@ def gather(tensor: Tensor) -> Tensor:
     return _Gather.apply(tensor) if _together() else tensor
 
 
+def rows_before(count: int) -> int:
+    """How many rows the ranks before this one have, which has `count`: where its own begin in what `gather` gives."""
+    return sum(int(part) for part in all_gather(torch.tensor([count]))[: rank()])
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that lies in parts on all ranks, put together on each of them; any other as it is.
 

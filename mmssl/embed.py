@@ -175,9 +175,9 @@ class Embedder:
             return self
         assert modality is not None
         config = {**own[modality], "objective": None, "classes": None, "vocabulary": None}
-        # without weights of an objective there is no space that they share
-        joint = partial(self.objective.joint, modality) if self._head else None
-        device = str(self.device)
+        # some bring modalities together without a space that they share, and some are exported without their weights
+        shares = getattr(self.objective, "joint", None) if self._head else None
+        device, joint = str(self.device), None if shares is None else partial(shares, modality)
         return Embedder(
             self.encoder[modality], config, device=device, precision=self.precision, name=self.name, joint=joint
         )
@@ -568,7 +568,7 @@ class Embedder:
             if not self._head:
                 raise ValueError(
                     f"{self.name}: holds an encoder without the objective that trained it; those of fine-tuned runs, "
-                    "of vq_wav2vec and of clip are exported"
+                    "of vq_wav2vec and of several modalities are exported"
                 )
             objective = build_objective(self.config, self.encoder)
             # all but the encoder, which is loaded already

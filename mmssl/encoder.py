@@ -117,6 +117,7 @@ class Encoder(nn.Module):
         *,
         layers: Sequence[int] = (),
         point: Point = "block",
+        until: int | None = None,
     ) -> Encoded:
         """Encode tokens, hiding what `plan` names.
 
@@ -126,6 +127,7 @@ class Encoder(nn.Module):
             hide: "replace" puts the mask token in the place of hidden tokens; "drop" leaves them out, so that the
                 Transformer works on visible tokens only; "unseen" keeps them, and no token attends to them.
             layers, point: see `Encoded.layers`.
+            until: the last block to go through, see `Transformer.forward`.
 
         Raises:
             ValueError: `hide` without a plan, or "replace" in an encoder without a mask token.
@@ -161,7 +163,7 @@ class Encoder(nn.Module):
             if plan is not None and hide == "drop":
                 coords = take(tokens.coords, plan.keep)
             bias = self.transformer.bias(coords, tokens, self.n_prefix)
-        x, kept = self.transformer(x, lengths, layers=layers, point=point, attended=attended, bias=bias)
+        x, kept = self.transformer(x, lengths, layers=layers, point=point, attended=attended, bias=bias, until=until)
         return Encoded(x=x, lengths=lengths, layers=kept, n_prefix=self.n_prefix)
 
 

@@ -85,6 +85,14 @@ def build_span(steps: Sequence[Mapping[str, Any]], modality: str, frontend: Fron
     return next((_step(table, step, given) for step in steps if step["name"] in table), None)
 
 
+def _span_extent(steps: Sequence[Mapping[str, Any]], modality: str, frontend: Frontend) -> float:
+    """How many seconds of a long clip are read."""
+    kind, given = MODALITIES[modality], frontend.reader_settings
+    forever = np.array([1e9])
+    parts = [_step(kind.durations, step, given)(forever) for step in steps if step["name"] in kind.spans]
+    return float(min(parts, default=forever)[0])
+
+
 def _step(
     table: Mapping[str, Callable[..., Any]], step: Mapping[str, Any], given: Mapping[str, Any]
 ) -> Callable[..., Any]:
@@ -119,7 +127,9 @@ def clips_of(
         frontends, steps: by modality.
         settings: further ones of `ManifestDataset`.
     """
-    spans = {name: build_span(steps[name], name, frontend) for name, frontend in frontends.items()}
+    # the longest first: the others are drawn within it
+    order = sorted(frontends, key=lambda name: -_span_extent(steps[name], name, frontends[name]))
+    spans = {name: build_span(steps[name], name, frontends[name]) for name in order}
     return ManifestDataset(
         manifest,
         media={name: MODALITIES[name].media for name in frontends},

@@ -135,6 +135,7 @@ class Recipe:
         *,
         given: Iterable[str] = (),
         named: Mapping[str, Mapping[str, Any]] | None = None,
+        each: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
     ) -> dict[str, Any]:
         """The keyword arguments that a section gives to what it becomes, checked, with the defaults filled in.
 
@@ -144,6 +145,8 @@ class Recipe:
             given: arguments that the program passes itself, so that a recipe may not.
             named: argument -> table, for those that a recipe gives by a name in a table; the name is what is returned,
                 or None where the recipe gives none and the default is none.
+            each: argument -> key -> table, for those that a recipe gives as a mapping of one name for every key, from
+                the table of that key.
 
         Returns:
             name -> plain value (numbers, text, lists, mappings), for every setting of `target`.
@@ -169,6 +172,8 @@ class Recipe:
                 if tables[name]:  # where there is nothing to choose from, what the section becomes knows why
                     self.choice(key, tables[name])
                 settings[name] = written.get(name)
+            elif each is not None and name in each:
+                settings[name] = self._one_each(key, each[name])
             elif name in written:
                 settings[name] = self._checked(key, written[name], annotation)
             elif default is inspect.Parameter.empty:
@@ -176,6 +181,14 @@ class Recipe:
             else:
                 settings[name] = _plain(default)
         return settings
+
+    def _one_each(self, key: str, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        written = self.get(key)
+        if not isinstance(written, Mapping) or set(written) != set(tables):
+            raise self.error(key, f"'{key}' should name one for each of {', '.join(tables)} (got {written!r})")
+        for name, table in tables.items():
+            self.choice(f"{key}.{name}", table)
+        return dict(written)
 
     def unknown(self, key: str, known: Iterable[str]) -> RecipeError:
         """The error for a key that nothing reads, with the one that was probably meant."""

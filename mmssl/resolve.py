@@ -20,7 +20,7 @@ from mmssl.nn.bias import BIASES
 from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
 from mmssl.nn.trunk import twin
-from mmssl.objectives import LABELLED, OBJECTIVES, PAIRED, SEVERAL
+from mmssl.objectives import CONTRASTING, LABELLED, OBJECTIVES, PAIRED, SEVERAL
 from mmssl.recipe import OWN, SECTIONS, Recipe, by_modality, members, share
 from mmssl.training import checkpoint
 from mmssl.training.optimizer import build_optimizer
@@ -42,8 +42,10 @@ def resolve(recipe: Recipe) -> Recipe:
         RecipeError: a setting that is missing, unknown, or of the wrong type.
     """
     named: dict[str, Mapping[str, Any]] = {}
+    each: dict[str, Mapping[str, Mapping[str, Any]]] = {}
     if isinstance(recipe.get("modality"), Mapping):
         values = _several(recipe)
+        each = {"targets": {name: MODALITIES[name].targets for name in values["modality"]}}
     else:
         modality = recipe.choice("modality", MODALITIES)
         if recipe.get("init") is not None:
@@ -57,11 +59,11 @@ def resolve(recipe: Recipe) -> Recipe:
         values = {"modality": modality.name, "tokenizer": _tokenizer(recipe, modality), **_own(recipe, modality)}
         named = {"target": modality.targets, "views": modality.views}
     init = recipe.get("init")
-    given = ["encoder", *(name for name in PROVIDED if name not in named)]
+    given = ["encoder", *(name for name in PROVIDED if name not in {**named, **each})]
     if recipe.get("objective.name") in SEVERAL and recipe.get("objective.name") not in PAIRED:
         values["objective"], values["data"] = _omni(recipe, given), _data_by_modality(recipe)
     else:
-        values["objective"] = _named(recipe, "objective", OBJECTIVES, given=given, named=named)
+        values["objective"] = _named(recipe, "objective", OBJECTIVES, given=given, named=named, each=each)
         values["data"] = recipe.settings("data", DataSettings)
     values["optimizer"] = recipe.settings("optimizer", build_optimizer, given=["objective"])
     values["schedule"] = _named(recipe, "schedule", SCHEDULES, given=["step", "steps"])
@@ -70,10 +72,12 @@ def resolve(recipe: Recipe) -> Recipe:
         raise recipe.error(
             "optimizer.layer_decay", "optimizer.layer_decay: goes by the depth of one encoder; leave it out for several"
         )
-    if values["objective"]["name"] in PAIRED and values["trainer"]["accumulate"] > 1:
+    inside = [values["objective"], *(values["objective"].get("of") or {}).values()]
+    telling = next((each["name"] for each in inside if each["name"] in CONTRASTING), None)
+    if telling is not None and values["trainer"]["accumulate"] > 1:
         raise recipe.error(
             "trainer.accumulate",
-            f"trainer.accumulate={values['trainer']['accumulate']}: {recipe.get('objective.name')} tells the pairs of "
+            f"trainer.accumulate={values['trainer']['accumulate']}: {telling} tells the pairs of "
             "a micro-batch apart, so several would have another loss than one; set it to 1, and data.batch_size as "
             "high as memory goes, or use more processes",
         )
@@ -243,10 +247,14 @@ def _named(
     *,
     given: Sequence[str],
     named: Mapping[str, Mapping[str, Any]] | None = None,
+    each: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """A section that says by `name` what it becomes, checked."""
     chosen = recipe.choice(f"{section}.name", table)
-    return {"name": recipe.get(f"{section}.name"), **recipe.settings(section, chosen, given=given, named=named)}
+    return {
+        "name": recipe.get(f"{section}.name"),
+        **recipe.settings(section, chosen, given=given, named=named, each=each),
+    }
 
 
 def _augments(recipe: Recipe, modality: Modality, at: str) -> dict[str, list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from mmssl.assemble import export_config, finetune, pretrain
@@ -38,6 +39,10 @@ def manifests(sounds: Path, pictures: Path, videos: Path, tmp_path_factory: pyte
             progress=False,
         )
         for split, rows in split_rows(found.rows).items():
+            if name in ("image", "video"):  # with sound as long as a video here
+                sound = folder / "beside.wav"
+                soundfile.write(sound, np.random.default_rng(0).normal(0, 0.1, 32_000), 16_000)
+                rows = [{**row, "audio": str(sound), "seconds": 2.0} for row in rows]
             units = {"rate": 50, "values": [step // 4 % 3 for step in range(40)]}  # longer than every sound
             write_manifest(folder / name / f"{split}.jsonl", [{**row, "units": units} for row in rows])
             if name == "speech":  # two codebooks' codes of the same clips
@@ -53,9 +58,9 @@ def manifests(sounds: Path, pictures: Path, videos: Path, tmp_path_factory: pyte
 
 
 def kind(recipe: Recipe) -> str:
-    """The modality whose files a recipe reads; pictures have words beside them."""
+    """The modality whose files a recipe reads; pictures have words and sound beside them, and videos have sound."""
     modality = recipe.get("modality")
-    return modality if isinstance(modality, str) else next(name for name in modality if name != "text")
+    return modality if isinstance(modality, str) else next(name for name in modality if name not in ("text", "audio"))
 
 
 def data(recipe: Recipe, side: str, path: Path, manifests: dict[str, Path]) -> dict[str, Path]:
@@ -104,8 +109,9 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
     }
     per_name["encodec_mae"] = {"objective.units": "{units: 3}", "objective.weights": "{}"}
     decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
-    per_name |= dict.fromkeys(("mae", "siam_mae", "denoise", "dbot"), decoder)
+    per_name |= dict.fromkeys(("mae", "siam_mae", "vic_mae", "cross_video_mae", "denoise", "dbot"), decoder)
     per_name["encodec_mae"] |= decoder
+    per_name |= dict.fromkeys(("av_mae", "cav_mae"), decoder | {"backbone.own_blocks": 1})
     if not name.startswith("small/"):  # 16 frames of 224 x 224 are 1,568 tokens otherwise
         per_name["tubes"] = {"frontend.size": [2, 56, 56], "data.batch_size": 2}
     for section in ("frontend", "positions", "objective"):
@@ -127,7 +133,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 71
+    assert len(RECIPES) == 79
 
 
 @pytest.mark.parametrize("name", RECIPES)

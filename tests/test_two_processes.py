@@ -15,7 +15,7 @@ from mmssl import distributed
 from mmssl.assemble import train
 from mmssl.data.manifest import write_manifest
 from mmssl.data.units import write_shard
-from mmssl.objectives import OBJECTIVES, PAIRED
+from mmssl.objectives import CONTRASTING, OBJECTIVES
 from mmssl.training.checkpoint import read_tensors
 
 TOY = {
@@ -65,6 +65,18 @@ RUNS = {
     "mae": ("small/mae_image", DECODER),
     "cae": ("small/cae_image", {"objective.regressor_heads": 2, "objective.decoder_heads": 2}),
     "siam_mae": ("small/mae_image", DECODER | {"objective.name": "siam_mae", "objective.views": "crops"}),
+    "vic_mae": (
+        "small/mae_image",
+        DECODER
+        | {"objective.name": "vic_mae", "objective.views": "crops", "objective.weight": 0.5}
+        | {"objective.hidden_dim": 16, "objective.dim": 8},
+    ),
+    "cross_video_mae": (
+        "small/mae_audio",
+        {"objective": "{name: cross_video_mae, target: spectrogram, hidden_dim: 16, dim: 8}"}
+        | DECODER
+        | {"data.bucket": "false"},
+    ),
     "denoise": ("small/denoise_image", DECODER),
     "dbot": ("small/dbot_image", DECODER),
     "data2vec": ("small/data2vec_speech", SPEECH | {"objective.top_k": 2}),
@@ -79,6 +91,20 @@ RUNS = {
     ),
     "jepa": ("small/jepa_image", {"objective.predictor_dim": 16, "objective.predictor_heads": 2}),
     "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
+    "av_mae": (
+        "small/cav_mae_digits",
+        {
+            "objective": "{name: av_mae, targets: {image: pixels, audio: spectrogram}, "
+            "mask_ratio: {image: 0.5, audio: 0.5}}"
+        }
+        | DECODER
+        | {"backbone.own_blocks": 1},
+    ),
+    # by length, other clips would go together in batches of two than in batches of four
+    "cav_mae": (
+        "small/cav_mae_digits",
+        DECODER | {"objective.weight": 0.5, "backbone.own_blocks": 1, "data.bucket": "false"},
+    ),
     "clip": (
         "small/clip_emoji",
         {
@@ -102,13 +128,13 @@ RUNS = {
         },
     ),
 }
-KINDS = {"audio": "speech", "emoji": "image"}  # of a recipe -> of the files here
+KINDS = {"audio": "speech", "emoji": "image", "digits": "image"}  # of a recipe -> of the files here
 
 
 def commands(folder: Path, *, alone: bool = False) -> dict[str, tuple[str, list[str]]]:
     """Run -> its recipe and settings; each objective once, and once more with a clip that cannot be read.
 
-    On one process alone, those that tell the pairs of a batch apart have the whole of it at once.
+    On one process alone, those that tell the clips of a batch apart have the whole of it at once.
     """
     found = {}
     for name, (recipe, settings) in RUNS.items():
@@ -125,7 +151,7 @@ def commands(folder: Path, *, alone: bool = False) -> dict[str, tuple[str, list[
             skip = {"data.on_bad_clip": "skip"} if rows == "bad" else {}
             every = TOY | settings | data | skip
             if alone:
-                every |= {"data.batch_size": 4} if name in PAIRED else {"trainer.accumulate": 2}
+                every |= {"data.batch_size": 4} if name in CONTRASTING else {"trainer.accumulate": 2}
             found[f"{name}_{rows}"] = recipe, [f"{key}={value}" for key, value in every.items()]
     return found
 
@@ -167,6 +193,8 @@ def test_two_processes_give_the_weights_of_one(sounds: Path, pictures: Path, tmp
                     write_shard(codes, pairs, rate=50.0, lengths=np.array([36]), of="pairs of codes")
                 rows.append({key: str(path), "seconds": 0.7, "label": f"{n % 2}", "text": f"{'ab' * (n % 3)}a"})
                 rows[-1] |= {"units": units, "codes": {"path": str(codes)}}
+                if key == "image":  # with a sound beside it
+                    rows[-1]["audio"] = str(sorted((sounds / "train").rglob("*.wav"))[n])
             write_manifest(tmp_path / f"{kind}_{name}.jsonl", rows)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

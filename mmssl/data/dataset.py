@@ -55,7 +55,9 @@ class ManifestDataset(Dataset[Sample]):
             clip.
         hints: modality -> further keys of a row that its reader takes.
         spans: modality -> (seconds, rng=generator) -> (start, duration): the part of a clip that is read, where it is
-            not all of it. Its reader takes that function, with its generator, as `span`.
+            not all of it. Its reader takes that function, with its generator, as `span`. Where several modalities have
+            one, the first is drawn from the whole clip and the others within it, so that all show the same time: the
+            longest comes first.
         augments: modality -> (clip, generator) -> clip.
         rates: modality -> what `Sample.rates` says.
         fits: modality -> (one clip after augmentation) -> anything; a ValueError of it makes the clip a bad one, and so
@@ -201,8 +203,10 @@ class ManifestDataset(Dataset[Sample]):
         """The clip, and the second at which the part of it that a span chose begins."""
         if self._cache is not None and index in self._cache:
             return self._cache[index], 0.0
-        raw, starts = {}, [0.0]
-        for name, key in self.media.items():
+        raw: dict[str, Tensor] = {}
+        drawn: list[tuple[float, float]] = []
+        for name in sorted(self.media, key=self._order):
+            key = self.media[name]
             if key not in row:
                 continue
             value = row[key]
@@ -212,12 +216,16 @@ class ManifestDataset(Dataset[Sample]):
             parts = value if isinstance(value, list) else [value]
             if name in self.spans and len(parts) > 1:
                 raise BadClip(row["id"], "a span is drawn from one file, and this clip has several; give each its row")
-            clips = [self._read_part(name, row, part, generator, starts) for part in parts]
+            clips = [self._read_part(name, row, part, generator, drawn) for part in parts]
             raw[name] = clips[0] if len(clips) == 1 else _joined(row["id"], clips)
             self._check_length(name, row, raw[name])
         if self._cache is not None:
             self._cache[index] = raw
-        return raw, starts[-1]
+        return {name: raw[name] for name in self.media if name in raw}, drawn[-1][0] if drawn else 0.0
+
+    def _order(self, name: str) -> int:
+        """Where a modality stands in what is read of a row: those with a span in the order of `spans`."""
+        return list(self.spans).index(name) if name in self.spans else len(self.spans)
 
     def _read_text(self, name: str, id: str, value: Any) -> Tensor:
         try:
@@ -226,14 +234,19 @@ class ManifestDataset(Dataset[Sample]):
             raise BadClip(id, error.reason) from None
 
     def _read_part(
-        self, name: str, row: dict[str, Any], part: Any, generator: np.random.Generator, starts: list[float]
+        self,
+        name: str,
+        row: dict[str, Any],
+        part: Any,
+        generator: np.random.Generator,
+        drawn: list[tuple[float, float]],
     ) -> Tensor:
         place = part if isinstance(part, dict) else {**row, "path": part}
         path = place["path"]
         segment: dict[str, Any] = {key: float(place[key]) for key in ("start", "duration") if key in place}
         segment |= {key: place[key] for key in self.hints.get(name, ()) if key in place}
         if name in self.spans:
-            segment["span"] = partial(self._draw, name, generator, starts)
+            segment["span"] = partial(self._draw, name, row["id"], generator, drawn)
         if "offset" not in place:
             return self.readers[name](path, **segment)
         try:
@@ -242,12 +255,15 @@ class ManifestDataset(Dataset[Sample]):
             raise BadClip(f"{path}#{place['offset']}", error.reason) from None
 
     def _draw(
-        self, name: str, generator: np.random.Generator, starts: list[float], seconds: float
+        self, name: str, id: str, generator: np.random.Generator, drawn: list[tuple[float, float]], seconds: float
     ) -> tuple[float, float]:
-        """A span of a file of so many seconds; notes where it starts."""
-        start, duration = self.spans[name](seconds, rng=generator)
-        starts.append(start)
-        return start, duration
+        """A span of a file of so many seconds, within the first that was drawn of this clip; it is noted there."""
+        begin, room = drawn[0] if drawn else (0.0, seconds)
+        if begin >= seconds:
+            raise BadClip(id, f"its {name} ends at {seconds:.2f} s, and what is read of it begins at {begin:.2f} s")
+        start, duration = self.spans[name](min(room, seconds - begin), rng=generator)
+        drawn.append((begin + start, duration))
+        return drawn[-1]
 
     def _check_length(self, name: str, row: dict[str, Any], clip: Tensor) -> None:
         """A clip much longer than its row says would break the bound that the batch was planned by."""

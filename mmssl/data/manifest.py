@@ -44,7 +44,8 @@ class Manifest(Sequence[Row]):
     190 bytes take 6 s of one core to check; from `INDEX_FROM` rows on, what was found is kept in `<name>.index` beside
     the manifest and mapped into memory the next time (1 ms), as long as the manifest's size and date stay the same.
 
-    Rows come with the paths of their media and units joined to the manifest's folder, and with an `id`.
+    Rows come with the paths of their media and units joined to the manifest's folder, and with an `id`. A video that
+    has sound, as `mmssl manifest` notes, comes with it as its `audio`, unless the row names another file for that.
 
     Raises:
         ValueError: no such file, no rows, or a line that is not a JSON object or does not say where a clip lies, by its
@@ -154,6 +155,8 @@ class Manifest(Sequence[Row]):
         except ValueError:
             raise ValueError(f"{self.path}: changed since it was opened, no row starts at byte {offset} now") from None
         row["id"] = str(row["id"]) if "id" in row else _default_id(row)
+        if _is_heard(row):
+            row["audio"] = row["video"]
         for key, value in row.items():
             if _has_path(key, value):
                 row[key] = _map_paths(value, lambda name: os.path.join(self.path.parent, name))
@@ -283,7 +286,7 @@ def _read_index(path: Path) -> np.ndarray:
         what = "a folder, not a manifest" if path.is_dir() else "no such manifest"
         raise ValueError(f"{path}: {what}; `mmssl manifest FOLDER` writes one")
     stat = path.stat()
-    digest = blake2b(f"{stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=8).digest()
+    digest = blake2b(f"{stat.st_size} {stat.st_mtime_ns} with sound".encode(), digest_size=8).digest()
     stamp = int.from_bytes(digest, "little") >> 1
     kept = path.with_name(path.name + ".index")
     if kept.is_file():
@@ -353,7 +356,14 @@ def _checked(line: bytes) -> tuple[float, int]:
             bits |= 1 << bit
             if key in MEDIA and (type(row[key]) is not str or not row[key]):
                 _check_media(key, row[key])
+    if _is_heard(row):
+        bits |= 1 << READ.index("audio")
     return seconds, bits
+
+
+def _is_heard(row: Row) -> bool:
+    """Whether the sound of a row is that of its video."""
+    return row.get("sound") is True and "video" in row and "audio" not in row
 
 
 def _check_media(key: str, value: Any) -> None:

@@ -107,23 +107,13 @@ class Predictor(nn.Module):
             visible, predicted = (mask.gather(1, shown.keep) & real for mask in (visible, predicted))
             coords = take(coords.expand(len(visible), -1, -1), shown.keep.to(device, non_blocking=True))
             place = shown.keep
-        rows, size = visible.shape
-
-        seen = self.embed(x).flatten(0, 1)
-        if int(known.min()) < x.shape[1]:
-            seen = seen.index_select(0, places(valid_mask(known, x.shape[1]), device))
-        # Both the encoder's rows and these are read in ascending order, so the n-th real row is the n-th True here.
-        taken = places(F.pad(visible, (prefix, 0), value=True), device)
-        filled = self.mask_vector.to(seen.dtype).expand(rows * (prefix + size), -1).index_copy(0, taken, seen)
-
-        # A class token has no place: its position is zero.
-        added = F.pad(sincos(coords, filled.shape[-1]), (0, 0, prefix, 0)).to(seen.dtype)
+        filled = filled_in(self.embed(x), known, visible, self.mask_vector, coords, prefix)
         hidden = places(F.pad(predicted, (prefix, 0), value=False), device)
         if noise is not None:
             moved = F.linear(noise.to(self.embed.weight.dtype), self.embed.weight)
-            filled = filled.index_add(0, hidden, moved.to(filled.dtype))
-        windows = self._windows(tokens.grid, place.expand(rows, -1), lengths, device)
-        h, _ = self.transformer(filled.view(rows, prefix + size, -1) + added, lengths + prefix, windows=windows)
+            filled = filled.flatten(0, 1).index_add(0, hidden, moved.to(filled.dtype)).view_as(filled)
+        windows = self._windows(tokens.grid, place.expand(len(visible), -1), lengths, device)
+        h, _ = self.transformer(filled, lengths + prefix, windows=windows)
         return self.out(h.flatten(0, 1).index_select(0, hidden))
 
     def _windows(
@@ -137,6 +127,28 @@ class Predictor(nn.Module):
         )
         local = [shifted if i % 2 else plain for i in range(self.local_blocks)]
         return [*local, *[None] * (self.transformer.depth - self.local_blocks)]
+
+
+def filled_in(seen: Tensor, known: Tensor, visible: Tensor, vector: Tensor, coords: Tensor, prefix: int) -> Tensor:
+    """Visible tokens and mask vectors, each in its place and with its position: (R, prefix + N, D).
+
+    Args:
+        seen: (R, prefix + K, D) visible tokens of each row in ascending order, after `prefix` that have no place.
+        known: (R,) on the CPU, real rows of `seen`.
+        visible: (R, N) bool on the CPU, where those go; the mask vector goes everywhere else, past a row's end too.
+        vector: (D,).
+        coords: (1 or R, N, A).
+    """
+    (rows, size), device = visible.shape, seen.device
+    taken = places(F.pad(visible, (prefix, 0), value=True), device)
+    real = seen.flatten(0, 1)
+    if int(known.min()) < seen.shape[1]:
+        real = real.index_select(0, places(valid_mask(known, seen.shape[1]), device))
+    # Both the encoder's rows and these are read in ascending order, so the n-th real row is the n-th True here.
+    filled = vector.to(seen.dtype).expand(rows * (prefix + size), -1).index_copy(0, taken, real)
+    # A class token has no place: its position is zero.
+    added = F.pad(sincos(coords, seen.shape[-1]), (0, 0, prefix, 0)).to(seen.dtype)
+    return filled.view(rows, prefix + size, -1) + added
 
 
 def places(mask: Tensor, device: torch.device) -> Tensor:

@@ -406,6 +406,7 @@ class Transformer(nn.Module):
         attended: Tensor | None = None,
         windows: Sequence[Windows | None] = (),
         bias: Sequence[Tensor] = (),
+        until: int | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Encode rows of which the first `lengths[b]` places are real.
 
@@ -421,6 +422,7 @@ class Transformer(nn.Module):
                 any.
             bias: for each block what it adds to its scores, (1 or B, heads, N, N), as `self.bias` gives it; left out,
                 nothing. Not beside windows.
+            until: the last block to go through, without the norm at the end; all blocks and that norm by default.
 
         Returns:
             (B, N, D) after the final norm (of "pre"), zero past each length; and the layers asked for. A block that
@@ -437,13 +439,15 @@ class Transformer(nn.Module):
         kept = {0: layout.unpack(h)} if 0 in layers else {}
         none: list[None] = [None] * self.depth
         for i, (block, own, places) in enumerate(zip(self.blocks, windows or none, bias or none, strict=True), start=1):
+            if until is not None and i > until:
+                break
             added = None
             if i not in left_out:
                 h, added = block(h, layout, own, places)
             value = h if point == "block" else added
             if i in layers and value is not None:
                 kept[i] = layout.unpack(value)
-        if self.pre:
+        if self.pre and until is None:
             h = self.norm(h)
         return layout.unpack(h), kept
 

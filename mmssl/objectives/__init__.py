@@ -3,12 +3,15 @@
 from torch import nn
 
 from mmssl.objectives.apc import APC
+from mmssl.objectives.av_mae import AVMAE
 from mmssl.objectives.bert import BERT
 from mmssl.objectives.best_rq import BestRQ
 from mmssl.objectives.cae import CAE
+from mmssl.objectives.cav_mae import CAVMAE
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.clip import CLIP
 from mmssl.objectives.cpc import CPC
+from mmssl.objectives.cross_video_mae import CrossVideoMAE
 from mmssl.objectives.ctc import CTC
 from mmssl.objectives.data2vec import Data2Vec
 from mmssl.objectives.data2vec2 import Data2Vec2
@@ -23,6 +26,7 @@ from mmssl.objectives.npc import NPC
 from mmssl.objectives.omni import Omni
 from mmssl.objectives.siam_mae import SiamMAE
 from mmssl.objectives.tera import TERA
+from mmssl.objectives.vic_mae import ViCMAE
 from mmssl.objectives.vq_wav2vec import VQWav2Vec
 from mmssl.objectives.wav2vec import Wav2Vec
 from mmssl.objectives.wav2vec2 import Wav2Vec2
@@ -43,12 +47,16 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "mp3": MP3,
     "vq_wav2vec": VQWav2Vec,
     "siam_mae": SiamMAE,
+    "vic_mae": ViCMAE,
+    "cross_video_mae": CrossVideoMAE,
     "denoise": Denoise,
     "dbot": DBOT,
     "data2vec": Data2Vec,
     "data2vec2": Data2Vec2,
     "jepa": JEPA,
     "clip": CLIP,
+    "av_mae": AVMAE,
+    "cav_mae": CAVMAE,
     "omni": Omni,
     "ctc": CTC,
     "classify": Classify,
@@ -57,6 +65,8 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
 CODERS = ("vq_wav2vec",)
 # those that bring several modalities together, and take their `Encoders`
 PAIRED = [name for name, objective in OBJECTIVES.items() if getattr(objective, "pairs", False)]
+# those that tell the clips of a micro-batch apart, so that several have another loss than one
+CONTRASTING = [name for name, objective in OBJECTIVES.items() if getattr(objective, "contrasts", False)]
 # and those that take `Encoders` whether or not their batches are of pairs
 SEVERAL = [name for name, objective in OBJECTIVES.items() if name in PAIRED or getattr(objective, "several", False)]
 # objective -> the key of a manifest's rows that it learns from

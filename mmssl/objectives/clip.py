@@ -43,6 +43,7 @@ class CLIP(nn.Module):
     label: ClassVar[str | None] = None
     hide: ClassVar[Hide] = "none"
     pairs: ClassVar[bool] = True
+    contrasts: ClassVar[bool] = True
 
     def __init__(
         self,

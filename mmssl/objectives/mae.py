@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
 from mmssl.nn.masking import green_mask, plan_of, random_mask, running_cells, tube_mask
-from mmssl.nn.predictor import Predictor, places
+from mmssl.nn.predictor import Predictor
+from mmssl.nn.reconstruction import token_errors
 from mmssl.nn.seeds import normal_per_clip
-from mmssl.nn.spread import spread, token_spread
+from mmssl.nn.spread import token_spread
 from mmssl.types import Batch, Frontend, Hide, Loss, MaskPlan, Raw, Tokens
 
 Mask = Literal["random", "tube", "green"]
@@ -141,20 +142,10 @@ class MAE(nn.Module):
             predicted=None if self.decoder_mask is None else predicted,
             noise=self._noise(predicted.sum(1), batch.seeds, encoded.x) if self.training else None,
         )
-        hidden = places(predicted, prediction.device)
-        # a target may hold a product of its own, as log_mel does
-        with torch.autocast(prediction.device.type, enabled=False):
-            target = self.target(batch.raw, tokens).flatten(0, 1).index_select(0, hidden).detach().float()
-            prediction = prediction.float()
-            total = (prediction - target).square().mean(1).sum()
-        count = len(hidden)
-        metrics = {
-            "loss": total.detach(),
-            "target_std": spread(target) * count,
-            "prediction_std": spread(prediction) * count,
-            "feature_std": token_spread(encoded) * count,
-        }
-        return Loss(total, count, {name: (value, count) for name, value in metrics.items()})
+        errors, found = token_errors(prediction, self.target, batch.raw, tokens, predicted)
+        total, count = errors.sum(), len(errors)
+        spreads = {**found, "feature_std": (token_spread(encoded) * count, count)}
+        return Loss(total, count, {"loss": (total.detach(), count), **spreads})
 
     def after_step(self, step: int) -> None:
         self.updates.fill_(step)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
 from mmssl.nn.cross import CrossPredictor
 from mmssl.nn.masking import random_mask
-from mmssl.nn.predictor import places
-from mmssl.nn.spread import spread, token_spread
+from mmssl.nn.reconstruction import token_errors
+from mmssl.nn.spread import token_spread
 from mmssl.types import Batch, Frontend, Hide, Loss, Raw, Tokens
 
 
@@ -81,19 +80,10 @@ class SiamMAE(nn.Module):
         plan = random_mask(tokens.lengths, ratio=self.mask_ratio, seeds=batch.seeds)
         other, encoded = self.encoder(others), self.encoder(tokens, plan, self.hide)
         prediction = self.predictor(encoded, tokens, plan, other, others)  # (M, P)
-        hidden = places(plan.masked, prediction.device)
-        with torch.autocast(prediction.device.type, enabled=False):
-            target = self.target(shown, tokens).flatten(0, 1).index_select(0, hidden).detach().float()
-            prediction = prediction.float()
-            total = (prediction - target).square().mean(1).sum()
-        count = len(hidden)
-        metrics = {
-            "loss": total.detach(),
-            "target_std": spread(target) * count,
-            "prediction_std": spread(prediction) * count,
-            "feature_std": token_spread(other) * count,
-        }
-        return Loss(total, count, {name: (value, count) for name, value in metrics.items()})
+        errors, found = token_errors(prediction, self.target, shown, tokens, plan.masked)
+        total, count = errors.sum(), len(errors)
+        spreads = {**found, "feature_std": (token_spread(other) * count, count)}
+        return Loss(total, count, {"loss": (total.detach(), count), **spreads})
 
     def after_step(self, step: int) -> None:
         """Nothing here changes with time."""

@@ -25,7 +25,8 @@ SPEECH = Modality(
         "center_crop": augment.crop_extent,
         "speed": augment.speed_extent,
         "random_span": augment.span_extent,
+        "center_span": augment.span_extent,
     },
-    spans={"random_span": augment.random_span},
+    spans={"random_span": augment.random_span, "center_span": augment.center_span},
     targets=TARGETS,
 )

@@ -55,8 +55,19 @@ def random_span(
     return int(rng.integers(steps + 1)) * step_ms / 1000, duration
 
 
-def span_extent(seconds_before: np.ndarray, *, seconds: float, step_ms: float = 20.0) -> np.ndarray:
-    """(clips,) seconds before `random_span` -> after it."""
+def center_span(whole: float, rng: np.random.Generator, *, seconds: float, at: float = 0.5) -> tuple[float, float]:
+    """The middle `seconds`, or with `at` others, read instead of the whole: 0 is the beginning, 1 the end.
+
+    The same every time: for evaluation, beside a `center_span` of video, with which it shows the same time.
+    """
+    if seconds <= 0:
+        raise ValueError(f"center_span: seconds must be above 0, got {seconds}")
+    duration = min(seconds, whole)
+    return (whole - duration) * at, duration
+
+
+def span_extent(seconds_before: np.ndarray, *, seconds: float, **settings: object) -> np.ndarray:
+    """(clips,) seconds before a span -> after it."""
     return np.minimum(seconds_before, np.float32(seconds))
 
 

@@ -19,7 +19,22 @@ TEXT = Modality(
     targets={},
     tokenizers={"byte_bpe": tokenizer.byte_bpe, "pretrained": tokenizer.pretrained},
     refuses={
-        **dict.fromkeys(("mae", "cae", "siam_mae", "denoise", "dbot", "tera", "apc", "npc", "best_rq"), _RECONSTRUCTS),
+        **dict.fromkeys(
+            (
+                "mae",
+                "cae",
+                "siam_mae",
+                "vic_mae",
+                "cross_video_mae",
+                "denoise",
+                "dbot",
+                "tera",
+                "apc",
+                "npc",
+                "best_rq",
+            ),
+            _RECONSTRUCTS,
+        ),
         **dict.fromkeys(("wav2vec2", "vq_wav2vec"), _QUANTIZES),
         **dict.fromkeys(("hubert", "encodec_mae"), _UNITS),
         "bert": "predicts the codes that `mmssl units` writes, and a caption has none; take data2vec, jepa or cpc",
