@@ -42,6 +42,7 @@ SPEECH = {"positions.kernel": 4, "frontend.bands": 8, "data.max_seconds": "null"
 FRAMES = {"frontend.bands": 8, "data.max_seconds": "null"}
 AHEAD = FRAMES | {"objective.steps": 2, "objective.negatives": 4}
 DECODER = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
+PAIR = {"objective.dim": 8, "objective.same": "text", "tokenizer.entries": 258}
 RUNS = {
     "wav2vec2": ("small/wav2vec2_speech", SPEECH | {"objective.dim": 8, "objective.codes": 8}),
     "hubert": ("small/hubert_speech", SPEECH | {"objective.dim": 8, "objective.units": "{units: 3}"}),
@@ -79,7 +80,9 @@ RUNS = {
     ),
     "jepa": ("small/jepa_image", {"objective.predictor_dim": 16, "objective.predictor_heads": 2}),
     "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
-    "clip": ("small/clip_emoji", {"objective.dim": 8, "objective.same": "text", "tokenizer.entries": 258}),
+    "clip": ("small/clip_emoji", PAIR),
+    # and in chunks, as gradient caching has it
+    "siglip": ("small/clip_emoji", PAIR | {"objective.name": "siglip", "objective.chunk": 1}),
 }
 KINDS = {"audio": "speech", "emoji": "image"}  # of a recipe -> of the files here
 

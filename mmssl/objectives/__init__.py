@@ -21,6 +21,7 @@ from mmssl.objectives.mae import MAE
 from mmssl.objectives.mp3 import MP3
 from mmssl.objectives.npc import NPC
 from mmssl.objectives.siam_mae import SiamMAE
+from mmssl.objectives.siglip import SigLIP
 from mmssl.objectives.tera import TERA
 from mmssl.objectives.vq_wav2vec import VQWav2Vec
 from mmssl.objectives.wav2vec import Wav2Vec
@@ -48,6 +49,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "data2vec2": Data2Vec2,
     "jepa": JEPA,
     "clip": CLIP,
+    "siglip": SigLIP,
     "ctc": CTC,
     "classify": Classify,
 }
