@@ -81,6 +81,7 @@ RUNS = {
     "jepa": ("small/jepa_image", {"objective.predictor_dim": 16, "objective.predictor_heads": 2}),
     "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
     "clip": ("small/clip_emoji", PAIR),
+    "clip_lite": ("small/clip_emoji", PAIR | {"objective.name": "clip_lite"}),
     # and in chunks, as gradient caching has it
     "siglip": ("small/clip_emoji", PAIR | {"objective.name": "siglip", "objective.chunk": 1}),
 }

@@ -8,6 +8,7 @@ from mmssl.objectives.best_rq import BestRQ
 from mmssl.objectives.cae import CAE
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.clip import CLIP
+from mmssl.objectives.clip_lite import CLIPLite
 from mmssl.objectives.cpc import CPC
 from mmssl.objectives.ctc import CTC
 from mmssl.objectives.data2vec import Data2Vec
@@ -50,6 +51,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "jepa": JEPA,
     "clip": CLIP,
     "siglip": SigLIP,
+    "clip_lite": CLIPLite,
     "ctc": CTC,
     "classify": Classify,
 }

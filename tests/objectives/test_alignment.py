@@ -5,11 +5,13 @@ import torch
 from pairs import POOL, batch, encoders, raw
 
 from mmssl.objectives.clip import CLIP
+from mmssl.objectives.clip_lite import CLIPLite
 from mmssl.objectives.siglip import SigLIP
 
 NAMES = ("speech", "image", "text")
-OBJECTIVES = [CLIP, SigLIP]
+OBJECTIVES = [CLIP, SigLIP, CLIPLite]
 CHUNKED = [CLIP, SigLIP]
+SAID = {CLIP: "CLIP", SigLIP: "SigLIP", CLIPLite: "CLIP-Lite"}
 each = pytest.mark.parametrize("kind", OBJECTIVES)
 each_chunked = pytest.mark.parametrize("kind", CHUNKED)
 
@@ -163,5 +165,5 @@ def test_a_pooling_that_cannot_be_is_one_sentence(kind, pool, sentence) -> None:
 
 @each
 def test_pairs_without_their_key_are_refused(kind) -> None:
-    with pytest.raises(ValueError, match=f"{kind.__name__}: every clip needs its 'text'"):
+    with pytest.raises(ValueError, match=f"{SAID[kind]}: every clip needs its 'text'"):
         build(kind, same="text")(batch())
