@@ -29,6 +29,7 @@ PROVIDED: dict[str, Callable[[Config, Any], Any]] = {
     ),
     "pictures": lambda config, encoder: target.pictures if (target := _target(config)) else None,
     "views": lambda config, encoder: MODALITIES[config["modality"]].views.get(config["objective"]["views"]),
+    "view_makers": lambda config, encoder: _view_makers(config),
     "teacher_encoder": lambda config, encoder: _teacher(config),
     "n_characters": lambda config, encoder: len(config["vocabulary"]),
     "n_classes": lambda config, encoder: len(config["classes"]),
@@ -129,6 +130,24 @@ def _teacher(config: Config) -> Encoder:
     encoder = build_encoder(theirs)
     encoder.load_state_dict(found.encoder)
     return encoder
+
+
+def _view_makers(config: Config) -> dict[str, Callable[..., Any]]:
+    """What makes the views that `objective.self_supervised` names for each modality.
+
+    Raises:
+        ValueError: it names a modality that the recipe does not have, or views that there are not.
+    """
+    found = {}
+    for name, views in config["objective"]["self_supervised"].items():
+        place = f"objective.self_supervised: {name}: {views}"
+        if name not in config["modality"]:
+            raise ValueError(f"{place}: the recipe is of {' and '.join(config['modality'])}; name one of these")
+        if views not in MODALITIES[name].views:
+            known = " or ".join(MODALITIES[name].views) or "no views, so name another modality"
+            raise ValueError(f"{place}: {name} has {known}")
+        found[name] = MODALITIES[name].views[views]
+    return found
 
 
 def _target(config: Config) -> Target | None:

@@ -270,6 +270,38 @@ def test_a_run_embeds_both_sides_into_one_space(folder: Path, backbone: str) -> 
     assert torch.allclose(half.scene, pictures.scene, atol=0.05)
 
 
+SLIP = "{name: slip, dim: 8, pool: {image: class, text: last}, self_supervised: {image: distortions}, ssl_hidden: 8}"
+
+
+@pytest.mark.parametrize(
+    "settings", [["objective.name=siglip", "objective.chunk=3"], ["objective.name=clip_lite"], [f"objective={SLIP}"]]
+)
+def test_every_objective_of_pairs_gives_such_a_space(folder: Path, settings: list[str]) -> None:
+    first = resolve(load("toy.yaml", settings))
+    (folder / "again.yaml").write_text(first.dump(), encoding="utf-8")
+    assert resolve(load("again.yaml")).values == first.values
+    encoder = mmssl.load(train("toy.yaml", "run", settings), device="cpu")
+    pictures = encoder.embed(["0.png", "1.png"], modality="image").scene
+    words = encoder.embed(["a red heart"], modality="text").scene
+    assert pictures.shape == (2, 8)
+    assert words.norm().item() == pytest.approx(1, abs=1e-6)
+    losses = [json.loads(line).get("loss") for line in Path("run/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(np.isfinite(loss) for loss in losses if loss is not None)
+
+
+@pytest.mark.parametrize(
+    ("views", "sentence"),
+    [
+        ("{video: frames}", "self_supervised: video: frames: the recipe is of image and text; name one of these"),
+        ("{text: crops}", "self_supervised: text: crops: text has no views, so name another modality"),
+        ("{image: halves}", "self_supervised: image: halves: image has crops or distortions"),
+    ],
+)
+def test_views_that_there_are_not_are_one_sentence(folder: Path, views: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        train("toy.yaml", "run", [f"objective={SLIP}", f"objective.self_supervised={views}"])
+
+
 def test_the_command_embeds_one_side(folder: Path) -> None:
     train("toy.yaml", "run")
     done = CliRunner().invoke(app, ["embed", "run", "a red heart", "--modality", "text", "--out", "a.npz"])

@@ -82,6 +82,12 @@ RUNS = {
     "classify": ("small/classify_image", {"optimizer.layer_decay": 0.5}),
     "clip": ("small/clip_emoji", PAIR),
     "clip_lite": ("small/clip_emoji", PAIR | {"objective.name": "clip_lite"}),
+    "slip": (
+        "small/clip_emoji",
+        PAIR
+        | {"objective.name": "slip", "objective.self_supervised": "{image: distortions}", "objective.chunk": 1}
+        | {"objective.ssl_hidden": 8, "objective.ssl_dim": 8},
+    ),
     # and in chunks, as gradient caching has it
     "siglip": ("small/clip_emoji", PAIR | {"objective.name": "siglip", "objective.chunk": 1}),
 }

@@ -23,6 +23,7 @@ from mmssl.objectives.mp3 import MP3
 from mmssl.objectives.npc import NPC
 from mmssl.objectives.siam_mae import SiamMAE
 from mmssl.objectives.siglip import SigLIP
+from mmssl.objectives.slip import SLIP
 from mmssl.objectives.tera import TERA
 from mmssl.objectives.vq_wav2vec import VQWav2Vec
 from mmssl.objectives.wav2vec import Wav2Vec
@@ -52,6 +53,7 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "clip": CLIP,
     "siglip": SigLIP,
     "clip_lite": CLIPLite,
+    "slip": SLIP,
     "ctc": CTC,
     "classify": Classify,
 }

@@ -4,21 +4,25 @@ import pytest
 import torch
 from pairs import POOL, batch, encoders, raw
 
+from mmssl.modalities.image.views import distortions
 from mmssl.objectives.clip import CLIP
 from mmssl.objectives.clip_lite import CLIPLite
 from mmssl.objectives.siglip import SigLIP
+from mmssl.objectives.slip import SLIP
 
 NAMES = ("speech", "image", "text")
-OBJECTIVES = [CLIP, SigLIP, CLIPLite]
-CHUNKED = [CLIP, SigLIP]
-SAID = {CLIP: "CLIP", SigLIP: "SigLIP", CLIPLite: "CLIP-Lite"}
+OBJECTIVES = [CLIP, SigLIP, CLIPLite, SLIP]
+CHUNKED = [CLIP, SigLIP, SLIP]
+SAID = {CLIP: "CLIP", SigLIP: "SigLIP", CLIPLite: "CLIP-Lite", SLIP: "SLIP"}
+VIEWS = {"self_supervised": {"image": "distortions"}, "view_makers": {"image": distortions}}
+OWN = {SLIP: {**VIEWS, "ssl_hidden": 12, "ssl_dim": 6}}
 each = pytest.mark.parametrize("kind", OBJECTIVES)
 each_chunked = pytest.mark.parametrize("kind", CHUNKED)
 
 
 def build(kind, *names: str, shared: bool = False, transformer=None, **settings):
     body = encoders(*(names or ("image", "text")), shared=shared, **(transformer or {}))
-    return kind(body, dim=8, pool={name: POOL[name] for name in body}, **settings)
+    return kind(body, dim=8, pool={name: POOL[name] for name in body}, **OWN.get(kind, {}), **settings)
 
 
 def gradient(model, batch):
@@ -160,7 +164,7 @@ def test_a_chunk_that_cannot_be_is_one_sentence(kind) -> None:
 )
 def test_a_pooling_that_cannot_be_is_one_sentence(kind, pool, sentence) -> None:
     with pytest.raises(ValueError, match=sentence):
-        kind(encoders("image", "text"), pool=pool)
+        kind(encoders("image", "text"), pool=pool, **OWN.get(kind, {}))
 
 
 @each
