@@ -180,7 +180,7 @@ def info_nce(
         # of clips that lack a member, the place is kept and never told apart from anything
         among = (everywhere[:, a] & everywhere[:, b] & ~equal) | itself
         for here, there in ((a, b), (b, a)):
-            logits = (scale * (vectors[:, here] @ everyone[:, there].T)).masked_fill(~among, -torch.inf)
+            logits = ((scale * vectors[:, here]) @ everyone[:, there].T).masked_fill(~among, -torch.inf)
             losses = F.cross_entropy(logits, own, reduction="none")
             total = total + (losses * both).sum() / 2
             right = right + (told(logits.detach(), own) & both).sum() / 2

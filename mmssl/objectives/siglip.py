@@ -139,7 +139,7 @@ def _answers(
     told = positive | ~(labels[0][:, None] == ids[0]) if labels else torch.ones_like(positive)
     total = vectors.new_zeros(())
     for a, b in combinations(range(vectors.shape[1]), 2):
-        logits = log_scale.exp() * (vectors[:, a] @ theirs[:, b].T) + bias
+        logits = (log_scale.exp() * vectors[:, a]) @ theirs[:, b].T + bias
         likelihood = F.logsigmoid(torch.where(positive, logits, -logits))
         total = total - (likelihood * (told & present[:, a, None] & everywhere[:, b])).sum()
     return total
