@@ -5,7 +5,7 @@
     python benchmarks/contrast_memory.py --objective siglip
 
 The model is that of small/clip_emoji: pictures of 64 x 64 pixels, captions of up to 32 tokens. Each is a process of its
-own, which takes one step to warm up with and one to measure; the most memory is that of the process on the CPU, less what
+own: one step to warm up, and one that is measured; the most memory is that of the process on the CPU, less what
 it held before the first batch was there, and on a GPU what torch allocated. Pictures count, and so do weights there.
 """
 

@@ -49,13 +49,21 @@ def manifests(sounds: Path, pictures: Path, videos: Path, tmp_path_factory: pyte
                     for n, row in enumerate(rows)
                 ]
                 write_manifest(folder / "codes" / f"{split}.jsonl", coded)
-    return {name: folder / name for name in MODALITIES}
+    for split in ("train", "test"):  # a picture and a sound, each with the sound's word
+        sides = [Manifest(folder / name / f"{split}.jsonl") for name in ("image", "speech")]
+        both = [
+            {"id": f"{n}", "image": {"path": image["image"]}, "audio": {"path": sound["audio"]}}
+            | {key: sound[key] for key in ("seconds", "label", "text")}
+            for n, (image, sound) in enumerate(zip(*sides, strict=False))
+        ]
+        write_manifest(folder / "image_speech" / f"{split}.jsonl", both)
+    return {name: folder / name for name in (*MODALITIES, "image_speech")}
 
 
 def kind(recipe: Recipe) -> str:
-    """The modality whose files a recipe reads; pictures have words beside them."""
+    """The modalities whose files a recipe reads; all of them have words beside them."""
     modality = recipe.get("modality")
-    return modality if isinstance(modality, str) else next(name for name in modality if name != "text")
+    return modality if isinstance(modality, str) else "_".join(name for name in modality if name != "text")
 
 
 def toy(name: str, manifests: dict[str, Path]) -> Recipe:
@@ -99,6 +107,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
     decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
     per_name |= dict.fromkeys(("mae", "siam_mae", "denoise", "dbot"), decoder)
     per_name["encodec_mae"] |= decoder
+    per_name["slip"] = {"objective.ssl_hidden": 8, "objective.ssl_dim": 8, "data.batch_size": 2}
     if not name.startswith("small/"):  # 16 frames of 224 x 224 are 1,568 tokens otherwise
         per_name["tubes"] = {"frontend.size": [2, 56, 56], "data.batch_size": 2}
     for section in ("frontend", "positions", "objective"):
@@ -108,6 +117,8 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
     if written.get("objective.same") is not None:
         sizes["objective.same"] = "text"
     for modality, own in written.get("modality").items() if written.get("backbone") else ():
+        narrow = per_name.get(own["frontend"]["name"], {}) | per_name.get(own["positions"]["name"], {})
+        sizes |= {f"modality.{modality}.{key}": value for key, value in narrow.items()}
         if "transformer" in own:
             small = {key: sizes.pop(key, value) for key, value in zip(TRUNK, (16, 2, 2), strict=True)}
             sizes |= {f"modality.{modality}.{key}": value for key, value in small.items()}
@@ -116,7 +127,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 68
+    assert len(RECIPES) == 73
 
 
 @pytest.mark.parametrize("name", RECIPES)
