@@ -210,6 +210,44 @@ def test_a_broken_half_follows_the_policy(folder: Path) -> None:
     assert json.loads(bad)["path"].endswith("5.png")
 
 
+def test_an_empty_caption_follows_the_policy(folder: Path) -> None:
+    rows = [{"image": f"{n}.png", "text": text} for n, text in enumerate([*WORDS[:5], "  "])]
+    write_manifest("train.jsonl", rows)
+    with pytest.raises(BadClip, match=r"5.png: the caption '  ' is empty \(at .*train.jsonl:6\)"):
+        train("toy.yaml", "one")
+    run = train("toy.yaml", "two", ["data.on_bad_clip=skip", "data.max_bad_share=0.5"])
+    [bad] = (run / "bad_clips.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(bad)["reason"].startswith("the caption '  ' is empty")
+
+
+def test_a_broken_half_of_three_follows_the_policy(folder: Path) -> None:
+    """A row that may lack its sound is not without it because that cannot be read."""
+    Path("a.wav").write_bytes(b"no sound")
+    Path("toy.yaml").write_text(
+        RECIPE.replace("backbone", SPEECH, 1).replace("text: last}", "text: last, speech: mean}")
+    )
+    rows = [{"image": f"{n}.png", "text": text, "seconds": 0.5} for n, text in enumerate(WORDS)]
+    write_manifest("train.jsonl", [*rows[:5], {**rows[5], "audio": "a.wav"}])
+    with pytest.raises(BadClip, match=r"a.wav: .*\(at .*train.jsonl:6\)"):
+        train("toy.yaml", "one", ["data.bucket=false"])
+    run = train("toy.yaml", "two", ["data.bucket=false", "data.on_bad_clip=skip", "data.max_bad_share=0.5"])
+    [bad] = (run / "bad_clips.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(bad)["path"].endswith("a.wav")
+
+
+def test_captions_longer_than_the_context_are_cut_counted_and_said_once(folder: Path) -> None:
+    rows = [{"image": f"{n}.png", "text": text} for n, text in enumerate([*"abcde", " ".join(WORDS)])]
+    write_manifest("train.jsonl", rows)
+    clips, *_ = dataset(["tokenizer.entries=258"])
+    [*others, cut] = (len(clips.read(i, 0).inputs["text"]) for i in range(6))
+    assert cut == 12
+    assert max(others) < 12
+    run = train("toy.yaml", "run", ["tokenizer.entries=258"])
+    notes = [json.loads(line).get("note", "") for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    [said] = [note for note in notes if "are cut" in note]
+    assert "1 of 6 captions are longer than frontend.context=12, and are cut" in said
+
+
 def test_pairs_that_agree_in_a_key_are_known_in_the_batch(folder: Path) -> None:
     rows = [{"image": f"{n}.png", "text": WORDS[n], "name": name} for n, name in enumerate(["x", "y", "x", [1], [1]])]
     write_manifest("train.jsonl", rows)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from mmssl.assemble import export_config, finetune, pretrain
@@ -38,6 +39,10 @@ def manifests(sounds: Path, pictures: Path, videos: Path, tmp_path_factory: pyte
             progress=False,
         )
         for split, rows in split_rows(found.rows).items():
+            if name in ("image", "video"):  # with sound as long as a video here
+                sound = folder / "beside.wav"
+                soundfile.write(sound, np.random.default_rng(0).normal(0, 0.1, 32_000), 16_000)
+                rows = [{**row, "audio": str(sound), "seconds": 2.0} for row in rows]
             units = {"rate": 50, "values": [step // 4 % 3 for step in range(40)]}  # longer than every sound
             write_manifest(folder / name / f"{split}.jsonl", [{**row, "units": units} for row in rows])
             if name == "speech":  # two codebooks' codes of the same clips
@@ -49,21 +54,15 @@ def manifests(sounds: Path, pictures: Path, videos: Path, tmp_path_factory: pyte
                     for n, row in enumerate(rows)
                 ]
                 write_manifest(folder / "codes" / f"{split}.jsonl", coded)
-    for split in ("train", "test"):  # a picture and a sound, each with the sound's word
-        sides = [Manifest(folder / name / f"{split}.jsonl") for name in ("image", "speech")]
-        both = [
-            {"id": f"{n}", "image": {"path": image["image"]}, "audio": {"path": sound["audio"]}}
-            | {key: sound[key] for key in ("seconds", "label", "text")}
-            for n, (image, sound) in enumerate(zip(*sides, strict=False))
-        ]
-        write_manifest(folder / "image_speech" / f"{split}.jsonl", both)
-    return {name: folder / name for name in (*MODALITIES, "image_speech")}
+    return {name: folder / name for name in MODALITIES}
 
 
 def kind(recipe: Recipe) -> str:
-    """The modalities whose files a recipe reads; all of them have words beside them."""
+    """The modality whose files a recipe reads; all have words beside them, and pictures and videos have sound."""
     modality = recipe.get("modality")
-    return modality if isinstance(modality, str) else "_".join(name for name in modality if name != "text")
+    if isinstance(modality, str):
+        return modality
+    return next((name for name in modality if name not in ("text", "audio")), "audio")
 
 
 def toy(name: str, manifests: dict[str, Path]) -> Recipe:

@@ -56,8 +56,8 @@ def test_logits_and_loss_are_theirs() -> None:
     loss = ours(Batch({"audio": nothing, "text": nothing}, torch.arange(CLIPS)))
     logits = ours.log_scale.exp() * ours.vectors[:, 0] @ ours.vectors[:, 1].T
     assert torch.allclose(logits, found.logits_per_audio, atol=1e-5)
-    # theirs takes the captions' direction twice: it turns the sounds' table over before the softmax. The paper (Wu et al.
-    # 2023, arXiv:2211.06687, equation 1) and we take the mean of both, of which the other is the same of that table
+    # theirs takes the captions' direction twice: it turns the sounds' table over before the softmax. The paper (Wu et
+    # al. 2023, arXiv:2211.06687, equation 1) and we take the mean of both directions
     assert torch.allclose(contrastive_loss(found.logits_per_text), found.loss)
     both = (found.loss + contrastive_loss(found.logits_per_audio)) / 2
     assert torch.allclose(loss.total / loss.count, both, rtol=1e-5)
