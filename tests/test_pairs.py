@@ -308,6 +308,14 @@ def test_a_run_embeds_both_sides_into_one_space(folder: Path, backbone: str) -> 
     assert torch.allclose(half.scene, pictures.scene, atol=0.05)
 
 
+def test_a_run_goes_on_with_smaller_chunks(folder: Path) -> None:
+    train("toy.yaml", "run", ["trainer.steps=2", "schedule={name: constant}"])
+    (folder / "more.yaml").write_text(RECIPE.replace("steps: 3", "steps: 2"), encoding="utf-8")
+    assert train("more.yaml", "run", ["objective.chunk=1"]) == Path("run")
+    with pytest.raises(RecipeError, match="objective.dim is 8 and not 4"):
+        train("more.yaml", "run", ["objective.dim=4"])
+
+
 SLIP = "{name: slip, dim: 8, pool: {image: class, text: last}, self_supervised: {image: distortions}, ssl_hidden: 8}"
 
 

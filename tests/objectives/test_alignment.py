@@ -25,10 +25,11 @@ def build(kind, *names: str, shared: bool = False, transformer=None, **settings)
     return kind(body, dim=8, pool={name: POOL[name] for name in body}, **OWN.get(kind, {}), **settings)
 
 
-def gradient(model, batch):
+def gradient(model, batch, precision=torch.float32):
     """The loss's gradient, and the loss."""
     model.zero_grad()
-    loss = model(batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+        loss = model(batch)
     loss.total.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), loss
 
@@ -114,7 +115,8 @@ def test_a_batch_in_chunks_has_the_gradient_of_the_whole(kind, chunk) -> None:
 
 
 @each_chunked
-def test_what_dropout_draws_for_a_chunk_is_drawn_again(kind, monkeypatch) -> None:
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_what_dropout_draws_for_a_chunk_is_drawn_again(kind, precision, monkeypatch) -> None:
     noise = {"dropout": 0.3, "attention_dropout": 0.2, "drop_path": 0.4}
     found = []
     for cached in (True, False):
@@ -122,14 +124,14 @@ def test_what_dropout_draws_for_a_chunk_is_drawn_again(kind, monkeypatch) -> Non
             monkeypatch.setattr("mmssl.nn.joint.checkpoint", lambda encode, data, use_reentrant: encode(data))
         model = build(kind, *NAMES, chunk=2, transformer=noise)
         torch.manual_seed(5)
-        found.append((*gradient(model, batch(*NAMES)), torch.rand(1)))
+        found.append((*gradient(model, batch(*NAMES), precision), torch.rand(1)))
     (cached, first, after), (kept, second, then) = found
     assert torch.equal(first.total, second.total)
     assert (cached - kept).norm() < 1e-6 * kept.norm()
     # and what is drawn after it goes on as if each clip had been encoded once
     assert torch.equal(after, then)
     torch.manual_seed(6)
-    other, _ = gradient(model, batch(*NAMES))
+    other, _ = gradient(model, batch(*NAMES), precision)
     assert (other - kept).norm() > 0.01 * kept.norm()
 
 
