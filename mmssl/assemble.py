@@ -41,6 +41,8 @@ PRACTICAL = {
     # with another number of processes it is set anew, so that the batch of an update stays the same
     "trainer.accumulate",
     "trainer.sharding",
+    # nor does it change what a batch teaches
+    "objective.chunk",
     "trainer.log_every",
     "trainer.eval_every",
     "trainer.save_every",

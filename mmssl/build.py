@@ -35,6 +35,7 @@ PROVIDED: dict[str, Callable[[Config, Any], Any]] = {
     },
     "pictures": lambda config, encoder: target.pictures if (target := _target(config)) else None,
     "views": lambda config, encoder: MODALITIES[config["modality"]].views.get(config["objective"]["views"]),
+    "view_makers": lambda config, encoder: _view_makers(config),
     "teacher_encoder": lambda config, encoder: _teacher(config),
     "of": lambda config, encoder: {
         name: build_objective({**config, **own, "objective": config["objective"]["of"][name]}, encoder[name])
@@ -150,6 +151,24 @@ def _teacher(config: Config) -> Encoder:
 
 def _reconstructed(target: Target, frontend: Frontend) -> Reconstructed:
     return Reconstructed(target.values, target.dim(frontend), target.learned and frontend.learned)
+
+
+def _view_makers(config: Config) -> dict[str, Callable[..., Any]]:
+    """What makes the views that `objective.self_supervised` names for each modality.
+
+    Raises:
+        ValueError: it names a modality that the recipe does not have, or views that there are not.
+    """
+    found = {}
+    for name, views in config["objective"]["self_supervised"].items():
+        place = f"objective.self_supervised: {name}: {views}"
+        if name not in config["modality"]:
+            raise ValueError(f"{place}: the recipe is of {' and '.join(config['modality'])}; name one of these")
+        if views not in MODALITIES[name].views:
+            known = " or ".join(MODALITIES[name].views) or "no views, so name another modality"
+            raise ValueError(f"{place}: {name} has {known}")
+        found[name] = MODALITIES[name].views[views]
+    return found
 
 
 def _target(config: Config) -> Target | None:

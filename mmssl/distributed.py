@@ -7,7 +7,7 @@ by `torchrun`, and `setup` reads the environment variables that it sets.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,36 @@ def rows_before(count: int) -> int:
     return sum(int(part) for part in all_gather(torch.tensor([count]))[: rank()])
 
 
+def against_all(term: Callable[..., Tensor], own: Tensor, *parameters: Tensor, beside: Sequence[Tensor] = ()) -> Tensor:
+    """The sum over ranks of term(own, theirs, beside theirs, whether they are one's own, *parameters), with gradient.
+
+    The rows of one rank after the other pass by, so that what `term` takes of memory does not grow with their number;
+    in the backward pass they pass by once more, and each rank is told what the others' terms say about its rows: the
+    sum of all ranks' results has the exact gradient.
+
+    Args:
+        term: gives a scalar; it must depend on its arguments alone.
+        own: (B, ...) the rows of this rank; B may differ between ranks.
+        parameters: further tensors that get a gradient, the same on all ranks.
+        beside: further tensors of B rows, without gradient.
+    """
+    if not _together():
+        return term(own, own, beside, True, *parameters)
+    return _AgainstAll.apply(term, own, beside, *parameters)
+
+
+def parts_of(size: int, chunk: int | None, *, agreed: bool) -> int:
+    """How many parts of at most `chunk` rows hold `size` of them; one where there is no such bound.
+
+    Args:
+        agreed: of the ranks' numbers the largest, so that all do the same; all ranks call it together.
+    """
+    if chunk is None:
+        return 1
+    parts = -(-size // chunk)
+    return max(int(theirs) for theirs in all_gather(torch.tensor([parts]))) if agreed else parts
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that lies in parts on all ranks, put together on each of them; any other as it is.
 
@@ -157,6 +187,50 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return all_reduce_sum(gradients[0])[ctx.start : ctx.start + ctx.size]
+
+
+class _AgainstAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, term: Callable[..., Tensor], own: Tensor, beside: Sequence[Tensor], *parameters: Tensor
+    ) -> Tensor:
+        ctx.term, ctx.beside = term, beside
+        ctx.save_for_backward(own, *parameters)
+        terms = [
+            term(own, theirs, others, source == rank(), *parameters)
+            for source, (theirs, *others) in _passing([own, *beside])
+        ]
+        return torch.stack(terms).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        own, *parameters = ctx.saved_tensors
+        sums = [torch.zeros_like(tensor) for tensor in (own, *parameters)]
+        for source, (theirs, *others) in _passing([own, *ctx.beside]):
+            mine, passing, *rest = (tensor.detach().requires_grad_() for tensor in (own, theirs, *parameters))
+            with torch.enable_grad():
+                value = ctx.term(mine, passing, others, source == rank(), *rest)
+            found = torch.autograd.grad(value, (mine, passing, *rest), gradients[0], materialize_grads=True)
+            for total, part in zip(sums, (found[0], *found[2:]), strict=True):
+                total += part
+            back = _sendable(found[1]).clone()
+            dist.reduce(back, dst=source)
+            if source == rank():
+                sums[0] += back.to(own.device)
+        return None, sums[0], None, *sums[1:]
+
+
+def _passing(tensors: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Each rank's tensors, of which the first dimensions are the same on a rank, one rank after the other."""
+    sizes = [int(size) for size in all_gather(torch.tensor([len(tensors[0])]))]
+    for source, size in enumerate(sizes):
+        passed = []
+        for tensor in tensors:
+            sent = _sendable(tensor)
+            sent = sent if source == rank() else sent.new_empty(size, *sent.shape[1:])
+            dist.broadcast(sent, src=source)
+            passed.append(sent.to(tensor.device))
+        yield source, passed
 
 
 def _together() -> bool:

@@ -79,7 +79,7 @@ def resolve(recipe: Recipe) -> Recipe:
             "trainer.accumulate",
             f"trainer.accumulate={values['trainer']['accumulate']}: {telling} tells the pairs of "
             "a micro-batch apart, so several would have another loss than one; set it to 1, and data.batch_size as "
-            "high as memory goes, or use more processes",
+            "high as memory goes, or higher with objective.chunk, or use more processes",
         )
     values["init"] = None if init is None else str(init)
     return replace(recipe, values={name: values[name] for name in SECTIONS if name in values})

@@ -55,6 +55,11 @@ class Raw:
         """The same batch with its data on `device`; lengths stay on the CPU."""
         return replace(self, data=self.data.to(device, non_blocking=True))
 
+    def part(self, rows: slice) -> Raw:
+        """Some of the clips."""
+        seeds = None if self.seeds is None else self.seeds[rows]
+        return replace(self, data=self.data[rows], lengths=self.lengths[rows], ids=self.ids[rows], seeds=seeds)
+
     def __len__(self) -> int:
         return len(self.data)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmssl import distributed
 
 ROWS = (3, 2)  # of each process: they need not have equally many
+PARTS = ((None, True), (2, True), (2, False), (1, True))
 
 
 def inputs() -> tuple[list[Tensor], Tensor]:
@@ -28,6 +29,16 @@ def loss(own: Tensor, everyone: Tensor, weights: Tensor) -> Tensor:
     return ((own @ everyone.T).tanh() * weights).sum()
 
 
+SCALE = 0.7
+
+
+def term(own: Tensor, theirs: Tensor, beside: list[Tensor], itself: bool, scale: Tensor) -> Tensor:
+    """A contrast of a process's rows with another's, in which each row's number tells it apart, and so does its own."""
+    assert len(theirs) in ROWS  # the rows of one process at a time
+    weights = torch.cos(own.detach()[:, :1] * beside[0]) - itself * torch.eye(len(own), len(theirs))
+    return (scale * (own @ theirs.T).tanh() * weights).sum()
+
+
 def one_of_two() -> None:
     torch.set_num_threads(1)
     distributed.setup("cpu")
@@ -39,6 +50,12 @@ def one_of_two() -> None:
     everyone = distributed.gather(own)
     loss(own, everyone, weights[first : first + len(own)]).backward()
     assert own.grad is not None
+    passed, scale = rows[rank].detach().requires_grad_(), torch.tensor(SCALE, requires_grad=True)
+    numbers = torch.arange(first, first + len(own))
+    against = distributed.against_all(term, passed, scale, beside=[numbers])
+    (3 * against).backward()
+    assert passed.grad is not None
+    assert scale.grad is not None
     distributed.barrier()
     found = {
         "rank": rank,
@@ -46,6 +63,8 @@ def one_of_two() -> None:
         "main": distributed.is_main(),
         "everyone": everyone.tolist(),
         "gradient": own.grad.tolist(),
+        "against": [against.item(), passed.grad.tolist(), scale.grad.item()],
+        "parts": [distributed.parts_of(len(own), chunk, agreed=agreed) for chunk, agreed in PARTS],
         "sum": distributed.all_reduce_sum(torch.tensor([1.0, rank])).tolist(),
         "texts": distributed.gather_text("é" * rank),
         "from_main": distributed.broadcast_text(f"rank {rank}"),
@@ -82,6 +101,19 @@ def test_two_processes_gather_with_the_gradient_of_one_and_add_up() -> None:
     gradient = torch.tensor(ranks[0]["gradient"] + ranks[1]["gradient"], dtype=torch.float64)
     assert torch.allclose(gradient, everyone.grad, rtol=1e-12)
     assert [(own["rank"], own["world"], own["main"]) for own in ranks] == [(0, 2, True), (1, 2, False)]
+    # every two rows by hand, of which a row and itself are told apart by one less
+    whole, scale = torch.cat(rows).requires_grad_(), torch.tensor(SCALE, requires_grad=True)
+    told = torch.cos(whole.detach()[:, :1] * torch.arange(sum(ROWS))) - torch.eye(sum(ROWS))
+    value = (scale * (whole @ whole.T).tanh() * told).sum()
+    (3 * value).backward()
+    assert whole.grad is not None
+    assert scale.grad is not None
+    totals, parts, slopes = zip(*(own["against"] for own in ranks), strict=True)
+    rows_grad = torch.tensor([row for part in parts for row in part], dtype=torch.float64)
+    assert sum(totals) == pytest.approx(value.item(), rel=1e-6)
+    assert sum(slopes) == pytest.approx(scale.grad.item(), rel=1e-6)
+    assert torch.allclose(rows_grad, whole.grad, rtol=1e-6)
+    assert [own["parts"] for own in ranks] == [[1, 2, 2, 3], [1, 2, 1, 3]]
     for own in ranks:
         assert own["everyone"] == everyone.tolist()
         assert own["sum"] == [2.0, 1.0]
@@ -94,6 +126,8 @@ def test_on_one_process_nothing_happens() -> None:
     assert distributed.gather(x) is x
     assert distributed.all_reduce_sum(x) is x
     assert distributed.all_gather(x) == [x]
+    assert distributed.against_all(lambda own, theirs, beside, itself: (own @ theirs.T).sum() * itself, x).requires_grad
+    assert distributed.parts_of(5, 2, agreed=True) == 3
     assert distributed.whole(x) is x
     assert distributed.part(x, x) is x
     distributed.copy_from_main([x])

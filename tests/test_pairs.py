@@ -245,6 +245,44 @@ def test_a_broken_half_follows_the_policy(folder: Path) -> None:
     assert json.loads(bad)["path"].endswith("5.png")
 
 
+def test_an_empty_caption_follows_the_policy(folder: Path) -> None:
+    rows = [{"image": f"{n}.png", "text": text} for n, text in enumerate([*WORDS[:5], "  "])]
+    write_manifest("train.jsonl", rows)
+    with pytest.raises(BadClip, match=r"5.png: the caption '  ' is empty \(at .*train.jsonl:6\)"):
+        train("toy.yaml", "one")
+    run = train("toy.yaml", "two", ["data.on_bad_clip=skip", "data.max_bad_share=0.5"])
+    [bad] = (run / "bad_clips.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(bad)["reason"].startswith("the caption '  ' is empty")
+
+
+def test_a_broken_half_of_three_follows_the_policy(folder: Path) -> None:
+    """A row that may lack its sound is not without it because that cannot be read."""
+    Path("a.wav").write_bytes(b"no sound")
+    Path("toy.yaml").write_text(
+        RECIPE.replace("backbone", SPEECH, 1).replace("text: last}", "text: last, speech: mean}")
+    )
+    rows = [{"image": f"{n}.png", "text": text, "seconds": 0.5} for n, text in enumerate(WORDS)]
+    write_manifest("train.jsonl", [*rows[:5], {**rows[5], "audio": "a.wav"}])
+    with pytest.raises(BadClip, match=r"a.wav: .*\(at .*train.jsonl:6\)"):
+        train("toy.yaml", "one", ["data.bucket=false"])
+    run = train("toy.yaml", "two", ["data.bucket=false", "data.on_bad_clip=skip", "data.max_bad_share=0.5"])
+    [bad] = (run / "bad_clips.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(bad)["path"].endswith("a.wav")
+
+
+def test_captions_longer_than_the_context_are_cut_counted_and_said_once(folder: Path) -> None:
+    rows = [{"image": f"{n}.png", "text": text} for n, text in enumerate([*"abcde", " ".join(WORDS)])]
+    write_manifest("train.jsonl", rows)
+    clips, *_ = dataset(["tokenizer.entries=258"])
+    [*others, cut] = (len(clips.read(i, 0).inputs["text"]) for i in range(6))
+    assert cut == 12
+    assert max(others) < 12
+    run = train("toy.yaml", "run", ["tokenizer.entries=258"])
+    notes = [json.loads(line).get("note", "") for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    [said] = [note for note in notes if "are cut" in note]
+    assert "1 of 6 captions are longer than frontend.context=12, and are cut" in said
+
+
 def test_pairs_that_agree_in_a_key_are_known_in_the_batch(folder: Path) -> None:
     rows = [{"image": f"{n}.png", "text": WORDS[n], "name": name} for n, name in enumerate(["x", "y", "x", [1], [1]])]
     write_manifest("train.jsonl", rows)
@@ -303,6 +341,46 @@ def test_a_run_embeds_both_sides_into_one_space(folder: Path, backbone: str) -> 
         encoder.embed("0.png", modality="image", layer=1, pool="joint")
     half = mmssl.load(run, device="cpu", precision="bfloat16").embed(["0.png", "1.png"], modality="image")
     assert torch.allclose(half.scene, pictures.scene, atol=0.05)
+
+
+def test_a_run_goes_on_with_smaller_chunks(folder: Path) -> None:
+    train("toy.yaml", "run", ["trainer.steps=2", "schedule={name: constant}"])
+    (folder / "more.yaml").write_text(RECIPE.replace("steps: 3", "steps: 2"), encoding="utf-8")
+    assert train("more.yaml", "run", ["objective.chunk=1"]) == Path("run")
+    with pytest.raises(RecipeError, match="objective.dim is 8 and not 4"):
+        train("more.yaml", "run", ["objective.dim=4"])
+
+
+SLIP = "{name: slip, dim: 8, pool: {image: class, text: last}, self_supervised: {image: distortions}, ssl_hidden: 8}"
+
+
+@pytest.mark.parametrize(
+    "settings", [["objective.name=siglip", "objective.chunk=3"], ["objective.name=clip_lite"], [f"objective={SLIP}"]]
+)
+def test_every_objective_of_pairs_gives_such_a_space(folder: Path, settings: list[str]) -> None:
+    first = resolve(load("toy.yaml", settings))
+    (folder / "again.yaml").write_text(first.dump(), encoding="utf-8")
+    assert resolve(load("again.yaml")).values == first.values
+    encoder = mmssl.load(train("toy.yaml", "run", settings), device="cpu")
+    pictures = encoder.embed(["0.png", "1.png"], modality="image").scene
+    words = encoder.embed(["a red heart"], modality="text").scene
+    assert pictures.shape == (2, 8)
+    assert words.norm().item() == pytest.approx(1, abs=1e-6)
+    losses = [json.loads(line).get("loss") for line in Path("run/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(np.isfinite(loss) for loss in losses if loss is not None)
+
+
+@pytest.mark.parametrize(
+    ("views", "sentence"),
+    [
+        ("{video: frames}", "self_supervised: video: frames: the recipe is of image and text; name one of these"),
+        ("{text: crops}", "self_supervised: text: crops: text has no views, so name another modality"),
+        ("{image: halves}", "self_supervised: image: halves: image has crops or distortions"),
+    ],
+)
+def test_views_that_there_are_not_are_one_sentence(folder: Path, views: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        train("toy.yaml", "run", [f"objective={SLIP}", f"objective.self_supervised={views}"])
 
 
 def test_the_command_embeds_one_side(folder: Path) -> None:

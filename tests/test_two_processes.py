@@ -42,6 +42,7 @@ SPEECH = {"positions.kernel": 4, "frontend.bands": 8, "data.max_seconds": "null"
 FRAMES = {"frontend.bands": 8, "data.max_seconds": "null"}
 AHEAD = FRAMES | {"objective.steps": 2, "objective.negatives": 4}
 DECODER = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
+PAIR = {"objective.dim": 8, "objective.same": "text", "tokenizer.entries": 258}
 RUNS = {
     "wav2vec2": ("small/wav2vec2_speech", SPEECH | {"objective.dim": 8, "objective.codes": 8}),
     "hubert": ("small/hubert_speech", SPEECH | {"objective.dim": 8, "objective.units": "{units: 3}"}),
@@ -105,15 +106,16 @@ RUNS = {
         "small/cav_mae_digits",
         DECODER | {"objective.weight": 0.5, "backbone.own_blocks": 1, "data.bucket": "false"},
     ),
-    "clip": (
+    "clip": ("small/clip_emoji", PAIR),
+    "clip_lite": ("small/clip_emoji", PAIR | {"objective.name": "clip_lite"}),
+    "slip": (
         "small/clip_emoji",
-        {
-            "objective.dim": 8,
-            "objective.same": "text",
-            "tokenizer.entries": 258,
-            "backbone": "{name: shared, own_blocks: 1, own_norms: true}",
-        },
+        PAIR
+        | {"objective.name": "slip", "objective.self_supervised": "{image: distortions}", "objective.chunk": 1}
+        | {"objective.ssl_hidden": 8, "objective.ssl_dim": 8},
     ),
+    # and in chunks, as gradient caching has it
+    "siglip": ("small/clip_emoji", PAIR | {"objective.name": "siglip", "objective.chunk": 1}),
     # two objectives, of which one shares sums over the whole batch, each with all clips in one update
     "omni": (
         "small/omni",

@@ -59,7 +59,8 @@ class ManifestDataset(Dataset[Sample]):
             one, the first is drawn from the whole clip and the others within it, so that all show the same time: the
             longest comes first.
         augments: modality -> (clip, generator) -> clip.
-        rates: modality -> what `Sample.rates` says.
+        rates: modality -> what `Sample.rates` says. Where several have one, what is read of each must be about as long,
+            or the clip is a bad one.
         fits: modality -> (one clip after augmentation) -> anything; a ValueError of it makes the clip a bad one, and so
             does one of `augments`.
         label: row -> label; a ValueError of it makes the clip a bad one.
@@ -219,6 +220,7 @@ class ManifestDataset(Dataset[Sample]):
             clips = [self._read_part(name, row, part, generator, drawn) for part in parts]
             raw[name] = clips[0] if len(clips) == 1 else _joined(row["id"], clips)
             self._check_length(name, row, raw[name])
+        self._check_together(row, raw)
         if self._cache is not None:
             self._cache[index] = raw
         return {name: raw[name] for name in self.media if name in raw}, drawn[-1][0] if drawn else 0.0
@@ -273,6 +275,17 @@ class ManifestDataset(Dataset[Sample]):
                 row["id"],
                 f"{_steps(clip) / rate:.2f} s long where its row says {stated:g} s; write the manifest again",
             )
+
+    def _check_together(self, row: dict[str, Any], raw: Mapping[str, Tensor]) -> None:
+        """Members of a pair that go on for different times are of different things."""
+        seconds = {
+            name: _steps(clip) / rate
+            for name, clip in raw.items()
+            if (rate := self.rates[name]) is not None and name not in self.spans
+        }
+        if len(seconds) > 1 and max(seconds.values()) > 1.1 * min(seconds.values()) + 0.5:
+            each = " and ".join(f"its {name} is {length:.2f} s long" for name, length in seconds.items())
+            raise BadClip(row["id"], f"{each}; give each its start and duration, so that they are of the same time")
 
 
 class BadClips:

@@ -10,6 +10,7 @@ from mmssl.objectives.cae import CAE
 from mmssl.objectives.cav_mae import CAVMAE
 from mmssl.objectives.classify import Classify
 from mmssl.objectives.clip import CLIP
+from mmssl.objectives.clip_lite import CLIPLite
 from mmssl.objectives.cpc import CPC
 from mmssl.objectives.cross_video_mae import CrossVideoMAE
 from mmssl.objectives.ctc import CTC
@@ -25,6 +26,8 @@ from mmssl.objectives.mp3 import MP3
 from mmssl.objectives.npc import NPC
 from mmssl.objectives.omni import Omni
 from mmssl.objectives.siam_mae import SiamMAE
+from mmssl.objectives.siglip import SigLIP
+from mmssl.objectives.slip import SLIP
 from mmssl.objectives.tera import TERA
 from mmssl.objectives.vic_mae import ViCMAE
 from mmssl.objectives.vq_wav2vec import VQWav2Vec
@@ -55,6 +58,9 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "data2vec2": Data2Vec2,
     "jepa": JEPA,
     "clip": CLIP,
+    "siglip": SigLIP,
+    "clip_lite": CLIPLite,
+    "slip": SLIP,
     "av_mae": AVMAE,
     "cav_mae": CAVMAE,
     "omni": Omni,

@@ -19,6 +19,8 @@ IMAGE = Modality(
         "flip": augment.flip,
         "shift": augment.shift,
         "color_jitter": augment.color_jitter,
+        "gray": augment.gray,
+        "blur": augment.blur,
     },
     sizes={
         "resize": augment.resize_extent,
@@ -26,5 +28,5 @@ IMAGE = Modality(
         "random_resized_crop": augment.crop_extent,
     },
     targets=TARGETS,
-    views={"crops": views.crops},
+    views={"crops": views.crops, "distortions": views.distortions},
 )

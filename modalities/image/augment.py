@@ -134,6 +134,30 @@ def color_jitter(
     return _blend(x, _gray(x), vivid) if len(x) == 3 else x
 
 
+def gray(x: Tensor, rng: np.random.Generator, *, p: float = 0.2) -> Tensor:
+    """Without its colors, in as many channels as before, with probability `p`."""
+    return _gray(x).expand_as(x) if rng.random() < p else x
+
+
+def blur(x: Tensor, rng: np.random.Generator, *, sigma: tuple[float, float] = (0.1, 2.0), p: float = 0.5) -> Tensor:
+    """By a Gaussian, in a share `p` of pictures; what lies outside is as the edge.
+
+    Args:
+        sigma: least and most of its deviation in pixels.
+    """
+    if not 0 < sigma[0] <= sigma[1]:
+        raise ValueError(f"blur: expected 0 < sigma, low to high, got {sigma}")
+    if rng.random() >= p:
+        return x
+    deviation = float(rng.uniform(*sigma))
+    reach = math.ceil(3 * deviation)
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device) / deviation).square())
+    weights = weights / weights.sum()
+    wider = F.pad(x[:, None], (reach, reach, reach, reach), mode="replicate")
+    across = F.conv2d(wider, weights[None, None, None])
+    return F.conv2d(across, weights[None, None, :, None])[:, 0].clamp(0, 1)
+
+
 def _interpolate(x: Tensor, size: tuple[int, int], mode: Interpolation = "bicubic") -> Tensor:
     if tuple(x.shape[-2:]) == size:
         return x
@@ -143,7 +167,7 @@ def _interpolate(x: Tensor, size: tuple[int, int], mode: Interpolation = "bicubi
 
 def _gray(x: Tensor) -> Tensor:
     """(1, H, W) luma (ITU-R BT.601)."""
-    return (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True) if len(x) == 3 else x
+    return (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True) if len(x) == 3 else x
 
 
 def _blend(x: Tensor, other: Tensor, share: float) -> Tensor:

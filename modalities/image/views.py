@@ -1,4 +1,7 @@
-"""Two views of a picture: (raw, frontend) -> the one that is seen, and the one that is to be told from it."""
+"""Two views of a picture: (raw, frontend) -> the one that is seen, and the one that is to be told from it.
+
+What a view draws depends on the picture's seed alone, so that it can be drawn again.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mmssl.modalities.image.augment import random_resized_crop
+from mmssl.modalities.image.augment import blur, color_jitter, flip, gray, random_resized_crop
 from mmssl.nn.seeds import seed_of
 from mmssl.types import Frontend, Raw
 
@@ -31,3 +35,29 @@ def crops(raw: Raw, frontend: Frontend) -> tuple[Raw, Raw]:
         for x, seed in zip(raw.data, raw.seeds.tolist(), strict=True)
     ]
     return raw, replace(raw, data=torch.stack(parts))
+
+
+def distortions(raw: Raw, frontend: Frontend) -> tuple[Raw, Raw]:
+    """Two random parts of the picture, of .08 to 1 of its area: at its size, mirrored, recolored, blurred.
+
+    Source: Chen et al. 2020, SimCLR (arXiv:2002.05709), appendix A, with the strengths of MoCo v2 (arXiv:2003.04297),
+    which SLIP takes over (Mu et al. 2021, arXiv:2112.12750, section 3.1): colors .4 in .8 of the views, no colors in
+    .2, blurred in .5. Hue stays as it is. The picture is itself a crop in training, which `augment` makes.
+
+    Raises:
+        ValueError: pictures without seeds.
+    """
+    if raw.seeds is None:
+        raise ValueError("distortions: the pictures have no seeds to draw views from; give Raw.seeds")
+    size = tuple(raw.data.shape[-2:])
+
+    def view(number: int, x: Tensor, seed: int) -> Tensor:
+        rng = np.random.default_rng(seed_of("distortions", number, seed))
+        x = flip(random_resized_crop(x, rng, size=size, scale=(0.08, 1.0)), rng)
+        return blur(gray(color_jitter(x, rng, p=0.8), rng), rng)
+
+    one, other = (
+        torch.stack([view(number, x, seed) for x, seed in zip(raw.data, raw.seeds.tolist(), strict=True)])
+        for number in (0, 1)
+    )
+    return replace(raw, data=one), replace(raw, data=other)

@@ -212,6 +212,62 @@ def test_sign_digits_are_split_by_person(tmp_path: Path) -> None:
         script("sign_digits").main(tmp_path / "in", tmp_path / "out")
 
 
+def test_digit_pairs_join_each_digit_with_itself(tmp_path: Path) -> None:
+    words = {0: "zero", 3: "three"}
+    for split, digits in (("train", (0, 0, 0, 3)), ("valid", (0, 3)), ("test", (3, 0, 3))):
+        signs = [
+            {"id": f"{split}{n}", "image": f"{n}.tar", "offset": n, "size": 7, "label": digit}
+            for n, digit in enumerate(digits)
+        ]
+        clips = [
+            {"id": f"{digit}_{n}", "audio": f"{digit}_{n}.wav", "seconds": n / 10, "label": digit}
+            | {"text": words[digit], "speaker": split}
+            for digit in words
+            for n in (1, 2)
+        ]
+        write_manifest(tmp_path / "signs" / f"{split}.jsonl", signs)
+        write_manifest(tmp_path / "fsdd" / f"{split}.jsonl", clips)
+    pairs = script("digit_pairs")
+    pairs.main(tmp_path / "signs", tmp_path / "fsdd", tmp_path / "out", {"train": 5, "valid": 1, "test": 2})
+    rows = list(Manifest(tmp_path / "out" / "train.jsonl"))
+    assert [(row["id"], row["label"], row["text"]) for row in rows] == [
+        (f"{digit}_{n:03}", digit, word) for digit, word in words.items() for n in range(5)
+    ]
+    for row in rows:
+        # the only picture of a three is the fourth, and lies where its own row said
+        assert (row["image"]["offset"] == 3) == (row["label"] == 3)
+        assert row["image"]["size"] == 7
+        assert Path(row["image"]["path"]).name == f"{row['image']['offset']}.tar"
+        name = Path(row["audio"]["path"]).name
+        assert name.startswith(f"{row['label']}_")
+        assert row["seconds"] == int(name[2]) / 10
+        assert "offset" not in row
+        assert "offset" not in row["audio"]
+    for key, names in (("image", 3), ("audio", 2)):
+        used = [row[key]["path"] for row in rows if row["label"] == 0]
+        assert len(set(used)) == names
+        assert max(map(used.count, used)) - min(map(used.count, used)) <= 1
+    again = tmp_path / "again"
+    pairs.main(tmp_path / "signs", tmp_path / "fsdd", again, {"train": 5, "valid": 1, "test": 2})
+    assert (again / "train.jsonl").read_text() == (tmp_path / "out" / "train.jsonl").read_text()
+    write_manifest(tmp_path / "signs" / "valid.jsonl", signs[:1])
+    with pytest.raises(ValueError, match="digit 0: one of the two sets has none in this split"):
+        pairs.main(tmp_path / "signs", tmp_path / "fsdd", again, {"valid": 1})
+
+
+@pytest.mark.data
+def test_the_real_digit_pairs_are_of_people_on_one_side(data_root: Path, tmp_path: Path) -> None:
+    script("sign_digits").main(data_root / "sign_digits", tmp_path / "signs")
+    script("fsdd").main(data_root / "fsdd", tmp_path / "fsdd")
+    script("digit_pairs").main(tmp_path / "signs", tmp_path / "fsdd", tmp_path)
+    rows = {split: list(Manifest(tmp_path / f"{split}.jsonl")) for split in ("train", "valid", "test")}
+    assert {split: len(part) for split, part in rows.items()} == {"train": 4000, "valid": 400, "test": 1000}
+    assert {row["speaker"] for row in rows["test"]} == {"theo"}
+    row = rows["test"][0]
+    assert read_image(read_slice(**row["image"])).shape == (3, 100, 100)
+    assert read_speech(read_slice(**row["audio"]), rate=8000).shape[0] == round(8000 * row["seconds"])
+
+
 def test_esc10_leaves_out_one_fold_after_the_other(tmp_path: Path) -> None:
     for folder, fold in (("001 - Dog bark", 1), ("001 - Dog bark", 2), ("002 - Rain", 3), ("rain", 4), ("rain", 5)):
         path = tmp_path / "in" / folder / f"{fold}-{fold}00{fold}-A.wav"

@@ -214,6 +214,28 @@ def test_a_clip_much_longer_than_its_row_says_is_a_bad_clip(tmp_path: Path) -> N
     assert len(clips[1, 0].inputs["sound"]) == 100
 
 
+def test_members_of_a_pair_that_go_on_for_different_times_are_a_bad_clip(tmp_path: Path) -> None:
+    for name, steps in (("long", 40), ("same", 16), ("short", 10)):
+        (tmp_path / name).write_text(str(steps))
+
+    def zeros(path: str) -> Tensor:
+        return torch.zeros(int(Path(path).read_text()))
+
+    sound = {"audio": str(tmp_path / "long"), "seconds": 4}
+    rows = [{**sound, "video": str(tmp_path / name)} for name in ("same", "short")]
+    write_manifest(tmp_path / "pairs.jsonl", rows)
+    pairs = ManifestDataset(
+        Manifest(tmp_path / "pairs.jsonl"),
+        media={"audio": "audio", "video": "video", "text": "text"},
+        optional=["audio", "video", "text"],
+        readers={"audio": zeros, "video": zeros, "text": zeros},
+        rates={"audio": 10.0, "video": 4.0},
+    )
+    assert set(pairs[0, 0].inputs) == {"audio", "video"}
+    with pytest.raises(BadClip, match="its audio is 4.00 s long and its video is 2.50 s long; give each its start"):
+        pairs[1, 0]
+
+
 def test_a_row_without_the_modality_is_named_by_its_line(tmp_path: Path) -> None:
     write_manifest(tmp_path / "a.jsonl", [{"audio": "a.wav"}, {"image": "a.png"}])
     with pytest.raises(ValueError, match="a.jsonl:2: no 'audio', which sound reads; the row has id, image"):

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from mmssl.modalities.image import IMAGE
-from mmssl.modalities.image.augment import center_crop, color_jitter, flip, random_resized_crop, resize, shift
+from mmssl.modalities.image.augment import (
+    blur,
+    center_crop,
+    color_jitter,
+    flip,
+    gray,
+    random_resized_crop,
+    resize,
+    shift,
+)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -25,6 +34,8 @@ ALL: list[Callable[..., Tensor]] = [
     partial(flip, p=0.5),
     partial(shift, pixels=2),
     partial(color_jitter),
+    partial(gray, p=1.0),
+    partial(blur, p=1.0),
 ]
 
 
@@ -121,6 +132,24 @@ def test_gray_has_no_saturation_to_change() -> None:
     assert torch.allclose(color_jitter(gray, rng(), brightness=0, contrast=0, saturation=1), gray, atol=1e-6)
 
 
+def test_gray_keeps_the_luma_and_drops_the_colors() -> None:
+    x = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    plain = gray(x, rng(), p=1.0)
+    assert torch.allclose(plain, (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).expand(3, 4, 5))
+    assert gray(x, rng(), p=0.0) is x
+
+
+def test_blur_spreads_a_point_as_a_gaussian_does() -> None:
+    x = torch.zeros(1, 21, 21)
+    x[0, 10, 10] = 1
+    spread = blur(x, rng(), sigma=(1.5, 1.5), p=1.0)[0]
+    assert spread.sum().item() == pytest.approx(1, abs=1e-5)
+    assert (spread[10, 12] / spread[10, 10]).item() == pytest.approx(np.exp(-0.5 * (2 / 1.5) ** 2), rel=1e-5)
+    assert torch.allclose(spread, spread.T)
+    assert torch.allclose(blur(torch.full((3, 4, 5), 0.3), rng(), p=1.0), torch.full((3, 4, 5), 0.3))
+    assert blur(x, rng(), p=0.0) is x
+
+
 def test_settings_without_sense_are_refused() -> None:
     for wrong in (
         partial(random_resized_crop, size=4, scale=(0.5, 1.5)),
@@ -129,6 +158,7 @@ def test_settings_without_sense_are_refused() -> None:
         partial(shift, pixels=-1),
         partial(center_crop, size=4, at=1.5),
         partial(color_jitter, contrast=1.5),
+        partial(blur, sigma=(0.0, 1.0)),
     ):
         with pytest.raises(ValueError, match=wrong.func.__name__):
             wrong(RAMP, rng())
@@ -142,6 +172,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("flip", {}),
     ("shift", {"pixels": 2}),
     ("color_jitter", {}),
+    ("gray", {}),
+    ("blur", {"p": 1.0}),
 ]
 
 

@@ -1,0 +1,146 @@
+"""CLIP-Lite: a pair is told from one wrong pair, so nothing hangs on how large a batch is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import combinations
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl import distributed
+from mmssl.encoder import Encoders
+from mmssl.nn import joint
+from mmssl.types import Batch, Encoded, Hide, Loss, Raw
+
+_LARGEST = math.log(100.0)  # of the learned scale
+
+
+class CLIPLite(nn.Module):
+    """For each pair one more of its first member and somebody else's second: yes to the one, no to the other.
+
+    Source: Shrivastava et al. 2021 (CLIP-Lite, arXiv:2112.07133), section 3: a bound on the mutual information by the
+        divergence of Jensen and Shannon (Nowozin et al. 2016, arXiv:1606.00709; Hjelm et al. 2019, arXiv:1808.06670,
+        equation 4). Its gradient wants one negative for each positive, where CLIP's bound wants as many as there are.
+    Differs from the paper: the critic is CLIP's, a cosine between linear projections times a learned scale within
+        CLIP's bounds, where the paper's projections are residual blocks; no prior on the picture's features. Any two
+        or more modalities, of which clips may lack some where there are more than two, and `same`, as in `CLIP`.
+    Target: the batch itself. The negative is the member of the clip whose seed comes next after the clip's own: in
+        training among those of all processes, so that their number and order change nothing.
+
+    Args:
+        encoder: of the modalities; of two, the first in the recipe meets a wrong member of the second.
+        dim: width of the joint space.
+        pool: modality -> how its tokens become one vector: "class", the "last" token (of a caption its end), "mean".
+        same: key of a row, such as "text": a pair's negative has another value. None where any other clip will do.
+        temperature: at the start; the scale is one over it, and learned.
+    """
+
+    label: ClassVar[str | None] = None
+    hide: ClassVar[Hide] = "none"
+    pairs: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        encoder: Encoders,
+        *,
+        dim: int = 512,
+        pool: Mapping[str, joint.Pooling],
+        same: str | None = None,
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        joint.refuse_pools(pool, {name: encoder[name].n_prefix for name in encoder})
+        if not 0.01 <= temperature <= 1:
+            raise ValueError(f"objective.temperature={temperature:g}: must be from 0.01 to 1, and starts at 0.07")
+        self.encoder = encoder
+        self.pool = dict(pool)
+        self.same = same
+        # of more than two modalities a batch may have none of one
+        self.skips_parameters = len(encoder) > 2 or any(encoder[name].skips_parameters(self.hide) for name in encoder)
+        self.dim = dim
+        self.project = joint.projections({name: encoder[name].dim for name in encoder}, dim)
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
+
+    def joint(self, modality: str, encoded: Encoded) -> Tensor:
+        """(B, J) float32, of length 1: clips of a modality in the joint space."""
+        return joint.unit_vectors(self.pool[modality], self.project[modality], encoded)
+
+    def forward(self, batch: Batch) -> Loss:
+        """Minus the bound in nats, summed over the pairs that have a negative; the count is these pairs.
+
+        The metric "accuracy" is the share of them that are nearer than their negative.
+        """
+        vectors, present = self._embedded(batch)
+        labels = joint.labels_of(batch, self.same, torch.device("cpu"), "CLIP-Lite")
+        everyone, everywhere, ids, seeds, start = vectors, present, labels, batch.seeds, 0
+        if self.training:
+            parts = distributed.all_gather(present)
+            start = sum(len(part) for part in parts[: distributed.rank()])
+            everywhere = torch.cat(parts)
+            everyone = distributed.gather(vectors)
+            seeds = torch.cat(distributed.all_gather(seeds))
+            ids = None if labels is None else torch.cat(distributed.all_gather(labels))
+        own = torch.arange(start, start + len(batch))
+        total = (everyone.sum() + self.log_scale.sum()) * 0  # on each process, whatever it has, all are exchanged
+        right, count = vectors.new_zeros(()), 0
+        with torch.autocast(vectors.device.type, enabled=False):
+            scale = self.log_scale.exp()
+            for a, b in combinations(range(len(self.encoder)), 2):
+                negative = next_other(own[present[:, a] & present[:, b]], seeds, everywhere[:, b], ids)
+                mine, other = negative.to(vectors.device)
+                yes = scale * (everyone[mine, a] * everyone[mine, b]).sum(1)
+                no = scale * (everyone[mine, a] * everyone[other, b]).sum(1)
+                total = total + (F.softplus(-yes) + F.softplus(no)).sum()
+                right = right + (yes > no).sum()
+                count += len(mine)
+        metrics: joint.Metrics = {
+            "loss": (total.detach(), count),
+            "accuracy": (right, count),
+            "scale": (scale.detach()[0] * count, count),
+        }
+        return Loss(total, count, metrics | joint.spreads(self.encoder, vectors, present))
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Keep the scale from 1 to 100."""
+        self.log_scale.clamp_(0.0, _LARGEST)
+
+    def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, modalities, J) unit vectors, zero where a clip lacks a modality; and on the CPU where not, bool."""
+        zero = self.log_scale.new_zeros(self.dim) * self.log_scale
+        return joint.embedded(batch, self.encoder, self._vectors, zero=zero)
+
+    def _vectors(self, modality: str, raw: Raw) -> Tensor:
+        encoder = self.encoder[modality]
+        return self.joint(modality, encoder(encoder.tokens(raw)))
+
+
+def next_other(own: Tensor, seeds: Tensor, has: Tensor, ids: Tensor | None) -> Tensor:
+    """For each clip the one whose seed comes next, around the corner too, that is not the same.
+
+    Args:
+        own: (B,) int64 clips, all of which have the modality.
+        seeds: (A,) int64 of all clips.
+        has: (A,) bool, which of them have the modality.
+        ids: (A,) equal where two are the same; None where each is its own.
+
+    Returns:
+        (2, M) int64: the clips that have such a one, in the order of `own`, and that one.
+    """
+    order = seeds.argsort()
+    order = order[has[order]]
+    place = torch.zeros_like(seeds)
+    place[order] = torch.arange(len(order))
+    found = torch.full_like(own, -1)
+    for step in range(1, len(order)):
+        left = (found < 0).nonzero()[:, 0]
+        if not len(left):
+            break
+        candidate = order[(place[own[left]] + step) % len(order)]
+        good = torch.ones_like(left, dtype=torch.bool) if ids is None else ids[candidate] != ids[own[left]]
+        found[left[good]] = candidate[good]
+    return torch.stack([own, found])[:, found >= 0]

@@ -1,0 +1,145 @@
+"""SigLIP: of each two clips of different modalities, whether they belong together, yes or no."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl import distributed
+from mmssl.encoder import Encoders
+from mmssl.nn import joint
+from mmssl.types import Batch, Encoded, Hide, Loss, Raw
+
+
+class SigLIP(nn.Module):
+    """Tell each pair from each combination of members of two pairs, every one by itself.
+
+    Source: Zhai et al. 2023 (SigLIP, arXiv:2303.15343), section 3.2 and algorithm 1; across processes as in section
+        3.3 and figure 1: the vectors of one process after the other pass by, so memory grows with the clips of a
+        process and not with those of all.
+    Differs from the paper: as in `CLIP`, any two or more modalities, of which clips may lack some where there are more
+        than two, and `same`.
+    Target: the batch itself. In training it is that of all processes, and the gradient is that of one process on all
+        of it; while evaluating, the loss is that of each micro-batch for itself.
+
+    Args:
+        encoder: of the modalities.
+        dim: width of the joint space.
+        pool: modality -> how its tokens become one vector: "class", the "last" token (of a caption its end), "mean".
+        same: key of a row, such as "text": pairs with the same value are no negatives of each other. None where all
+            others are.
+        temperature: at the start; the scale is one over it, and learned.
+        bias: at the start, of all logits; learned. Nearly all combinations are negatives: it begins where they are
+            answered right.
+        chunk: see `CLIP`.
+    """
+
+    label: ClassVar[str | None] = None
+    hide: ClassVar[Hide] = "none"
+    pairs: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        encoder: Encoders,
+        *,
+        dim: int = 768,
+        pool: Mapping[str, joint.Pooling],
+        same: str | None = None,
+        temperature: float = 0.1,
+        bias: float = -10.0,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        joint.refuse_pools(pool, {name: encoder[name].n_prefix for name in encoder})
+        joint.refuse_chunk(chunk, [encoder[name].transformer.layer_drop for name in encoder])
+        if not 0 < temperature <= 1:
+            raise ValueError(f"objective.temperature={temperature:g}: must be above 0 and at most 1, and starts at 0.1")
+        self.encoder = encoder
+        self.pool = dict(pool)
+        self.same, self.chunk = same, chunk
+        # of more than two modalities a batch may have none of one
+        self.skips_parameters = len(encoder) > 2 or any(encoder[name].skips_parameters(self.hide) for name in encoder)
+        self.dim = dim
+        self.project = joint.projections({name: encoder[name].dim for name in encoder}, dim)
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
+        self.bias = nn.Parameter(torch.tensor([bias]))
+
+    def joint(self, modality: str, encoded: Encoded) -> Tensor:
+        """(B, J) float32, of length 1: clips of a modality in the joint space."""
+        return joint.unit_vectors(self.pool[modality], self.project[modality], encoded)
+
+    def forward(self, batch: Batch) -> Loss:
+        """Minus the log-likelihood of all answers in nats, summed over combinations; the count is pairs.
+
+        The metric "accuracy" is the share of members whose partner is nearer than all negatives of the micro-batch, in
+        both directions.
+        """
+        vectors, present = self._embedded(batch)
+        labels = joint.labels_of(batch, self.same, vectors.device, "SigLIP")
+        beside = [present.to(vectors.device)] if labels is None else [present.to(vectors.device), labels]
+        with torch.autocast(vectors.device.type, enabled=False):
+            answers = partial(_answers, beside)
+            if self.training:
+                total = distributed.against_all(answers, vectors, self.log_scale, self.bias, beside=beside)
+            else:
+                total = answers(vectors, vectors, beside, True, self.log_scale, self.bias)
+            with torch.no_grad():
+                scale, seen = self.log_scale.exp(), vectors.detach()
+                own = torch.arange(len(batch), device=vectors.device)
+                equal = joint.equals(labels, labels, own, len(batch))
+                _, count, told = joint.info_nce(seen, present, equal, seen, present, own, scale)
+        metrics: joint.Metrics = {
+            "loss": (total.detach(), count),
+            **told,
+            "scale": (scale[0] * count, count),
+            "bias": (self.bias.detach()[0] * count, count),
+        }
+        return Loss(total, count, metrics | joint.spreads(self.encoder, vectors, present))
+
+    def after_step(self, step: int) -> None:
+        """Nothing here changes with time."""
+
+    def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, modalities, J) unit vectors, zero where a clip lacks a modality; and on the CPU where not, bool."""
+        parts = distributed.parts_of(len(batch), self.chunk, agreed=self.training)
+        zero = self.log_scale.new_zeros(self.dim) * self.log_scale
+        return joint.embedded(batch, self.encoder, self._vectors, zero=zero, parts=parts)
+
+    def _vectors(self, modality: str, raw: Raw) -> Tensor:
+        encoder = self.encoder[modality]
+        return self.joint(modality, encoder(encoder.tokens(raw)))
+
+
+def _answers(
+    beside: Sequence[Tensor],
+    vectors: Tensor,
+    theirs: Tensor,
+    beside_theirs: Sequence[Tensor],
+    own: bool,
+    log_scale: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """Minus the log-likelihood of the answers to all combinations of the clips of two processes, a scalar.
+
+    Args:
+        vectors, theirs: (B, M, J) and (A, M, J).
+        beside, beside_theirs: of each clip which modalities it has, (B, M) bool, and, where some are the same, its
+            label (B,).
+        own: whether theirs are these very clips: then each is its own positive.
+    """
+    (present, *labels), (everywhere, *ids) = beside, beside_theirs
+    positive = torch.eye(len(vectors), len(theirs), dtype=torch.bool, device=vectors.device) & own
+    told = positive | ~(labels[0][:, None] == ids[0]) if labels else torch.ones_like(positive)
+    total = vectors.new_zeros(())
+    for a, b in combinations(range(vectors.shape[1]), 2):
+        logits = (log_scale.exp() * vectors[:, a]) @ theirs[:, b].T + bias
+        likelihood = F.logsigmoid(torch.where(positive, logits, -logits))
+        total = total - (likelihood * (told & present[:, a, None] & everywhere[:, b])).sum()
+    return total

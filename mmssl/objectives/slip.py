@@ -1,0 +1,186 @@
+"""SLIP: CLIP, and two views of a picture told from those of all other pictures by the same encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl import distributed
+from mmssl.encoder import Encoders
+from mmssl.nn import joint
+from mmssl.types import Batch, Encoded, Frontend, Hide, Loss, Raw
+
+_LARGEST = math.log(100.0)  # of the learned scale
+Views = Callable[[Raw, Frontend], tuple[Raw, Raw]]
+
+
+class SLIP(nn.Module):
+    """CLIP's loss, and SimCLR's over two more views of each clip of the modalities that are named.
+
+    Source: Mu et al. 2021 (SLIP, arXiv:2112.12750), section 3 and algorithm 1; SimCLR: Chen et al. 2020
+        (arXiv:2002.05709), section 2.1 and algorithm 1.
+    Differs from the paper: the norms within the head are layer norms, because a batch norm's statistics, and with them
+        the loss, depend on how a batch is dealt out. The views are of the picture that CLIP sees, which is a crop, and
+        not of the whole one. Beyond that as in `CLIP`; pairs that are the `same` are no negatives here either.
+    Target: the batch itself, as in `CLIP`: in both losses that of all processes, with the gradient of one process.
+
+    Args:
+        encoder, dim, pool, same, temperature, chunk: see `CLIP`.
+        self_supervised: modality -> the name of what makes two views of its clips.
+        view_makers: modality -> that: (raw, frontend) -> two views.
+        ssl_weight: of SimCLR's loss beside CLIP's.
+        ssl_temperature: of SimCLR's loss; it stays.
+        ssl_hidden, ssl_dim: widths of the head's two hidden layers, and of what it gives.
+    """
+
+    label: ClassVar[str | None] = None
+    hide: ClassVar[Hide] = "none"
+    pairs: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        encoder: Encoders,
+        *,
+        dim: int = 512,
+        pool: Mapping[str, joint.Pooling],
+        self_supervised: Mapping[str, str],
+        view_makers: Mapping[str, Views],
+        same: str | None = None,
+        temperature: float = 0.07,
+        ssl_weight: float = 1.0,
+        ssl_temperature: float = 0.1,
+        ssl_hidden: int = 4096,
+        ssl_dim: int = 256,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        joint.refuse_pools(pool, {name: encoder[name].n_prefix for name in encoder})
+        joint.refuse_chunk(chunk, [encoder[name].transformer.layer_drop for name in encoder])
+        if not 0.01 <= temperature <= 1:
+            raise ValueError(f"objective.temperature={temperature:g}: must be from 0.01 to 1, and starts at 0.07")
+        if not ssl_temperature > 0:
+            raise ValueError(f"objective.ssl_temperature={ssl_temperature:g}: must be above 0")
+        if not self_supervised:
+            raise ValueError("objective.self_supervised: names no modality whose views are compared; choose clip")
+        self.encoder = encoder
+        self.pool = dict(pool)
+        self.same, self.chunk = same, chunk
+        self.views = dict(view_makers)
+        self.ssl_weight, self.ssl_temperature, self.ssl_dim = ssl_weight, ssl_temperature, ssl_dim
+        # of more than two modalities a batch may have none of one
+        self.skips_parameters = len(encoder) > 2 or any(encoder[name].skips_parameters(self.hide) for name in encoder)
+        self.dim = dim
+        self.project = joint.projections({name: encoder[name].dim for name in encoder}, dim)
+        self.heads = nn.ModuleDict({name: _head(encoder[name].dim, ssl_hidden, ssl_dim) for name in self.views})
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
+
+    def joint(self, modality: str, encoded: Encoded) -> Tensor:
+        """(B, J) float32, of length 1: clips of a modality in the joint space."""
+        return joint.unit_vectors(self.pool[modality], self.project[modality], encoded)
+
+    def forward(self, batch: Batch) -> Loss:
+        """CLIP's loss over pairs plus `ssl_weight` times SimCLR's over clips, in nats; the count is pairs.
+
+        The metrics "accuracy" and "view_accuracy" are the shares of members, and of views, whose partner is nearer
+        than all negatives.
+        """
+        vectors, present, views = self._embedded(batch)
+        labels = joint.labels_of(batch, self.same, vectors.device, "SLIP")
+        everyone, everywhere, ids, all_views, start = vectors, present, labels, views, 0
+        if self.training:
+            parts = distributed.all_gather(present)
+            start = sum(len(part) for part in parts[: distributed.rank()])
+            everywhere = torch.cat(parts)
+            everyone, all_views = distributed.gather(vectors), distributed.gather(views)
+            ids = None if labels is None else torch.cat(distributed.all_gather(labels))
+        own = torch.arange(start, start + len(batch), device=vectors.device)
+        equal = joint.equals(labels, ids, own, len(everyone))
+        with torch.autocast(vectors.device.type, enabled=False):
+            scale = self.log_scale.exp()
+            total, count, metrics = joint.info_nce(vectors, present, equal, everyone, everywhere, own, scale)
+            metrics |= {"clip_loss": (total.detach(), count), "scale": (scale.detach()[0] * count, count)}
+            for place, name in enumerate(self.views):
+                which = list(self.encoder).index(name)
+                here, there = (mask[:, which].to(vectors.device) for mask in (present, everywhere))
+                loss, right = nt_xent(
+                    views[:, place], here, equal, all_views[:, place], there, own, self.ssl_temperature
+                )
+                total = total + self.ssl_weight * loss
+                clips = int(present[:, which].sum())
+                metrics |= {"view_loss": (loss.detach(), clips), "view_accuracy": (right, clips)}
+        metrics["loss"] = total.detach(), count
+        return Loss(total, count, metrics | joint.spreads(self.encoder, vectors, present))
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Keep the scale from 1 to 100."""
+        self.log_scale.clamp_(0.0, _LARGEST)
+
+    def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `CLIP`; and (B, those with views, 2, P) unit vectors of views, zero where a clip lacks the modality."""
+        parts = distributed.parts_of(len(batch), self.chunk, agreed=self.training)
+        zero = self.log_scale.new_zeros(self.dim) * self.log_scale
+        vectors, present = joint.embedded(batch, self.encoder, self._vectors, zero=zero, parts=parts)
+        zero = self.log_scale.new_zeros(2 * self.ssl_dim) * self.log_scale
+        views, _ = joint.embedded(batch, self.views, self._of_views, zero=zero, parts=parts)
+        return vectors, present, views.unflatten(2, (2, self.ssl_dim))
+
+    def _vectors(self, modality: str, raw: Raw) -> Tensor:
+        encoder = self.encoder[modality]
+        return self.joint(modality, encoder(encoder.tokens(raw)))
+
+    def _of_views(self, modality: str, raw: Raw) -> Tensor:
+        """(B, 2 P), the first view's vector and the second's."""
+        encoder, head = self.encoder[modality], self.heads[modality]
+        views = self.views[modality](raw, encoder.frontend)
+        encoded = [encoder(encoder.tokens(view)) for view in views]
+        return torch.cat([joint.unit_vectors(self.pool[modality], head, own) for own in encoded], 1)
+
+
+def nt_xent(
+    views: Tensor,
+    present: Tensor,
+    equal: Tensor,
+    everyone: Tensor,
+    everywhere: Tensor,
+    own: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Tell the other view of a clip from both views of all other clips.
+
+    Args:
+        views: (B, 2, P) unit vectors; `everyone` (A, 2, P), among them those.
+        present, everywhere: (B,) and (A,) bool, which of them there are.
+        equal: (B, A) bool, which are no negatives of which; each clip of itself at least.
+        own: (B,) int64, which of all each clip is.
+
+    Returns:
+        the sum over clips of the cross-entropies in nats, the mean over both views; and how many were right.
+    """
+    itself = joint.equals(None, None, own, len(everyone))
+    others = everywhere & ~equal
+    among = torch.cat([others | itself, others], 1)  # the other view of each clip, and the same one
+    total = right = views.new_zeros(())
+    for here, there in ((0, 1), (1, 0)):
+        logits = views[:, here] @ torch.cat([everyone[:, there], everyone[:, here]]).T / temperature
+        logits = logits.masked_fill(~among, -torch.inf)
+        total = total + (F.cross_entropy(logits, own, reduction="none") * present).sum() / 2
+        right = right + (joint.told(logits.detach(), own) & present).sum() / 2
+    return total, right
+
+
+def _head(width: int, hidden: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False),
+        nn.LayerNorm(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden, bias=False),
+        nn.LayerNorm(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, dim, bias=False),
+    )

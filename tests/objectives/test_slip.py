@@ -1,0 +1,87 @@
+"""SLIP: SimCLR's loss worked by hand, and what is CLIP's is CLIP's."""
+
+import math
+
+import pytest
+import torch
+from pairs import POOL, batch, encoders
+
+from mmssl.modalities.image.views import distortions
+from mmssl.objectives.clip import CLIP
+from mmssl.objectives.slip import SLIP, nt_xent
+
+VIEWS = {"self_supervised": {"image": "distortions"}, "view_makers": {"image": distortions}}
+BODY = {"dim": 8, "pool": {name: POOL[name] for name in ("image", "text")}}
+
+
+def slip(**settings) -> SLIP:
+    return SLIP(encoders("image", "text"), **BODY, **VIEWS, ssl_hidden=12, ssl_dim=6, **settings)
+
+
+def by_hand(views, negatives, temperature):
+    """views[clip][side]; negatives[clip]: the others."""
+
+    def alike(a, b):
+        return math.exp(sum(x * y for x, y in zip(a, b, strict=True)) / temperature)
+
+    total = 0.0
+    for i, others in enumerate(negatives):
+        for side in (0, 1):
+            mine, partner = views[i][side], views[i][1 - side]
+            wrong = sum(alike(mine, views[j][k]) for j in others for k in (0, 1))
+            total += math.log((alike(mine, partner) + wrong) / alike(mine, partner)) / 2
+    return total
+
+
+def test_two_views_of_three_pictures_by_hand() -> None:
+    views = [[(1.0, 0.0), (0.6, 0.8)], [(0.0, 1.0), (-0.6, 0.8)], [(-1.0, 0.0), (0.8, -0.6)]]
+    own, here = torch.arange(3), torch.ones(3, dtype=torch.bool)
+    for equal, negatives in (
+        (torch.eye(3).bool(), [[1, 2], [0, 2], [0, 1]]),
+        (torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool(), [[2], [2], [0, 1]]),
+    ):
+        found = torch.tensor(views)
+        total, right = nt_xent(found, here, equal, found, here, own, 0.5)
+        assert total.item() == pytest.approx(by_hand(views, negatives, 0.5), rel=1e-5)
+    # where 0 and 1 are the same: (1, 0) has .6 with its partner and .8 with a view of 2, the other three of them are
+    # right, and both views of 2 have -.8 with each other; each counts half
+    assert right.item() == 1.5
+
+
+def test_pictures_that_are_not_there_are_told_from_nothing() -> None:
+    views = torch.nn.functional.normalize(torch.randn(4, 2, 5), dim=2)
+    own, here = torch.arange(4), torch.tensor([True, False, True, True])
+    total, _ = nt_xent(views, here, torch.eye(4).bool(), views, here, own, 0.1)
+    some = views[here]
+    expected, _ = nt_xent(some, here[here], torch.eye(3).bool(), some, here[here], torch.arange(3), 0.1)
+    assert torch.allclose(total, expected)
+
+
+def test_without_views_it_is_clip() -> None:
+    model = slip(ssl_weight=0.0)
+    clip = CLIP(encoders("image", "text"), **BODY)
+    clip.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("heads")})
+    ours, theirs = model(batch()), clip(batch())
+    assert torch.allclose(ours.total, theirs.total)
+    assert ours.count == theirs.count
+
+
+def test_the_views_weigh_as_much_as_is_said() -> None:
+    once, twice = slip(ssl_weight=1.0)(batch()), slip(ssl_weight=2.0)(batch())
+    clip, views = (float(once.metrics[name][0]) for name in ("clip_loss", "view_loss"))
+    assert views > 0
+    assert once.total.item() == pytest.approx(clip + views, rel=1e-5)
+    assert twice.total.item() == pytest.approx(clip + 2 * views, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"temperature": 0.0}, "objective.temperature=0: must be from 0.01 to 1"),
+        ({"ssl_temperature": 0.0}, "objective.ssl_temperature=0: must be above 0"),
+        ({"self_supervised": {}, "view_makers": {}}, "names no modality whose views are compared; choose clip"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_sentence(settings, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        SLIP(encoders("image", "text"), **BODY, **{**VIEWS, **settings})
