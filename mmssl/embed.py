@@ -156,6 +156,11 @@ class Embedder:
     def modalities(self) -> list[str]:
         return list(members(self.config))
 
+    @property
+    def shares_space(self) -> bool:
+        """Whether several modalities share a space: without weights of an objective there is none."""
+        return len(self.modalities) > 1 and bool(self._head)
+
     def of(self, modality: str | None = None) -> Embedder:
         """The encoder of one modality, which may be left out where there is one only.
 
@@ -171,8 +176,7 @@ class Embedder:
             return self
         assert modality is not None
         config = {**own[modality], "objective": None, "classes": None, "vocabulary": None}
-        # without weights of an objective there is no space that they share
-        joint = partial(self.objective.joint, modality) if self._head else None
+        joint = partial(self.objective.joint, modality) if self.shares_space else None
         device = str(self.device)
         return Embedder(
             self.encoder[modality], config, device=device, precision=self.precision, name=self.name, joint=joint
