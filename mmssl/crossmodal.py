@@ -162,10 +162,15 @@ def read_prompts(path: str | Path) -> dict[str, list[str]]:
 
 
 def several(embedder: Embedder, task: str) -> None:
-    """Raises ValueError where an encoder is of one modality only."""
+    """Raises ValueError where an encoder is of one modality only, or of several that share no space."""
     if len(embedder.modalities) < 2:
         raise ValueError(
             f"task={task}: {embedder.name} is of {embedder.modalities[0]} alone; give a run on several modalities"
+        )
+    if not embedder.shares_space:
+        raise ValueError(
+            f"task={task}: the modalities of {embedder.name} have learned side by side and share no space; give a run "
+            "on pairs, such as one of clip"
         )
 
 

@@ -19,6 +19,7 @@ class Known:
 
     name = "known"
     modalities = ("image", "text")
+    shares_space = True
 
     def __init__(self, places: dict[str, float]) -> None:
         self.places = places

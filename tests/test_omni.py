@@ -10,6 +10,7 @@ import mmssl
 from mmssl.assemble import export_config, train
 from mmssl.build import build_encoders
 from mmssl.cli import _done
+from mmssl.crossmodal import retrieval
 from mmssl.data.manifest import Manifest
 from mmssl.encoder import Encoder
 from mmssl.objectives.omni import Omni
@@ -193,6 +194,8 @@ def test_a_run_gives_the_encoder_of_each_modality(
     assert not torch.allclose(out.scene.norm(dim=1), torch.ones(4), atol=1e-2)
     with pytest.raises(ValueError, match="say which, by modality"):
         encoder.embed(seen["test"])
+    with pytest.raises(ValueError, match="the modalities of run have learned side by side and share no space"):
+        retrieval(encoder, Manifest(seen["test"]))
     # what it is validated on may change, and the run goes on
     assert train("toy.yaml", "run", [one for one in settings if "valid.speech" not in one]) == run
     with pytest.raises(RecipeError, match="holds another run, in which data.batch_size.audio is 2 and not 3"):
