@@ -108,9 +108,13 @@ def embed(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="File to write: .npz for numpy.load, or .parquet.")] = Path(
-        "embeddings.npz"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write: .npz for numpy.load, or .parquet.", show_default="embeddings.npz"),
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="Write an index for `mmssl search` instead: its folder.", show_default=False)
+    ] = None,
     modality: Annotated[
         str | None, typer.Option(help="What the clips are, for a run on several modalities.", show_default=False)
     ] = None,
@@ -145,19 +149,22 @@ def embed(
     `time_ms`; with several layers an axis of layers in front, which `layers` names. A .parquet file has a row a clip:
     `id`, `scene`, `error`. The same command goes on where it was cut off, from the parts beside --out.
     """
+    if index is not None and out is not None:
+        raise ValueError(f"--out {out}, --index {index}: give one of them")
     from mmssl.embed import load
     from mmssl.store import write_embeddings
 
-    embedder = load(model, device=device, precision=precision).of(modality)
+    embedder = load(model, device=device, precision=precision)
     layers = (
-        list(range(embedder.depth + 1))
+        list(range(embedder.of(modality).depth + 1))
         if layer == "all"
         else [_number("--layer", part, int) for part in layer.split(",")]
     )
     done = write_embeddings(
         embedder,
         inputs,
-        out,
+        index or out or "embeddings.npz",
+        modality=modality,
         layers=layers,
         pool=pool,
         tokens=tokens,
@@ -168,12 +175,47 @@ def embed(
         part=_part(part),
         progress=sys.stderr.isatty(),
         tell=lambda name, reason: print(f"left out: {name}: {reason}", file=sys.stderr),
+        index=index is not None,
     )
     if done.path is None:
-        print(f"{out}: part {part} is done, and others are not yet")
+        print(f"{index or out}: part {part} is done, and others are not yet")
         return
     read = f"{done.clips - done.bad} clips, {done.bad} could not be read" if done.bad else f"{done.clips} clips"
     print(f"{done.path}: {read}, width {done.width}, layer {layer}")
+
+
+@command('mmssl search pictures.index "a red heart" -k 5')
+def search(
+    index: Annotated[
+        Path, typer.Argument(metavar="INDEX", help="Folder that `mmssl embed --index` wrote.", show_default=False)
+    ],
+    query: Annotated[
+        str,
+        typer.Argument(metavar="QUERY", help="A sentence in quotes, or a file to find like.", show_default=False),
+    ],
+    modality: Annotated[
+        str | None, typer.Option(help="What the query is, where its name does not tell.", show_default=False)
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many clips to show.")] = 10,
+    model: Annotated[
+        Path | None, typer.Option(help="Where the index's encoder is now.", show_default="where it was")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of scores and rows.")] = False,
+) -> None:
+    """Find the clips of an index that are most similar to a sentence or a file, by cosine similarity.
+
+    A run on several modalities finds any of them by any other; a run on one finds clips like a clip.
+    """
+    from mmssl.index import Index
+
+    hits = Index(index, model=model, device=device).search(query, modality=modality, k=k)
+    if as_json:
+        print(json.dumps([{"score": round(hit.score, 6), **hit.row} for hit in hits], indent=2))
+        return
+    for hit in hits:
+        said = [str(hit.row[key]) for key in ("text", "label") if key in hit.row and hit.row[key] != hit.row["id"]]
+        print("  ".join([f"{hit.score:7.4f}", hit.row["id"], *said]))
 
 
 @command("mmssl evaluate runs/mae_base --task linear --train train.jsonl --valid valid.jsonl --test test.jsonl")

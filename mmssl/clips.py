@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
-from mmssl.data.manifest import Manifest
+from mmssl.data.manifest import Manifest, Row
 from mmssl.data.units import check_units
 from mmssl.encoder import Encoder
 from mmssl.loading import build_augment, build_reader, build_span, clips_of
@@ -197,6 +197,14 @@ class Clips:
         if isinstance(part, ManifestDataset):
             return str(part.manifest[row]["id"])
         return part if isinstance(part, str) else part[0]
+
+    def row(self, place: int) -> Row:
+        """What is known of the clip at `place`: its row in a manifest, or its path or caption as one would name it."""
+        part, row = self._find(place)
+        if isinstance(part, ManifestDataset):
+            return dict(part.manifest[row])
+        name, media = self.name(place), MODALITIES[self.modality].media
+        return {"id": name, media: name} if isinstance(part, str) or media == "text" else {"id": name}
 
     def read(self, place: int) -> Item:
         """The clip at `place`, fit for the frontend."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -171,7 +173,9 @@ class Embedder:
             return self
         assert modality is not None
         config = {**own[modality], "objective": None, "classes": None, "vocabulary": None}
-        device, joint = str(self.device), partial(self.objective.joint, modality)
+        # objectives that compare modalities have a space of all; others leave nothing beside their encoders
+        space = getattr(self.objective, "joint", None) if self._head else None
+        device, joint = str(self.device), None if space is None else partial(space, modality)
         return Embedder(
             self.encoder[modality], config, device=device, precision=self.precision, name=self.name, joint=joint
         )
@@ -518,9 +522,23 @@ class Embedder:
         # in float64, so that the mean of the same is the same
         return torch.stack(parts).double().mean(0).float()
 
+    def pool_name(self, pool: str | None, layers: Sequence[int]) -> str:
+        """What `pool` of `embed` stands for."""
+        if pool is not None:
+            return pool
+        return "mean" if self._joint is None or list(layers) != [-1] else "joint"
+
+    def digest(self) -> str:
+        """What tells one encoder from another: its config and its weights, with those of the objective."""
+        found = blake2b(json.dumps(self.config, sort_keys=True, default=str).encode(), digest_size=16)
+        for part in (self.encoder.state_dict(), self._head or {}):
+            for name, tensor in sorted(part.items()):
+                found.update(name.encode())
+                found.update(tensor.detach().float().cpu().contiguous().numpy())
+        return found.hexdigest()
+
     def _pool(self, pool: str | None, layers: Sequence[int]) -> Pooling:
-        if pool is None:
-            pool = "mean" if self._joint is None or list(layers) != [-1] else "joint"
+        pool = self.pool_name(pool, layers)
         if pool != "joint":
             return Pool.named(pool)
         joint = self._joint

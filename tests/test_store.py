@@ -168,6 +168,15 @@ def test_several_processes_write_one_file(manifest: Path, tmp_path: Path) -> Non
         write_embeddings(embedder(), manifest, tmp_path / "e.npz", part=(4, 3))
 
 
+def test_fewer_processes_go_on_where_more_were_cut_off(manifest: Path, tmp_path: Path) -> None:
+    whole = arrays(write_embeddings(embedder(), manifest, tmp_path / "whole.npz", **KEPT).path)
+    write_embeddings(embedder(), manifest, tmp_path / "e.npz", part=(2, 3), **KEPT)
+    assert write_embeddings(embedder(), manifest, tmp_path / "e.npz", part=(1, 2), **KEPT).path is None
+    found = arrays(write_embeddings(embedder(), manifest, tmp_path / "e.npz", **KEPT).path)
+    assert found["ids"].tolist() == whole["ids"].tolist()
+    assert found["scene"] == pytest.approx(whole["scene"], abs=1e-5, nan_ok=True)
+
+
 def test_parts_of_another_job_are_left_alone(manifest: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"part": (1, 2), **KEPT}
     write_embeddings(embedder(), manifest, tmp_path / "e.npz", **given)
