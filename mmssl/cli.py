@@ -333,10 +333,20 @@ def evaluate(
 
 @command("mmssl manifest digits/ --label-from -1 --split train=0.9,valid=0.1 --by speaker --out manifests/digits")
 def manifest(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder of files, and of uncompressed tar files; a manifest: --stats.")
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR",
+            help="Folder of files, and of uncompressed tar files; or tar files; a manifest: --stats.",
+            show_default=False,
+        ),
     ],
-    modality: Annotated[str, typer.Option(help="speech, audio, image or video: which files to look for.")] = "speech",
+    modality: Annotated[
+        str,
+        typer.Option(
+            help="speech, audio, image or video: which files to look for; or pairs: image,text, image,speech."
+        ),
+    ] = "speech",
     out: Annotated[
         Path | None, typer.Option(help="File to write, or with splits a folder for one file each.", show_default="DIR")
     ] = None,
@@ -361,16 +371,21 @@ def manifest(
         typer.Option(metavar="RECIPE", help="Measure the mean and deviation that this recipe normalizes by."),
     ] = None,
 ) -> None:
-    """Write a JSON-lines manifest of a folder: one row a clip, with durations, labels, transcripts and splits.
+    """Write a JSON-lines manifest of a folder: one row a clip, with durations, labels, texts and splits.
 
-    Labels, splits and transcripts come from folder names or from a table. Files that cannot be read are named and left
-    out. With --stats the constants of normalization are printed as settings of a recipe: of the training split where
-    there are splits; and where DIR is a manifest already, nothing is written.
+    Labels, splits and texts come from folder names, from a table, or from what lies beside a file under its name, as in
+    shards of WebDataset: 0001.txt its text, 0001.cls its label, 0001.json both. Files that cannot be read are named and
+    left out, and of pairs what has no partner. With --stats the constants of normalization are printed as settings of a
+    recipe: of the training split where there are splits; and where DIR is a manifest already, nothing is written.
     """
     from mmssl.data.manifest import check_shares, split_rows, write_manifest
-    from mmssl.data.scan import NoClips, scan
+    from mmssl.data.scan import NoClips, pair, scan
     from mmssl.modalities import MODALITIES
 
+    tars = folders if folders[0].suffix == ".tar" else []
+    if any((one.suffix == ".tar") != bool(tars) for one in folders) or (len(folders) > 1 and not tars):
+        raise ValueError(f"{folders[1]}: give one folder, or tar files alone")
+    folder = Path(os.path.commonpath([os.path.dirname(os.path.abspath(one)) for one in tars])) if tars else folders[0]
     if folder.suffix == ".jsonl":
         if stats is None:
             raise ValueError(f"{folder}: a manifest already; give a folder, or measure its clips with --stats RECIPE")
@@ -381,27 +396,41 @@ def manifest(
         shares = {name: _number("--split", share, float) for name, share in _pairs("--split", split.split(","))}
         check_shares(shares)  # before every header is read
     columns = dict(_pairs("--column", column or []))
-    if modality not in MODALITIES:
-        raise ValueError(f"--modality {modality}: one of {', '.join(MODALITIES)}")
-    kind = MODALITIES[modality]
-    if kind.probe is None:
+    names = modality.split(",")
+    for name in names:
+        if name not in MODALITIES:
+            raise ValueError(f"--modality {name}: one of {', '.join(MODALITIES)}, or several of them: image,text")
+    kinds = {MODALITIES[name].media: MODALITIES[name] for name in names}
+    if len(kinds) < len(names):
+        raise ValueError(f"--modality {modality}: two that read the same files are no pair")
+    filed = {media: kind for media, kind in kinds.items() if kind.probe is not None}
+    if not filed:
         raise ValueError(
-            f"--modality {modality}: a caption has no file of its own; list the files that captions describe, and take "
-            "these from a table with --tsv"
+            f"--modality {modality}: a caption has no file of its own; look for the files that captions describe, such "
+            "as --modality image,text"
         )
+    if len(filed) > 1 and tsv is not None:
+        raise ValueError(f"--tsv {tsv}: names files of one kind, and --modality {modality} pairs files by their names")
     try:
-        found = scan(
-            folder,
-            media=kind.media,
-            probe=kind.probe,
-            suffixes=kind.suffixes,
-            label_from=label_from,
-            split_from=split_from,
-            text_from=text_from,
-            tsv=tsv,
-            columns=columns,
-            workers=workers,
-        )
+        each = {
+            media: scan(
+                folder,
+                media=media,
+                probe=kind.probe,  # type: ignore[arg-type]  # these have one
+                suffixes=kind.suffixes,
+                label_from=label_from,
+                split_from=split_from,
+                text_from=text_from,
+                tsv=tsv,
+                columns=columns,
+                tars=tars,
+                workers=workers,
+            )
+            for media, kind in filed.items()
+        }
+        found = next(iter(each.values()))
+        if len(names) > 1:
+            found = pair(each, {media: kind.hints for media, kind in filed.items()}, text="text" in kinds)
     except NoClips as error:
         meant = [f"--modality {name}" for name, other in MODALITIES.items() if other.suffixes & error.ignored.keys()]
         looks = "looks" if len(meant) == 1 else "look"
@@ -423,7 +452,8 @@ def manifest(
     else:
         files = {place if place.suffix == ".jsonl" else place / "manifest.jsonl": found.rows}
     for file, rows in files.items():
-        print(f"{file}: {write_manifest(file, rows)} clips")
+        texts = sum("text" in row for row in rows)
+        print(f"{file}: {write_manifest(file, rows)} clips" + (f", {texts} with text" if texts else ""))
     if stats is not None:
         _print_stats(stats, next((file for file in files if file.stem == "train"), next(iter(files))))
 

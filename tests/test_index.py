@@ -1,6 +1,7 @@
 """An index on disk, and what is found in it: the same as by comparing with every vector oneself."""
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -266,3 +267,37 @@ def test_an_encoder_of_pictures_alone_finds_like_by_like(folder: Path) -> None:
     assert cli("search", "alone.index", "a cat")[1] == (
         f"mmssl: a cat: no such file, and {folder / 'alone'} has no encoder of text that would read it as a sentence\n"
     )
+
+
+def test_from_a_folder_with_captions_to_a_search_as_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands of the README's section, word for word, but for the size of what is trained."""
+    monkeypatch.chdir(tmp_path)
+    Path("pictures/flags").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    colors = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
+    for n in range(12):
+        name = list(colors)[n % 3]
+        picture = np.clip(np.array(colors[name]) + rng.normal(0, 12, (16, 16, 3)), 0, 255).astype(np.uint8)
+        path = Path("pictures", "flags" if n % 2 else "", f"{n}.png")
+        Image.fromarray(picture).save(path)
+        path.with_suffix(".txt").write_text(f"a {name} picture\n")
+    Image.fromarray(picture).save("pictures/untold.png")
+    Image.fromarray(np.full((16, 16, 3), colors["red"], np.uint8)).save("drawing.png")
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = readme.partition("\n## Search\n")[2].partition("```\n")[2].partition("```")[0].splitlines()
+    smaller = ["modality.image.frontend.size=[8, 8]", "transformer.dim=48", "transformer.depth=1"]
+    smaller += ["tokenizer.entries=300", "trainer.steps=30", "trainer.precision=float32"]
+    smaller += ["trainer.eval_every=30", "trainer.device=cpu", "trainer.threads=1", "trainer.log_every=30"]
+    said = []
+    for line in lines:
+        command, *arguments = shlex.split(line, comments=True)[1:]
+        code, output = cli(command, *arguments, *(smaller if command == "pretrain" else []))
+        assert code == 0, output
+        said.append(output)
+    assert "pictures.jsonl: 12 clips, 12 with text" in said[0]
+    assert "left out: untold.png: there is no text of this name beside it" in said[0]
+    [sentence, like] = said[-2:]
+    assert all("a red picture" in line for line in sentence.splitlines()[:2]), sentence
+    assert all("a red picture" in hit["text"] for hit in json.loads(like)[:2]), like
