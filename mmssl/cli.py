@@ -142,6 +142,10 @@ def embed(
     part: Annotated[str, typer.Option(metavar="N/OF", help="Of several processes that share the work, this one.")] = (
         "1/1"
     ),
+    engine: Annotated[
+        Literal["here", "ray"],
+        typer.Option(help="ray: on a cluster of Ray (RAY_ADDRESS), or all cores of this machine."),
+    ] = "here",
 ) -> None:
     """Write the embeddings of files: one vector a clip and, if asked for, one a token.
 
@@ -160,6 +164,11 @@ def embed(
         if layer == "all"
         else [_number("--layer", part, int) for part in layer.split(",")]
     )
+    spread = None
+    if engine == "ray":
+        from mmssl.on_ray import on_ray
+
+        spread = on_ray(model, inputs, modality=modality, device=device, precision=precision)
     done = write_embeddings(
         embedder,
         inputs,
@@ -176,6 +185,7 @@ def embed(
         progress=sys.stderr.isatty(),
         tell=lambda name, reason: print(f"left out: {name}: {reason}", file=sys.stderr),
         index=index is not None,
+        spread=spread,
     )
     if done.path is None:
         print(f"{index or out}: part {part} is done, and others are not yet")

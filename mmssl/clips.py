@@ -44,7 +44,8 @@ class Member(NamedTuple):
 
 Part: TypeAlias = ManifestDataset | str | Member | tuple[str, Callable[[], Tensor]]
 # Clips are read in windows, sorted by length within, and embedded in groups. Windows start small, so that the model
-# has something to do soon, and double up to so many groups, or so many values whichever comes first.
+# has something to do soon, and double up to so many groups, or so many values whichever comes first. From where they
+# are that large, one begins at each multiple of it, so that whoever reads from such a place on reads the same windows.
 WINDOW_GROUPS = 16
 WINDOW_VALUES = 2**24
 # what an array of each media is
@@ -284,16 +285,16 @@ def windows(clips: Clips, batch_size: int, places: range | None = None) -> Gener
 
     def read() -> None:
         window: list[Item] = []
-        values, most = 0, batch_size
+        values = 0
         try:
             for place in range(len(clips)) if places is None else places:
                 if stopped.is_set():
                     return
                 window.append(clips.read(place))
                 values += 0 if window[-1].sample is None else math.prod(window[-1].shape)
-                if len(window) >= most or values >= WINDOW_VALUES:
+                if values >= WINDOW_VALUES or _ends_window(place + 1, batch_size):
                     hand_over(window)
-                    window, values, most = [], 0, min(2 * most, WINDOW_GROUPS * batch_size)
+                    window, values = [], 0
             if window:
                 hand_over(window)
             hand_over(None)
@@ -310,6 +311,12 @@ def windows(clips: Clips, batch_size: int, places: range | None = None) -> Gener
     finally:
         stopped.set()
         thread.join()
+
+
+def _ends_window(place: int, batch_size: int) -> bool:
+    """Whether the clip at `place` is the first of another window."""
+    groups, rest = divmod(place, batch_size)
+    return rest == 0 and (groups % WINDOW_GROUPS == 0 if groups > WINDOW_GROUPS else groups & (groups - 1) == 0)
 
 
 def groups(items: Sequence[Item], batch_size: int, batch_seconds: float) -> Iterator[list[Item]]:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,10 @@ from mmssl.data.manifest import Row
 from mmssl.embed import Embedder
 from mmssl.index import check, write_index
 from mmssl.types import Embeddings
+
+# the folder of parts, the stretches of clips that it lacks, settings of `write_parts`, and whether to show a bar -> the
+# name of each clip that cannot be read, and why
+Spread = Callable[[Path, Sequence[range], Mapping[str, Any], bool], Iterable[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def write_embeddings(
     progress: bool = False,
     tell: Callable[[str, str], None] = lambda name, reason: None,
     index: bool = False,
+    spread: Spread | None = None,
 ) -> Written:
     """Embed clips into a file; the same call goes on where it was cut off.
 
@@ -82,6 +87,7 @@ def write_embeddings(
             last writes the file.
         tell: called with the name of each clip that could not be read, and why.
         index: write an index, a folder, whatever the ending of `out`.
+        spread: embeds stretches of the clips elsewhere, see `on_ray`; None for here and one after the other.
 
     Raises:
         ValueError: parts of another job lie there, no clip can be read, Parquet is asked for without pyarrow or an
@@ -119,21 +125,14 @@ def write_embeddings(
 
     mine = range(len(clips) * (number - 1) // of, len(clips) * number // of)
     settings: dict[str, Any] = {"layers": layers, "pool": pool, "tokens": tokens, "on_bad_clip": on_bad_clip}
-    settings |= {
-        "window": window,
-        "overlap": overlap,
-        "batch_size": batch_size,
-        "batch_seconds": batch_seconds,
-        "progress": progress,
-    }
-    for places in _missing(mine, folder):
-        start = places.start
-        for found in embedder.stream(clips, places=places, **settings):
-            stop = start + len(found[0].ids)
-            _write_part(folder / f"{start:012}-{stop:012}.npz", found, layers)
-            for name, reason in found[0].bad.items():
-                tell(name, reason)
-            start = stop
+    settings |= {"window": window, "overlap": overlap, "batch_size": batch_size, "batch_seconds": batch_seconds}
+    missing = list(_missing(mine, folder))
+    if spread is not None:
+        told: Iterable[tuple[str, str]] = spread(folder, missing, settings, progress)
+    else:
+        told = (bad for places in missing for bad in write_parts(embedder, clips, folder, places, settings, progress))
+    for name, reason in told:
+        tell(name, reason)
 
     def write(parts: Sequence[Path], path: Path) -> None:
         if not index:
@@ -153,6 +152,24 @@ def write_embeddings(
         write_index(path, about, _scenes(parts, layers[0]), _rows(parts, clips), _bad(parts))
 
     return _finish(folder, merging, out, len(clips), layers[0], write)
+
+
+def write_parts(
+    embedder: Embedder, clips: Clips, folder: Path, places: range, settings: Mapping[str, Any], progress: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Embed a stretch of clips into parts, and give the name of each that cannot be read, and why.
+
+    Args:
+        embedder: of one modality.
+        folder: of the parts.
+        settings: of `Embedder.stream`.
+    """
+    start = places.start
+    for found in embedder.stream(clips, places=places, progress=progress, **settings):
+        stop = start + len(found[0].ids)
+        _write_part(folder / f"{start:012}-{stop:012}.npz", found, settings["layers"])
+        yield from found[0].bad.items()
+        start = stop
 
 
 def _open(folder: Path, job: Mapping[str, Any], clips: Clips) -> None:

@@ -44,6 +44,7 @@ ARROWS = {
     "crossmodal": ["modalities", "data", "evaluation", "embed"],
     "hear": ["embed"],
     "index": ["types", "modalities", "data", "embed"],
+    "on_ray": ["clips", "embed", "progress", "store"],
     "store": ["types", "data", "clips", "embed", "index"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "build", "embed", "crossmodal"],
     "matrix": ["recipe", "modalities", "objectives", "build", "resolve", "assemble"],

@@ -107,7 +107,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
         for alias in node.names
     }
     wanted = setup()["options"]["install_requires"] + "".join(
-        setup()["options.extras_require"][e] for e in ("ann", "codec", "lm", "parquet")
+        setup()["options.extras_require"][e] for e in ("ann", "codec", "lm", "parquet", "ray")
     )
     declared = re.findall(r"^([A-Za-z][\w-]*)", wanted, re.MULTILINE)
     ours = imported - set(sys.stdlib_module_names) - {"mmssl"}
