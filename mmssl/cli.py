@@ -108,9 +108,13 @@ def embed(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="File to write: .npz for numpy.load, or .parquet.")] = Path(
-        "embeddings.npz"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write: .npz for numpy.load, or .parquet.", show_default="embeddings.npz"),
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="Write an index for `mmssl search` instead: its folder.", show_default=False)
+    ] = None,
     modality: Annotated[
         str | None, typer.Option(help="What the clips are, for a run on several modalities.", show_default=False)
     ] = None,
@@ -138,6 +142,10 @@ def embed(
     part: Annotated[str, typer.Option(metavar="N/OF", help="Of several processes that share the work, this one.")] = (
         "1/1"
     ),
+    engine: Annotated[
+        Literal["here", "ray"],
+        typer.Option(help="ray: on a cluster of Ray (RAY_ADDRESS), or all cores of this machine."),
+    ] = "here",
 ) -> None:
     """Write the embeddings of files: one vector a clip and, if asked for, one a token.
 
@@ -145,19 +153,27 @@ def embed(
     `time_ms`; with several layers an axis of layers in front, which `layers` names. A .parquet file has a row a clip:
     `id`, `scene`, `error`. The same command goes on where it was cut off, from the parts beside --out.
     """
+    if index is not None and out is not None:
+        raise ValueError(f"--out {out}, --index {index}: give one of them")
     from mmssl.embed import load
     from mmssl.store import write_embeddings
 
-    embedder = load(model, device=device, precision=precision).of(modality)
+    embedder = load(model, device=device, precision=precision)
     layers = (
-        list(range(embedder.depth + 1))
+        list(range(embedder.of(modality).depth + 1))
         if layer == "all"
         else [_number("--layer", part, int) for part in layer.split(",")]
     )
+    spread = None
+    if engine == "ray":
+        from mmssl.on_ray import on_ray
+
+        spread = on_ray(model, inputs, modality=modality, device=device, precision=precision)
     done = write_embeddings(
         embedder,
         inputs,
-        out,
+        index or out or "embeddings.npz",
+        modality=modality,
         layers=layers,
         pool=pool,
         tokens=tokens,
@@ -168,12 +184,48 @@ def embed(
         part=_part(part),
         progress=sys.stderr.isatty(),
         tell=lambda name, reason: print(f"left out: {name}: {reason}", file=sys.stderr),
+        index=index is not None,
+        spread=spread,
     )
     if done.path is None:
-        print(f"{out}: part {part} is done, and others are not yet")
+        print(f"{index or out}: part {part} is done, and others are not yet")
         return
     read = f"{done.clips - done.bad} clips, {done.bad} could not be read" if done.bad else f"{done.clips} clips"
     print(f"{done.path}: {read}, width {done.width}, layer {layer}")
+
+
+@command('mmssl search pictures.index "a red heart" -k 5')
+def search(
+    index: Annotated[
+        Path, typer.Argument(metavar="INDEX", help="Folder that `mmssl embed --index` wrote.", show_default=False)
+    ],
+    query: Annotated[
+        str,
+        typer.Argument(metavar="QUERY", help="A sentence in quotes, or a file to find like.", show_default=False),
+    ],
+    modality: Annotated[
+        str | None, typer.Option(help="What the query is, where its name does not tell.", show_default=False)
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many clips to show.")] = 10,
+    model: Annotated[
+        Path | None, typer.Option(help="Where the index's encoder is now.", show_default="where it was")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of scores and rows.")] = False,
+) -> None:
+    """Find the clips of an index that are most similar to a sentence or a file, by cosine similarity.
+
+    A run on several modalities finds any of them by any other; a run on one finds clips like a clip.
+    """
+    from mmssl.index import Index
+
+    hits = Index(index, model=model, device=device).search(query, modality=modality, k=k)
+    if as_json:
+        print(json.dumps([{"score": round(hit.score, 6), **hit.row} for hit in hits], indent=2))
+        return
+    for hit in hits:
+        said = [str(hit.row[key]) for key in ("text", "label") if key in hit.row and hit.row[key] != hit.row["id"]]
+        print("  ".join([f"{hit.score:7.4f}", hit.row["id"], *said]))
 
 
 @command("mmssl evaluate runs/mae_base --task linear --train train.jsonl --valid valid.jsonl --test test.jsonl")
@@ -291,10 +343,20 @@ def evaluate(
 
 @command("mmssl manifest digits/ --label-from -1 --split train=0.9,valid=0.1 --by speaker --out manifests/digits")
 def manifest(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder of files, and of uncompressed tar files; a manifest: --stats.")
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR",
+            help="Folder of files, and of uncompressed tar files; or tar files; a manifest: --stats.",
+            show_default=False,
+        ),
     ],
-    modality: Annotated[str, typer.Option(help="speech, audio, image or video: which files to look for.")] = "speech",
+    modality: Annotated[
+        str,
+        typer.Option(
+            help="speech, audio, image or video: which files to look for; or pairs: image,text, image,speech."
+        ),
+    ] = "speech",
     out: Annotated[
         Path | None, typer.Option(help="File to write, or with splits a folder for one file each.", show_default="DIR")
     ] = None,
@@ -319,16 +381,21 @@ def manifest(
         typer.Option(metavar="RECIPE", help="Measure the mean and deviation that this recipe normalizes by."),
     ] = None,
 ) -> None:
-    """Write a JSON-lines manifest of a folder: one row a clip, with durations, labels, transcripts and splits.
+    """Write a JSON-lines manifest of a folder: one row a clip, with durations, labels, texts and splits.
 
-    Labels, splits and transcripts come from folder names or from a table. Files that cannot be read are named and left
-    out. With --stats the constants of normalization are printed as settings of a recipe: of the training split where
-    there are splits; and where DIR is a manifest already, nothing is written.
+    Labels, splits and texts come from folder names, from a table, or from what lies beside a file under its name, as in
+    shards of WebDataset: 0001.txt its text, 0001.cls its label, 0001.json both. Files that cannot be read are named and
+    left out, and of pairs what has no partner. With --stats the constants of normalization are printed as settings of a
+    recipe: of the training split where there are splits; and where DIR is a manifest already, nothing is written.
     """
     from mmssl.data.manifest import check_shares, split_rows, write_manifest
-    from mmssl.data.scan import NoClips, scan
+    from mmssl.data.scan import NoClips, pair, scan
     from mmssl.modalities import MODALITIES
 
+    tars = folders if folders[0].suffix == ".tar" else []
+    if any((one.suffix == ".tar") != bool(tars) for one in folders) or (len(folders) > 1 and not tars):
+        raise ValueError(f"{folders[1]}: give one folder, or tar files alone")
+    folder = Path(os.path.commonpath([os.path.dirname(os.path.abspath(one)) for one in tars])) if tars else folders[0]
     if folder.suffix == ".jsonl":
         if stats is None:
             raise ValueError(f"{folder}: a manifest already; give a folder, or measure its clips with --stats RECIPE")
@@ -339,27 +406,41 @@ def manifest(
         shares = {name: _number("--split", share, float) for name, share in _pairs("--split", split.split(","))}
         check_shares(shares)  # before every header is read
     columns = dict(_pairs("--column", column or []))
-    if modality not in MODALITIES:
-        raise ValueError(f"--modality {modality}: one of {', '.join(MODALITIES)}")
-    kind = MODALITIES[modality]
-    if kind.probe is None:
+    names = modality.split(",")
+    for name in names:
+        if name not in MODALITIES:
+            raise ValueError(f"--modality {name}: one of {', '.join(MODALITIES)}, or several of them: image,text")
+    kinds = {MODALITIES[name].media: MODALITIES[name] for name in names}
+    if len(kinds) < len(names):
+        raise ValueError(f"--modality {modality}: two that read the same files are no pair")
+    filed = {media: kind for media, kind in kinds.items() if kind.probe is not None}
+    if not filed:
         raise ValueError(
-            f"--modality {modality}: a caption has no file of its own; list the files that captions describe, and take "
-            "these from a table with --tsv"
+            f"--modality {modality}: a caption has no file of its own; look for the files that captions describe, such "
+            "as --modality image,text"
         )
+    if len(filed) > 1 and tsv is not None:
+        raise ValueError(f"--tsv {tsv}: names files of one kind, and --modality {modality} pairs files by their names")
     try:
-        found = scan(
-            folder,
-            media=kind.media,
-            probe=kind.probe,
-            suffixes=kind.suffixes,
-            label_from=label_from,
-            split_from=split_from,
-            text_from=text_from,
-            tsv=tsv,
-            columns=columns,
-            workers=workers,
-        )
+        each = {
+            media: scan(
+                folder,
+                media=media,
+                probe=kind.probe,  # type: ignore[arg-type]  # these have one
+                suffixes=kind.suffixes,
+                label_from=label_from,
+                split_from=split_from,
+                text_from=text_from,
+                tsv=tsv,
+                columns=columns,
+                tars=tars,
+                workers=workers,
+            )
+            for media, kind in filed.items()
+        }
+        found = next(iter(each.values()))
+        if len(names) > 1:
+            found = pair(each, {media: kind.hints for media, kind in filed.items()}, text="text" in kinds)
     except NoClips as error:
         meant = [f"--modality {name}" for name, other in MODALITIES.items() if other.suffixes & error.ignored.keys()]
         looks = "looks" if len(meant) == 1 else "look"
@@ -381,7 +462,8 @@ def manifest(
     else:
         files = {place if place.suffix == ".jsonl" else place / "manifest.jsonl": found.rows}
     for file, rows in files.items():
-        print(f"{file}: {write_manifest(file, rows)} clips")
+        texts = sum("text" in row for row in rows)
+        print(f"{file}: {write_manifest(file, rows)} clips" + (f", {texts} with text" if texts else ""))
     if stats is not None:
         _print_stats(stats, next((file for file in files if file.stem == "train"), next(iter(files))))
 

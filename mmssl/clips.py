@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
-from mmssl.data.manifest import Manifest
+from mmssl.data.manifest import Manifest, Row, read_slice
+from mmssl.data.scan import tar_members
 from mmssl.data.units import check_units
 from mmssl.encoder import Encoder
 from mmssl.loading import build_augment, build_reader, build_span, clips_of
@@ -30,9 +31,21 @@ from mmssl.modalities.modality import Modality
 from mmssl.types import BadClip, Frontend
 
 Input: TypeAlias = str | Path | BinaryIO | np.ndarray | Tensor | Manifest
-Part: TypeAlias = ManifestDataset | str | tuple[str, Callable[[], Tensor]]
+
+
+class Member(NamedTuple):
+    """A file in an uncompressed tar."""
+
+    tar: str
+    name: str
+    offset: int
+    size: int
+
+
+Part: TypeAlias = ManifestDataset | str | Member | tuple[str, Callable[[], Tensor]]
 # Clips are read in windows, sorted by length within, and embedded in groups. Windows start small, so that the model
-# has something to do soon, and double up to so many groups, or so many values whichever comes first.
+# has something to do soon, and double up to so many groups, or so many values whichever comes first. From where they
+# are that large, one begins at each multiple of it, so that whoever reads from such a place on reads the same windows.
 WINDOW_GROUPS = 16
 WINDOW_VALUES = 2**24
 # what an array of each media is
@@ -85,7 +98,16 @@ def find_clips(
                 clips.add((caption, partial(ready, read, caption)))
         elif isinstance(item, (str, Path)):
             for path in _expand(str(item), kind.suffixes, modality):
-                clips.add(path)
+                if not path.endswith(".tar"):
+                    clips.add(path)
+                    continue
+                try:
+                    for name, offset, size in tar_members(path):
+                        base = os.path.basename(name)
+                        if os.path.splitext(base)[1].lower() in kind.suffixes and not base.startswith("."):
+                            clips.add(Member(path, name, offset, size))
+                except BadClip as error:  # it ends too early: what is missing of it is one bad clip
+                    clips.add((path, partial(_refuse, error)))
         elif isinstance(item, (np.ndarray, Tensor)):
             batch = _split(item, f"input {place}", kind.media, frontend.min_length)
             for i, clip in enumerate(batch):
@@ -167,10 +189,10 @@ class Clips:
     A manifest stays a manifest: its rows are not listed. Of a file no more is kept than its path.
 
     Args:
-        read_file: a path to a clip that is fit for the frontend.
+        read_file: a path or a binary file to a clip that is fit for the frontend.
     """
 
-    def __init__(self, modality: str, frontend: Frontend, read_file: Callable[[str], Tensor]) -> None:
+    def __init__(self, modality: str, frontend: Frontend, read_file: Callable[[str | BinaryIO], Tensor]) -> None:
         self.modality = modality
         self.frontend = frontend
         self.read_file = read_file
@@ -179,7 +201,7 @@ class Clips:
         self._ends: list[int] = []
 
     def add(self, part: Part) -> None:
-        """Rows of a manifest, a path, or (name, how to read it)."""
+        """Rows of a manifest, a path, a member of a tar, or (name, how to read it)."""
         self._parts.append(part)
         self._ends.append(len(self) + (len(part) if isinstance(part, ManifestDataset) else 1))
 
@@ -196,7 +218,20 @@ class Clips:
         part, row = self._find(place)
         if isinstance(part, ManifestDataset):
             return str(part.manifest[row]["id"])
+        if isinstance(part, Member):
+            return f"{part.tar}#{part.name}"
         return part if isinstance(part, str) else part[0]
+
+    def row(self, place: int) -> Row:
+        """What is known of the clip at `place`: its row in a manifest, or its path or caption as one would name it."""
+        part, row = self._find(place)
+        if isinstance(part, ManifestDataset):
+            return dict(part.manifest[row])
+        if isinstance(part, Member):
+            inside = {"path": part.tar, "offset": part.offset, "size": part.size}
+            return {"id": self.name(place), MODALITIES[self.modality].media: inside}
+        name, media = self.name(place), MODALITIES[self.modality].media
+        return {"id": name, media: name} if isinstance(part, str) or media == "text" else {"id": name}
 
     def read(self, place: int) -> Item:
         """The clip at `place`, fit for the frontend."""
@@ -206,7 +241,10 @@ class Clips:
             if isinstance(part, ManifestDataset):
                 sample = part.read(row, 0)
             else:
-                clip = self.read_file(part) if isinstance(part, str) else part[1]()
+                if isinstance(part, Member):
+                    clip = self.read_file(read_slice(part.tar, part.offset, part.size))
+                else:
+                    clip = self.read_file(part) if isinstance(part, str) else part[1]()
                 sample = Sample(name, {self.modality: clip}, {self.modality: self.rate}, None, 0)
             self._try(sample)
         except BadClip as error:
@@ -247,16 +285,16 @@ def windows(clips: Clips, batch_size: int, places: range | None = None) -> Gener
 
     def read() -> None:
         window: list[Item] = []
-        values, most = 0, batch_size
+        values = 0
         try:
             for place in range(len(clips)) if places is None else places:
                 if stopped.is_set():
                     return
                 window.append(clips.read(place))
                 values += 0 if window[-1].sample is None else math.prod(window[-1].shape)
-                if len(window) >= most or values >= WINDOW_VALUES:
+                if values >= WINDOW_VALUES or _ends_window(place + 1, batch_size):
                     hand_over(window)
-                    window, values, most = [], 0, min(2 * most, WINDOW_GROUPS * batch_size)
+                    window, values = [], 0
             if window:
                 hand_over(window)
             hand_over(None)
@@ -275,6 +313,12 @@ def windows(clips: Clips, batch_size: int, places: range | None = None) -> Gener
         thread.join()
 
 
+def _ends_window(place: int, batch_size: int) -> bool:
+    """Whether the clip at `place` is the first of another window."""
+    groups, rest = divmod(place, batch_size)
+    return rest == 0 and (groups % WINDOW_GROUPS == 0 if groups > WINDOW_GROUPS else groups & (groups - 1) == 0)
+
+
 def groups(items: Sequence[Item], batch_size: int, batch_seconds: float) -> Iterator[list[Item]]:
     """Clips that are computed together: sound and codes of similar length, pictures and video of the same shape."""
     group: list[Item] = []
@@ -291,6 +335,10 @@ def groups(items: Sequence[Item], batch_size: int, batch_seconds: float) -> Iter
         group.append(item)
     if group:
         yield group
+
+
+def _refuse(error: BadClip) -> Tensor:
+    raise error
 
 
 def _captions(item: object, name: str) -> list[str]:
@@ -315,7 +363,9 @@ def _expand(text: str, suffixes: Collection[str], modality: str) -> list[str]:
     """The files that a path, a folder or a glob pattern means, sorted where there are several."""
     if os.path.isdir(text):
         inside = sorted(
-            str(path) for path in Path(text).rglob("*") if path.suffix.lower() in suffixes and path.is_file()
+            str(path)
+            for path in Path(text).rglob("*")
+            if (path.suffix.lower() in suffixes or path.suffix == ".tar") and path.is_file()
         )
         if not inside:
             raise ValueError(f"{text}: no {modality} file in this folder ({' '.join(sorted(suffixes))})")

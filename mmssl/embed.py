@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -242,9 +244,10 @@ class Embedder:
 
         Args:
             inputs: one of these or a sequence of them: a path; a glob pattern; a folder (all files of the modality
-                below it); a manifest (.jsonl); an open binary file; an array or tensor: (L,) samples, (C, H, W)
-                pixels in [0, 1], or (C, T, H, W) of frames, or with one axis more several such clips. For an encoder of
-                text a string is a caption, unless it names a manifest or a .txt file with a caption in each line.
+                below it, those in uncompressed tars too); such a tar; a manifest (.jsonl); an open binary file; an
+                array or tensor: (L,) samples, (C, H, W) pixels in [0, 1], or (C, T, H, W) of frames, or with one axis
+                more several such clips. For an encoder of text a string is a caption, unless it names a manifest or a
+                .txt file with a caption in each line.
             modality: what the inputs are, for an encoder of several.
             layer: -1 the encoder's output, after its final norm where it has one; 0 the input of the first block; i the
                 output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass.
@@ -528,9 +531,23 @@ class Embedder:
         # in float64, so that the mean of the same is the same
         return torch.stack(parts).double().mean(0).float()
 
+    def pool_name(self, pool: str | None, layers: Sequence[int]) -> str:
+        """What `pool` of `embed` stands for."""
+        if pool is not None:
+            return pool
+        return "mean" if self._joint is None or list(layers) != [-1] else "joint"
+
+    def digest(self) -> str:
+        """What tells one encoder from another: its config and its weights, with those of the objective."""
+        found = blake2b(json.dumps(self.config, sort_keys=True, default=str).encode(), digest_size=16)
+        for part in (self.encoder.state_dict(), self._head or {}):
+            for name, tensor in sorted(part.items()):
+                found.update(name.encode())
+                found.update(tensor.detach().float().cpu().contiguous().numpy())
+        return found.hexdigest()
+
     def _pool(self, pool: str | None, layers: Sequence[int]) -> Pooling:
-        if pool is None:
-            pool = "mean" if self._joint is None or list(layers) != [-1] else "joint"
+        pool = self.pool_name(pool, layers)
         if pool != "joint":
             return Pool.named(pool)
         joint = self._joint

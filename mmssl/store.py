@@ -10,18 +10,23 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from mmssl.clips import Clips, Input, find_clips
+from mmssl.data.manifest import Row
 from mmssl.embed import Embedder
+from mmssl.index import check, write_index
 from mmssl.types import Embeddings
+
+# the folder of parts, the stretches of clips that it lacks, settings of `write_parts`, and whether to show a bar -> the
+# name of each clip that cannot be read, and why
+Spread = Callable[[Path, Sequence[range], Mapping[str, Any], bool], Iterable[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ def write_embeddings(
     inputs: Input | Sequence[Input],
     out: str | Path,
     *,
+    modality: str | None = None,
     layers: Sequence[int] = (-1,),
     pool: str | None = None,
     tokens: bool = False,
@@ -56,6 +62,8 @@ def write_embeddings(
     part: tuple[int, int] = (1, 1),
     progress: bool = False,
     tell: Callable[[str, str], None] = lambda name, reason: None,
+    index: bool = False,
+    spread: Spread | None = None,
 ) -> Written:
     """Embed clips into a file; the same call goes on where it was cut off.
 
@@ -67,31 +75,43 @@ def write_embeddings(
     a clip that could not be read is null and its error says why. With several layers there is a `scene_<layer>` and a
     `tokens_<layer>` for each of them.
 
+    An index is a folder of the scenes of one layer, see `mmssl.index`; clips that could not be read are not in it.
+
     Args:
         out: file to write; .npz is added where it has another ending than .npz and .parquet. Until it is written,
             parts lie in a folder of its name with .parts.
-        inputs, pool, tokens, window, overlap, batch_size, batch_seconds, on_bad_clip, progress: see `Embedder.embed`.
+        inputs, modality, pool, tokens, window, overlap, batch_size, batch_seconds, on_bad_clip, progress: see
+            `Embedder.embed`.
         layers: see `layer` of `Embedder.embed`.
         part: (i, n): embed only the i-th of n stretches of the clips, one for each of n processes. Whoever is there
             last writes the file.
         tell: called with the name of each clip that could not be read, and why.
+        index: write an index, a folder, whatever the ending of `out`.
+        spread: embeds stretches of the clips elsewhere, see `on_ray`; None for here and one after the other.
 
     Raises:
-        ValueError: parts of another job lie there, no clip can be read, or Parquet is asked for without pyarrow.
+        ValueError: parts of another job lie there, no clip can be read, Parquet is asked for without pyarrow or an
+            index without faiss, or an index of tokens or several layers.
     """
     out = Path(out)
-    if out.suffix not in FORMATS:
+    if index:
+        if tokens or len(layers) > 1:
+            raise ValueError(f"{out}: an index has one vector a clip; leave out tokens, and choose one layer")
+        check(out)
+    elif out.suffix not in FORMATS:
         out = out.with_name(out.name + ".npz")
-    if out.suffix == ".parquet":
+    if not index and out.suffix == ".parquet":
         _pyarrow(out)
     number, of = part
     if not 1 <= number <= of:
         raise ValueError(f"part={number}/{of}: counts from 1 to the number of processes")
-    embedder = embedder.of()
+    whole, embedder = embedder, embedder.of(modality)
     clips = find_clips(inputs, embedder.config, embedder.encoder, rate=None)
+    digest = whole.digest()
     job = {
         "clips": len(clips),
-        "encoder": _digest(embedder),
+        "encoder": digest,
+        "modality": embedder.modality,
         "layers": list(layers),
         "pool": pool,
         "precision": embedder.precision,
@@ -104,24 +124,52 @@ def write_embeddings(
     _open(folder, job, clips)
 
     mine = range(len(clips) * (number - 1) // of, len(clips) * number // of)
-    done = [_places(path) for path in _parts(folder)]
-    start = max([mine.start, *(stop for first, stop in done if first in mine)])
     settings: dict[str, Any] = {"layers": layers, "pool": pool, "tokens": tokens, "on_bad_clip": on_bad_clip}
-    settings |= {
-        "window": window,
-        "overlap": overlap,
-        "batch_size": batch_size,
-        "batch_seconds": batch_seconds,
-        "progress": progress,
-    }
-    if start < mine.stop:
-        for found in embedder.stream(clips, places=range(start, mine.stop), **settings):
-            stop = start + len(found[0].ids)
-            _write_part(folder / f"{start:012}-{stop:012}.npz", found, layers)
-            for name, reason in found[0].bad.items():
-                tell(name, reason)
-            start = stop
-    return _finish(folder, merging, out, clips, layers)
+    settings |= {"window": window, "overlap": overlap, "batch_size": batch_size, "batch_seconds": batch_seconds}
+    missing = list(_missing(mine, folder))
+    if spread is not None:
+        told: Iterable[tuple[str, str]] = spread(folder, missing, settings, progress)
+    else:
+        told = (bad for places in missing for bad in write_parts(embedder, clips, folder, places, settings, progress))
+    for name, reason in told:
+        tell(name, reason)
+
+    def write(parts: Sequence[Path], path: Path) -> None:
+        if not index:
+            with _whole(path) as unfinished:
+                FORMATS[path.suffix](parts, unfinished, layers)
+            return
+        about = {
+            "encoder": os.path.abspath(whole.name) if os.path.exists(whole.name) else whole.name,
+            "digest": digest,
+            "modality": embedder.modality,
+            "layer": layers[0],
+            "pool": embedder.pool_name(pool, layers),
+            "precision": embedder.precision,
+            "window": window,
+            "overlap": overlap,
+        }
+        write_index(path, about, _scenes(parts, layers[0]), _rows(parts, clips), _bad(parts))
+
+    return _finish(folder, merging, out, len(clips), layers[0], write)
+
+
+def write_parts(
+    embedder: Embedder, clips: Clips, folder: Path, places: range, settings: Mapping[str, Any], progress: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Embed a stretch of clips into parts, and give the name of each that cannot be read, and why.
+
+    Args:
+        embedder: of one modality.
+        folder: of the parts.
+        settings: of `Embedder.stream`.
+    """
+    start = places.start
+    for found in embedder.stream(clips, places=places, progress=progress, **settings):
+        stop = start + len(found[0].ids)
+        _write_part(folder / f"{start:012}-{stop:012}.npz", found, settings["layers"])
+        yield from found[0].bad.items()
+        start = stop
 
 
 def _open(folder: Path, job: Mapping[str, Any], clips: Clips) -> None:
@@ -151,7 +199,9 @@ def _open(folder: Path, job: Mapping[str, Any], clips: Clips) -> None:
                 )
 
 
-def _finish(folder: Path, merging: Path, out: Path, clips: Clips, layers: Sequence[int]) -> Written:
+def _finish(
+    folder: Path, merging: Path, out: Path, clips: int, layer: int, write: Callable[[Sequence[Path], Path], None]
+) -> Written:
     """Put the parts together where all of them are there, and remove them."""
     covered = bad = width = 0
     for path in _parts(folder):
@@ -159,36 +209,37 @@ def _finish(folder: Path, merging: Path, out: Path, clips: Clips, layers: Sequen
         covered += covered_to - first
         with np.load(path, allow_pickle=False) as file:
             bad += int((file["errors"] != "").sum())
-            width = max(width, file[f"scene_{layers[0]}"].shape[1])
-    if covered < len(clips):
-        return Written(None, len(clips), bad, width)
-    if bad == len(clips):
+            width = max(width, file[f"scene_{layer}"].shape[1])
+    if covered < clips:
+        return Written(None, clips, bad, width)
+    if bad == clips:
         with np.load(_parts(folder)[0], allow_pickle=False) as file:
             first_bad, reason = file["ids"][0], file["errors"][0]
         shutil.rmtree(folder)
-        raise ValueError(f"none of the {len(clips)} clips can be read; the first is {first_bad} ({reason})")
+        raise ValueError(f"none of the {clips} clips can be read; the first is {first_bad} ({reason})")
     try:
         folder.rename(merging)
     except FileNotFoundError:  # another process has begun to
-        return Written(None, len(clips), bad, width)
-    with _whole(out) as unfinished:
-        FORMATS[out.suffix](_parts(merging), unfinished, layers)
+        return Written(None, clips, bad, width)
+    write(_parts(merging), out)
     shutil.rmtree(merging)
-    return Written(out, len(clips), bad, width)
-
-
-def _digest(embedder: Embedder) -> str:
-    """What tells one encoder from another: its config and its weights."""
-    digest = blake2b(json.dumps(embedder.config, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, tensor in sorted(embedder.encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy())
-    return digest.hexdigest()
+    return Written(out, clips, bad, width)
 
 
 def _parts(folder: Path) -> list[Path]:
     """In the order of their clips."""
     return sorted(folder.glob("*.npz"))
+
+
+def _missing(mine: range, folder: Path) -> Iterator[range]:
+    """The stretches of these clips that no part covers; parts may be of a job that more processes or fewer shared."""
+    at = mine.start
+    for first, stop in map(_places, _parts(folder)):
+        if at < min(first, mine.stop):
+            yield range(at, min(first, mine.stop))
+        at = max(at, stop)
+    if at < mine.stop:
+        yield range(at, mine.stop)
 
 
 def _places(path: Path) -> tuple[int, int]:
@@ -344,6 +395,27 @@ def _to_parquet(parts: Sequence[Path], path: Path, layers: Sequence[int]) -> Non
                         columns["time_ms"] = pa.ListArray.from_arrays(ends, pa.array(times), mask=pa.array(bad))
                 columns["error"] = [_utf8(error) or None for error in file["errors"]]
             writer.write_table(pa.table(columns, schema=schema))
+
+
+def _scenes(parts: Sequence[Path], layer: int) -> Iterator[np.ndarray]:
+    for part in parts:
+        with np.load(part, allow_pickle=False) as file:
+            if len(scenes := file[f"scene_{layer}"]):
+                yield scenes
+
+
+def _rows(parts: Sequence[Path], clips: Clips) -> Iterator[Row]:
+    for part in parts:
+        with np.load(part, allow_pickle=False) as file:
+            errors = file["errors"]
+        yield from (clips.row(place) for place, error in enumerate(errors, _places(part)[0]) if not error)
+
+
+def _bad(parts: Sequence[Path]) -> Iterator[Row]:
+    for part in parts:
+        with np.load(part, allow_pickle=False) as file:
+            ids, errors = file["ids"].tolist(), file["errors"].tolist()
+        yield from ({"id": id, "error": error} for id, error in zip(ids, errors, strict=True) if error)
 
 
 def _utf8(text: str) -> str:

@@ -1,9 +1,11 @@
 """The command line, from a folder of files to scores, and what it says when something is wrong."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from mmssl.cli import app
+from mmssl.data.manifest import Manifest
 
 TOY = ["transformer.dim=16", "transformer.depth=2", "transformer.heads=2", "objective.decoder_dim=16"]
 TOY += ["objective.decoder_depth=1", "objective.decoder_heads=2", "data.workers=0", "data.batch_size=6"]
@@ -213,6 +216,52 @@ def test_a_wav_file_that_was_cut_off_is_told_of(sounds: Path, tmp_path: Path) ->
     assert result.stdout == f"{tmp_path / 'manifest.jsonl'}: 2 clips\n"
     assert result.stderr.startswith(f"odd: 1 of the clips; the first is {tmp_path / 'half.wav'}, which ends after 0.19")
     assert "remark" not in (tmp_path / "manifest.jsonl").read_text()
+
+
+def test_shards_of_webdataset_are_listed_trained_on_and_embedded_where_they_lie(
+    pretrained: Path, pictures: Path, tmp_path: Path
+) -> None:
+    files = sorted((pictures / "train").rglob("*.png"))
+    (tmp_path / "shards").mkdir()
+    for number, part in enumerate((files[:7], files[7:])):
+        with tarfile.open(tmp_path / "shards" / f"{number:03}.tar", "w") as shard:
+            for n, file in enumerate(part):
+                for suffix, content in (
+                    (".png", file.read_bytes()),
+                    (".cls", b"1"),
+                    (".txt", file.parent.name.encode()),
+                ):
+                    info = tarfile.TarInfo(f"{number}{n:05}{suffix}")
+                    info.size = len(content)
+                    shard.addfile(info, io.BytesIO(content))
+    tars = sorted((tmp_path / "shards").iterdir())
+    rows = tmp_path / "m.jsonl"
+    text = ok("manifest", *tars, "--modality", "image,text", "--out", rows)
+    assert text == f"{rows}: {len(files)} clips, {len(files)} with text\n"
+    listed = Manifest(rows)
+    assert [row["text"] for row in listed] == [file.parent.name for file in files]
+    assert {row["label"] for row in listed} == {1}
+    assert {row["image"] for row in listed} == {str(tar) for tar in tars}
+
+    ok("pretrain", "small/mae_image", f"data.train={rows}", *TOY, "trainer.steps=1", "--out", tmp_path / "run")
+
+    def vectors(*inputs: Path) -> tuple[list[str], np.ndarray]:
+        ok("embed", pretrained, *inputs, "--out", tmp_path / "e.npz")
+        with np.load(tmp_path / "e.npz") as found:
+            return found["ids"].tolist(), found["scene"]
+
+    _, plain = vectors(*files)
+    ids, inside = vectors(tmp_path / "shards")
+    assert ids[0] == f"{tars[0]}#000000.png"
+    assert ids[-1] == f"{tars[1]}#1{len(files) - 8:05}.png"
+    assert inside == pytest.approx(plain, abs=1e-5)
+    assert vectors(rows)[1] == pytest.approx(plain, abs=1e-5)
+    # of a torn one what is whole, and a row for the rest; it ends within its second picture
+    tars[0].write_bytes(tars[0].read_bytes()[: 512 * 7 + 10])
+    ids, inside = vectors(tars[0])
+    assert ids == [f"{tars[0]}#000000.png", f"{tars[0]}#000001.png", str(tars[0])]
+    assert np.isnan(inside).all(1).tolist() == [False, True, True]
+    assert said("manifest", tmp_path, tars[0]) == f"{tars[0]}: give one folder, or tar files alone"
 
 
 def test_clips_that_could_not_be_read_are_counted_apart(pretrained: Path, pictures: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_another_call_order_or_number_of_threads_gives_the_same_vectors(
 def test_a_stream_is_the_same_embeddings_a_few_at_a_time(speech: Embedder, waves: list[np.ndarray]) -> None:
     whole = speech.embed([*waves, "missing.wav"], on_bad_clip="skip")
     parts = [one for [one] in speech.stream([*waves, "missing.wav"], tokens=True, batch_size=2, on_bad_clip="skip")]
-    assert [len(one.ids) for one in parts] == [2, 4, 2]
+    assert [len(one.ids) for one in parts] == [2, 2, 4]
     assert [name for one in parts for name in one.ids] == whole.ids
     assert torch.cat([one.scene for one in parts]).numpy() == pytest.approx(whole.scene.numpy(), abs=1e-5, nan_ok=True)
     assert parts[2].bad == whole.bad

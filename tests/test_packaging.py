@@ -91,7 +91,13 @@ def test_the_installed_command_works_from_any_folder(installed: Path) -> None:
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
-    names = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn", "flashlight": "flashlight-text"}
+    names = {
+        "PIL": "pillow",
+        "yaml": "PyYAML",
+        "sklearn": "scikit-learn",
+        "flashlight": "flashlight-text",
+        "faiss": "faiss-cpu",
+    }
     imported = {
         node.module.partition(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.partition(".")[0]
         for folder in MAPPED
@@ -101,7 +107,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
         for alias in node.names
     }
     wanted = setup()["options"]["install_requires"] + "".join(
-        setup()["options.extras_require"][e] for e in ("codec", "lm", "parquet")
+        setup()["options.extras_require"][e] for e in ("ann", "codec", "lm", "parquet", "ray")
     )
     declared = re.findall(r"^([A-Za-z][\w-]*)", wanted, re.MULTILINE)
     ours = imported - set(sys.stdlib_module_names) - {"mmssl"}

@@ -102,6 +102,7 @@ def test_commands_are_found_in_blocks_and_in_recipes() -> None:
         "pretrain",
         "finetune",
         "embed",
+        "search",
         "evaluate",
         "report",
         "units",

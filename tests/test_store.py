@@ -132,8 +132,8 @@ def test_a_job_that_was_cut_off_goes_on(manifest: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(store, "_write_part", write)
     monkeypatch.setattr(clips.Clips, "read", lambda self, place: read.append(place) or reading(self, place))
     found = arrays(write_embeddings(embedder(), manifest, tmp_path / "e.npz", **KEPT).path)
-    # 2 and 4 clips were done
-    assert read == list(range(6, 13))
+    # 2 and 2 clips were done
+    assert read == list(range(4, 13))
     assert set(found) == set(whole)
     for name, values in whole.items():
         assert found[name].tolist() == values.tolist() or found[name] == pytest.approx(values, abs=1e-5, nan_ok=True)
@@ -166,6 +166,15 @@ def test_several_processes_write_one_file(manifest: Path, tmp_path: Path) -> Non
     assert found["scene"] == pytest.approx(whole["scene"], abs=1e-5, nan_ok=True)
     with pytest.raises(ValueError, match="part=4/3: counts from 1"):
         write_embeddings(embedder(), manifest, tmp_path / "e.npz", part=(4, 3))
+
+
+def test_fewer_processes_go_on_where_more_were_cut_off(manifest: Path, tmp_path: Path) -> None:
+    whole = arrays(write_embeddings(embedder(), manifest, tmp_path / "whole.npz", **KEPT).path)
+    write_embeddings(embedder(), manifest, tmp_path / "e.npz", part=(2, 3), **KEPT)
+    assert write_embeddings(embedder(), manifest, tmp_path / "e.npz", part=(1, 2), **KEPT).path is None
+    found = arrays(write_embeddings(embedder(), manifest, tmp_path / "e.npz", **KEPT).path)
+    assert found["ids"].tolist() == whole["ids"].tolist()
+    assert found["scene"] == pytest.approx(whole["scene"], abs=1e-5, nan_ok=True)
 
 
 def test_parts_of_another_job_are_left_alone(manifest: Path, tmp_path: Path) -> None:
@@ -202,7 +211,7 @@ def test_no_more_clips_are_held_than_a_part_has(
 
     monkeypatch.setattr(store, "_write_part", watched)
     write_embeddings(embedder(), manifest, tmp_path / "e.npz", **KEPT)
-    assert sizes == [2, 4, 4, 3]
+    assert sizes == [2, 2, 4, 4, 1]
 
 
 def test_bad_clips_can_end_the_job_and_nothing_but_bad_clips_does(manifest: Path, tmp_path: Path) -> None:

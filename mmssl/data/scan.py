@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import posixpath
@@ -47,6 +48,10 @@ class NoClips(ValueError):
         self.ignored = ignored
 
 
+# path, and of a member of a tar its offset and size
+_Place = tuple[str, int | None, int | None]
+
+
 @dataclass
 class _Clip:
     """A file, or a slice of one, that may become a row."""
@@ -56,6 +61,7 @@ class _Clip:
     offset: int | None = None
     size: int | None = None
     member: str = ""  # its name inside a tar
+    beside: dict[str, _Place] = field(default_factory=dict)  # suffix -> the file of its name that says more of it
     known: Row = field(default_factory=dict)  # what a table says of it
 
 
@@ -70,10 +76,14 @@ def scan(
     text_from: int | None = None,
     tsv: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
+    tars: Collection[str | Path] = (),
     workers: int = 4,
     progress: bool = True,
 ) -> ScanResult:
     """Look through a folder, and through the uncompressed tar files in it, for clips.
+
+    What lies beside a clip under its name says more of it, in a folder and in a tar, as WebDataset lays them out:
+    `0001.txt` its text, `0001.cls` its label, and `0001.json` whatever of its keys means text, label, split or speaker.
 
     Args:
         media: the key that names a row's file: "audio", "image", "video", "codes".
@@ -85,7 +95,9 @@ def scan(
         tsv: a table of the clips: tab-separated (or .csv) with a line of column names, or fairseq's (a root, then
             `relative path <tab> samples`; a .wrd or .ltr file beside it gives the transcripts). Its file names may be
             relative paths or bare names, with or without suffix.
-        columns: row key -> column of the table, where the names do not tell: {"text": "norm", "split": "fold"}.
+        columns: row key -> column of the table (without one, key of the .json files), where the names do not tell:
+            {"text": "norm", "split": "fold"}.
+        tars: look through these only, of those in the folder.
         workers: threads that read headers.
 
     Raises:
@@ -99,7 +111,11 @@ def scan(
     if media not in MEDIA:
         raise ValueError(f"scan: media {media!r} is not among {', '.join(MEDIA)}")
     result = ScanResult()
-    clips = list(_walk(root, frozenset(suffixes), result))
+    if tars:
+        inside = {os.path.abspath(path): os.path.relpath(os.path.dirname(os.path.abspath(path)), root) for path in tars}
+        clips = [clip for path in inside for clip in _members(path, inside[path], frozenset(suffixes), result)]
+    else:
+        clips = list(_walk(root, frozenset(suffixes), result))
     if tsv is not None:
         clips = _listed(clips, root, Path(tsv), dict(columns or {}), result)
     if not clips and not result.bad:
@@ -111,7 +127,7 @@ def scan(
     levels = {"label": label_from, "split": split_from, "text": text_from}
 
     def look(part: list[_Clip]) -> list[Row | tuple[str, str]]:
-        return [_probe(clip, media, probe, levels) for clip in part]
+        return [_probe(clip, media, probe, levels, {} if tsv is not None else columns or {}) for clip in part]
 
     parts = [clips[start : start + 32] for start in range(0, len(clips), 32)]
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -123,6 +139,53 @@ def scan(
                     if "remark" in item:
                         result.remarks.append((item[media], item.pop("remark")))
                     result.rows.append(item)
+    return result
+
+
+def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], *, text: bool) -> ScanResult:
+    """Clips of several media as one row, where they bear one name in one folder or tar: `0001.png` and `0001.wav`.
+
+    Args:
+        found: media -> the scan for it.
+        hints: media -> keys of a row that tell how its file is to be read.
+        text: whether a text is a member too.
+
+    Returns:
+        Rows with two members at least; what is alone is in `bad`.
+    """
+    if len(found) == 1:  # a table may name a file several times, each time with another text
+        [one] = found.values()
+        rows = [row for row in one.rows if "text" in row]
+        bad = [(row["id"], "there is no text of this name beside it") for row in one.rows if "text" not in row]
+        return replace(one, rows=rows, bad=one.bad + bad)
+    groups: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    result = ScanResult()
+    for media, one in found.items():
+        result.bad += one.bad
+        result.remarks += one.remarks
+        for row in one.rows:
+            folder, base = posixpath.split(row["id"])
+            shard, stem = (row[media], base.partition(".")[0]) if "offset" in row else ("", os.path.splitext(base)[0])
+            group = groups[shard, posixpath.join(folder, stem)]
+            if media in group:
+                result.bad.append((row["id"], f"bears the name of {group[media]['id']}, and a pair has one {media}"))
+            else:
+                group[media] = row
+    wanted = [*found, *(["text"] if text else [])]
+    for (_, name), group in sorted(groups.items()):
+        merged = {key: value for row in reversed(group.values()) for key, value in row.items()} | {"id": name}
+        seconds = [row["seconds"] for row in group.values() if "seconds" in row]
+        merged |= {"seconds": max(seconds)} if seconds else {}
+        for media, row in group.items():
+            own = {key: row[key] for key in ("offset", "size", *hints[media]) if key in row}
+            merged[media] = {"path": row[media], **own} if own else row[media]
+        for key in ("offset", "size"):
+            merged.pop(key, None)
+        if sum(key in merged for key in wanted) < 2:
+            lacking = " or ".join(key for key in wanted if key not in merged)
+            result.bad.append((next(iter(group.values()))["id"], f"there is no {lacking} of this name beside it"))
+        else:
+            result.rows.append(merged)
     return result
 
 
@@ -172,13 +235,18 @@ def _walk(root: str, suffixes: frozenset[str], result: ScanResult) -> Iterator[_
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = os.path.relpath(where, root)
+        notes = {
+            f"{stem}{suffix.lower()}": (os.path.join(where, stem + suffix), None, None)
+            for stem, suffix in map(os.path.splitext, files)
+            if suffix.lower() in _BESIDE
+        }
         for file in sorted(files):
             name = os.path.normpath(os.path.join(inside, file)).replace(os.sep, "/")
             path, suffix = os.path.join(where, file), os.path.splitext(file)[1].lower()
             if file.startswith("."):
                 result.ignored[file] += 1
             elif suffix in suffixes:
-                yield _Clip(name, path)
+                yield _Clip(name, path, beside=_beside(file, notes))
             elif suffix == ".tar":
                 yield from _members(path, os.path.dirname(name), suffixes, result)
             else:
@@ -187,23 +255,94 @@ def _walk(root: str, suffixes: frozenset[str], result: ScanResult) -> Iterator[_
 
 def _members(path: str, inside: str, suffixes: frozenset[str], result: ScanResult) -> Iterator[_Clip]:
     """The files of an uncompressed tar, as slices of it: nothing is unpacked."""
+    members: list[tuple[str, int, int]] = []
+    try:
+        members.extend(tar_members(path))
+    except BadClip as error:
+        result.bad.append((path, error.reason))
+    notes: dict[str, _Place] = {}
+    for name, offset, size in members:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in _BESIDE:
+            notes[stem + suffix.lower()] = (path, offset, size)
+    for name, offset, size in members:
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix not in suffixes or posixpath.basename(name).startswith("."):
+            result.ignored[suffix] += 1
+            continue
+        full = posixpath.normpath(posixpath.join(inside, name))
+        yield _Clip(full, path, offset, size, name, _beside(name, notes))
+
+
+def tar_members(path: str) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of each file in an uncompressed tar.
+
+    Raises:
+        BadClip: it is none, or it ends too early; what comes before is given all the same.
+    """
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
-                suffix = os.path.splitext(member.name)[1].lower()
-                if not member.isfile():
-                    continue
-                if suffix not in suffixes:
-                    result.ignored[suffix] += 1
-                    continue
-                inner = posixpath.normpath(member.name).lstrip("/")
-                yield _Clip(posixpath.join(inside, inner), path, member.offset_data, member.size, inner)
+                if member.isfile():
+                    yield posixpath.normpath(member.name).lstrip("/"), member.offset_data, member.size
     except (tarfile.TarError, OSError, EOFError) as error:
-        result.bad.append((path, f"cannot be read as an uncompressed tar ({error})"))
+        raise BadClip(path, f"cannot be read as an uncompressed tar ({error})") from None
+
+
+def _beside(name: str, notes: Mapping[str, _Place]) -> dict[str, _Place]:
+    """Of the notes those that bear a clip's name: without its suffix, or up to its first dot, as in WebDataset."""
+    folder, base = posixpath.split(name)
+    stems = [posixpath.join(folder, stem) for stem in (base.partition(".")[0], os.path.splitext(base)[0])]
+    return {suffix: notes[stem + suffix] for suffix in _BESIDE for stem in stems if stem + suffix in notes}
+
+
+def _said(clip: _Clip, columns: Mapping[str, str]) -> Row:
+    """What the files beside a clip say of it.
+
+    Raises:
+        BadClip: one of them cannot be read.
+    """
+    found: Row = {}
+    for suffix, place in clip.beside.items():
+        name = posixpath.splitext(clip.name)[0] + suffix
+        try:
+            text = read_slice(place[0], place[1] or 0, place[2]).read().decode("utf-8-sig").strip()
+            found |= _BESIDE[suffix](text, columns)
+        except UnicodeDecodeError as error:
+            raise BadClip(name, f"{name} beside it is not UTF-8 ({error.reason})") from None
+        except ValueError as error:
+            raise BadClip(name, f"{name} beside it {error}") from None
+    return found
+
+
+def _read_json(text: str, columns: Mapping[str, str]) -> Row:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"is no JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError("is no JSON object")
+    for key, column in columns.items():
+        if column not in values:
+            raise ValueError(f"has no {column!r} for {key!r}; its keys are {', '.join(values) or 'none'}")
+    guessed = _guess(values, {key: column for key, column in columns.items() if key != "file"})
+    return {key: values[column] for key, column in guessed.items() if key != "file" and values[column] is not None}
+
+
+# what lies beside a clip under its name -> the keys of a row that it gives
+_BESIDE: dict[str, Callable[[str, Mapping[str, str]], Row]] = {
+    ".json": _read_json,
+    ".cls": lambda text, columns: {"label": int(text) if text.isdecimal() else text},
+    ".txt": lambda text, columns: {"text": text},
+}
 
 
 def _probe(
-    clip: _Clip, media: str, probe: Callable[[Any], Mapping[str, Any]], levels: Mapping[str, int | None]
+    clip: _Clip,
+    media: str,
+    probe: Callable[[Any], Mapping[str, Any]],
+    levels: Mapping[str, int | None],
+    columns: Mapping[str, str],
 ) -> Row | tuple[str, str]:
     row: Row = {"id": clip.name, media: clip.path}
     place = clip.path
@@ -214,9 +353,11 @@ def _probe(
             row |= {"offset": clip.offset, "size": clip.size}
             place = f"{clip.path}#{clip.name}"
             found = probe(read_slice(clip.path, clip.offset, clip.size))
+        said = _said(clip, columns)
     except BadClip as error:
         return place, error.reason
     row |= {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
+    row |= said
     folders = clip.name.split("/")[:-1]
     for key, level in levels.items():
         if level is None:
@@ -287,10 +428,7 @@ def _read_entries(tsv: Path, columns: dict[str, str]) -> list[tuple[int, str, Ro
     for key, column in columns.items():
         if column not in names:
             raise ValueError(f"{tsv}: no column {column!r} for {key!r}; the columns are {', '.join(names) or 'none'}")
-    for key, guesses in _COLUMNS.items():
-        guess = next((name for name in names if name.lower() in guesses), None)
-        if guess is not None:
-            columns.setdefault(key, guess)
+    columns = _guess(names, columns)
     if "file" not in columns:
         raise ValueError(
             f"{tsv}: no column is called {', '.join(_COLUMNS['file'])}; say which names the file, of "
@@ -298,6 +436,14 @@ def _read_entries(tsv: Path, columns: dict[str, str]) -> list[tuple[int, str, Ro
         )
     file = columns.pop("file")
     return [(line, entry[file], {key: entry[column] for key, column in columns.items()}) for line, entry in table]
+
+
+def _guess(names: Iterable[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """Row key -> column, of those that are given and of those that a name tells."""
+    guessed = {
+        key: next((name for name in names if name.lower() in guesses), None) for key, guesses in _COLUMNS.items()
+    }
+    return {key: name for key, name in guessed.items() if name is not None} | dict(columns)
 
 
 def _read_fairseq(tsv: Path) -> list[tuple[int, str, Row]] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mmssl.data.manifest import Manifest, read_slice, write_manifest
-from mmssl.data.scan import ScanResult, read_table, scan
+from mmssl.data.scan import ScanResult, pair, read_table, scan
 from mmssl.types import BadClip
 
 
@@ -201,3 +201,120 @@ def test_a_name_that_is_not_utf8_still_opens_its_file(tmp_path: Path) -> None:
     result = look(tmp_path)
     write_manifest(tmp_path / "a.jsonl", result.rows)
     assert Path(Manifest(tmp_path / "a.jsonl")[0]["audio"]).read_text() == "1.5"
+
+
+def shard(path: Path, files: dict[str, str]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content.encode())
+            tar.addfile(info, io.BytesIO(content.encode()))
+    return path
+
+
+NOTES = {
+    "1.wav": "1.5",
+    "1.txt": " a dog\n",
+    "1.cls": "3",
+    "2.left.wav": "2",
+    "2.json": '{"Caption": "two cats", "label": "cat", "url": "x", "speaker": null}',
+    "3.wav": "3",
+    "3.json": '{"caption": "of the json"}',
+    "3.txt": "of the text",
+    "._1.wav": "1",
+}
+
+
+@pytest.mark.parametrize("layout", ["folder", "shard"])
+def test_what_lies_beside_a_clip_says_more_of_it(tmp_path: Path, layout: str) -> None:
+    if layout == "folder":
+        make(tmp_path / "in", {f"sub/{name}": content for name, content in NOTES.items()})
+    else:
+        (tmp_path / "in").mkdir()
+        shard(tmp_path / "in/000.tar", {f"./sub/{name}": content for name, content in NOTES.items()})
+    result = look(tmp_path / "in", label_from=None)
+    keys = ("id", "seconds", "text", "label", "speaker", "url")
+    assert [[row.get(key) for key in keys] for row in result.rows] == [
+        ["sub/1.wav", 1.5, "a dog", 3, None, None],
+        ["sub/2.left.wav", 2.0, "two cats", "cat", None, None],
+        ["sub/3.wav", 3.0, "of the text", None, None, None],
+    ]
+    assert look(tmp_path / "in", label_from=-1).rows[0]["label"] == "sub"  # as was asked for
+    named = look(tmp_path / "in", columns={"source": "url"})
+    assert [row.get("source") for row in named.rows] == [None, "x"]
+    assert [reason for _, reason in named.bad] == [
+        "sub/3.json beside it has no 'url' for 'source'; its keys are caption"
+    ]
+    write_manifest(tmp_path / "m.jsonl", result.rows)
+    assert [row["text"] for row in Manifest(tmp_path / "m.jsonl")] == ["a dog", "two cats", "of the text"]
+
+
+def test_a_note_that_cannot_be_read_leaves_its_clip_out(tmp_path: Path) -> None:
+    make(tmp_path, {"1.wav": "1", "1.json": "[1]", "2.wav": "2", "2.json": "{", "3.wav": "3"})
+    write(tmp_path / "3.txt", b"\xff\xfe")
+    result = look(tmp_path)
+    assert not result.rows
+    assert [reason.partition(" (")[0] for _, reason in result.bad] == [
+        "1.json beside it is no JSON object",
+        "2.json beside it is no JSON",
+        "3.txt beside it is not UTF-8",
+    ]
+
+
+def test_shards_may_be_named_one_by_one_and_a_torn_one_gives_what_it_has(tmp_path: Path) -> None:
+    for n in range(3):
+        shard(tmp_path / f"{n}.tar", {f"{n}a.wav": "1", f"{n}a.txt": f"clip {n}", f"{n}b.wav": "1"})
+    content = (tmp_path / "2.tar").read_bytes()
+    (tmp_path / "2.tar").write_bytes(content[: 512 * 5])  # after the header of its third member
+    result = look(tmp_path, tars=[tmp_path / "1.tar", tmp_path / "2.tar"])
+    assert [(row["id"], row.get("text")) for row in result.rows] == [
+        ("1a.wav", "clip 1"),
+        ("1b.wav", None),
+        ("2a.wav", "clip 2"),
+    ]
+    assert [(Path(path).name, reason.partition(" (")[0]) for path, reason in result.bad] == [
+        ("2.tar", "cannot be read as an uncompressed tar"),
+        ("2.tar#2b.wav", "the file ends before byte 2561, where the clip at byte 2560 should end"),
+    ]
+
+
+def test_files_of_one_name_are_one_row(tmp_path: Path) -> None:
+    files = {"1.wav": "1.5", "1.png": "2.5", "1.txt": "one", "2.wav": "2", "3.png": "3", "3.txt": "three"}
+    make(tmp_path / "f", files)
+    shard(tmp_path / "0.tar", files)
+    for where in (tmp_path / "f", tmp_path):
+        of = {} if where.name == "f" else {"tars": [tmp_path / "0.tar"]}
+        found = {
+            media: scan(where, media=media, probe=probe, suffixes={suffix}, progress=False, **of)
+            for media, suffix in (("audio", ".wav"), ("image", ".png"))
+        }
+        result = pair(found, {"audio": (), "image": ["rate"]}, text=False)
+        [row] = result.rows
+        assert (row["id"], row["text"], row["seconds"]) == ("1", "one", 2.5)
+        assert dict(result.bad) == {
+            "2.wav": "there is no image of this name beside it",
+            "3.png": "there is no audio of this name beside it",
+        }
+        write_manifest(tmp_path / "m.jsonl", result.rows)
+        [row] = Manifest(tmp_path / "m.jsonl")
+        if where.name == "f":
+            assert row["audio"] == str(tmp_path / "f/1.wav")
+            assert row["image"] == {"path": str(tmp_path / "f/1.png"), "rate": 8}
+        else:
+            assert read_slice(row["audio"]["path"], row["audio"]["offset"], row["audio"]["size"]).read() == b"1.5"
+            assert row["image"].keys() == {"path", "offset", "size", "rate"}
+        three = pair(found, {"audio": (), "image": ()}, text=True)
+        assert [row["id"] for row in three.rows] == ["1", "3"]
+        assert three.bad == [("2.wav", "there is no image or text of this name beside it")]
+
+
+def test_names_that_come_twice_are_no_pair_and_equal_names_in_two_shards_are_two(tmp_path: Path) -> None:
+    for n in range(2):
+        shard(tmp_path / f"{n}.tar", {"1.left.wav": "1", "1.right.wav": "2", "1.png": "3"})
+    found = {
+        media: scan(tmp_path, media=media, probe=probe, suffixes={suffix}, progress=False)
+        for media, suffix in (("audio", ".wav"), ("image", ".png"))
+    }
+    result = pair(found, {"audio": (), "image": ()}, text=False)
+    assert [Path(row["audio"]["path"]).name for row in result.rows] == ["0.tar", "1.tar"]
+    assert result.bad == [("1.right.wav", "bears the name of 1.left.wav, and a pair has one audio")] * 2
