@@ -181,10 +181,13 @@ def evaluate(
     model: Model,
     test: Annotated[Path, typer.Option(help="Manifest of the clips to measure on.", show_default=False)],
     task: Annotated[
-        Literal["linear", "knn", "cluster", "verify", "rank", "ood", "classify", "ctc", "retrieval", "zero-shot"],
+        Literal[
+            "linear", "knn", "layers", "cluster", "verify", "rank", "ood", "classify", "ctc", "retrieval", "zero-shot"
+        ],
         typer.Option(
-            help="linear, knn: fitted on frozen features; cluster, verify, rank, ood: of those features themselves; "
-            "classify, ctc: what a fine-tuned run says; retrieval, zero-shot: of a run on several modalities."
+            help="linear, knn: fitted on frozen features; layers: what each layer holds; cluster, verify, rank, ood: "
+            "of frozen features themselves; classify, ctc: what a fine-tuned run says; retrieval, zero-shot: of a run "
+            "on several modalities."
         ),
     ] = "linear",
     train: Annotated[
@@ -228,6 +231,7 @@ def evaluate(
         Path | None, typer.Option(help="verify: pairs to tell, a line is 1 or 0 and two ids.", show_default="all pairs")
     ] = None,
     ood: Annotated[Path | None, typer.Option(help="ood: manifest of clips of another kind than --test.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="layers: write the values of each layer as a picture, SVG.")] = None,
     baseline: Annotated[
         Literal["random", "pixels", "logmel"] | None,
         typer.Option(help="Measure this in the encoder's place: random weights, raw pixels, log-mel energies."),
@@ -245,6 +249,7 @@ def evaluate(
 
     Every score comes with its interval and with one line that says how it was measured.
     """
+    from mmssl.evaluation.layers import layer_table
     from mmssl.tasks import evaluate
 
     neighbors = [_number("--k", part, int) for part in k.split(",")]
@@ -273,6 +278,7 @@ def evaluate(
         crops=crops,
         trials=trials,
         ood=ood,
+        plot=plot,
         baseline=baseline,
         seed=seed,
         device=device,
@@ -283,6 +289,8 @@ def evaluate(
     )
     for score in scores.values():
         print(score)
+    if task == "layers":
+        print(layer_table(scores))
     if out is not None:
         plain = {name: asdict(score) for name, score in scores.items()}
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -402,18 +402,46 @@ class Embedder:
         Returns:
             name -> reason of the clips that could not be read, which `see` never gets.
         """
-        [asked] = self.of()._layers(layer)
-        clips = find_clips(inputs, self.config, self.encoder, rate=None)
 
-        def compute(batch: Batch, places: list[int]) -> None:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                given = self.encoder.tokens(batch.raw.to(self.device))
-                encoded = self.encoder(given, layers=[asked] if asked >= 0 else [])
-            x = (encoded.x if asked < 0 else encoded.layers[asked])[:, encoded.n_prefix :]
+        def show(places: list[int], raw: Raw, given: Tokens, encoded: Encoded, found: list[Tensor]) -> None:
+            x = found[0][:, encoded.n_prefix :]
             for row, (place, length) in enumerate(zip(places, given.lengths.tolist(), strict=True)):
                 see(place, x[row, :length].float(), given)
 
-        return self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, False, all_may_be_bad=True)[1]
+        same: dict[str, Any] = {"batch_size": batch_size, "batch_seconds": batch_seconds, "on_bad_clip": on_bad_clip}
+        return self.each_batch(inputs, show, layers=[layer], **same)
+
+    def each_batch(
+        self,
+        inputs: Input | Sequence[Input],
+        see: Callable[[list[int], Raw, Tokens, Encoded, list[Tensor]], None],
+        *,
+        layers: Sequence[int],
+        batch_size: int = 16,
+        batch_seconds: float = 60.0,
+        on_bad_clip: Literal["raise", "skip"] = "raise",
+        progress: bool = False,
+    ) -> dict[str, str]:
+        """Show one batch after the other as it was read and as it is encoded, and keep none.
+
+        Args:
+            inputs, batch_size, batch_seconds, on_bad_clip, progress: see `embed`.
+            see: gets the places of a batch's clips among the inputs, what was read of them, what the frontend and the
+                encoder made of it, and the layers, (B, prefix + N, D) each, on the encoder's device. Clips do not come
+                in their order.
+            layers: see `layer` of `embed`.
+
+        Returns:
+            name -> reason of the clips that could not be read, which `see` never gets.
+        """
+        asked = self.of()._layers(layers)
+        clips = find_clips(inputs, self.config, self.encoder, rate=None)
+
+        def compute(batch: Batch, places: list[int]) -> None:
+            raw = batch.raw.to(self.device)
+            see(places, raw, *self._encode(raw, asked))
+
+        return self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress, all_may_be_bad=True)[1]
 
     def predict(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from unicodedata import normalize
 
 import numpy as np
@@ -21,17 +21,21 @@ from mmssl.embed import Embedder, Precision, load
 from mmssl.evaluation.clusters import cluster
 from mmssl.evaluation.geometry import measure_rank
 from mmssl.evaluation.knn import fit_knn
+from mmssl.evaluation.layers import layer_plot
 from mmssl.evaluation.novelty import measure_novelty
 from mmssl.evaluation.probe import STRENGTHS, fit_linear
-from mmssl.evaluation.protocol import Fit, Split, hold_out, measure
+from mmssl.evaluation.protocol import Fit, Split, measure
 from mmssl.evaluation.score import Score, average_precisions, student, wilson
 from mmssl.evaluation.speech import error_rates
 from mmssl.evaluation.verification import all_pairs, read_trials, verify
+from mmssl.labelled import Clips, fitting_of, labelled, manifest_of
+from mmssl.layerwise import measure_layers
 from mmssl.modalities import MODALITIES
 from mmssl.types import Encoded, Raw, Tokens
 
-Clips = str | Path | Manifest
-Task = Literal["linear", "knn", "cluster", "verify", "rank", "ood", "classify", "ctc", "retrieval", "zero-shot"]
+Task = Literal[
+    "linear", "knn", "layers", "cluster", "verify", "rank", "ood", "classify", "ctc", "retrieval", "zero-shot"
+]
 Baseline = Literal["random", "pixels", "logmel"]
 
 
@@ -61,6 +65,7 @@ def evaluate(
     crops: int = 1,
     trials: str | Path | None = None,
     ood: Clips | None = None,
+    plot: str | Path | None = None,
     baseline: Baseline | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -77,7 +82,7 @@ def evaluate(
     `mmssl.crossmodal`, and fit nothing either. The others measure the frozen features of `test` themselves, of one
     layer, and choose nothing: "cluster", how far k-means finds the classes; "verify", how well pairs of one class are
     told from pairs of two; "rank", of how many directions features make use, without labels; "ood", how well clips of
-    another kind are told by their distance from `train`.
+    another kind are told by their distance from `train`. "layers" measures what each layer holds, see `measure_layers`.
 
     Args:
         run: see `mmssl.load`; or an `Embedder`.
@@ -100,6 +105,7 @@ def evaluate(
         trials: of "verify", the pairs to tell: see `read_trials`; None for all pairs of clips, or a draw where they are
             too many.
         ood: of "ood", manifest of the clips to be told from those of `test`.
+        plot: of "layers", a file for the values of each layer as a picture, SVG.
         baseline: measure this in place of the encoder: "random", the same network with new weights (from `seed`);
             "pixels", the raw picture; "logmel", log-mel energies every 10 ms. Read and pooled as for the encoder.
         device, precision: see `mmssl.load`.
@@ -110,7 +116,7 @@ def evaluate(
         {"accuracy": Score}; {"wer": Score, "cer": Score} for "ctc"; {"map": Score}, the mean average precision, for
         "classify" where clips have several classes; {"image_to_text_at_1": Score, ...} for "retrieval"; {"nmi",
         "ari"} for "cluster", {"eer", "min_dcf_0.01", "min_dcf_0.05"} for "verify", {"rank_me", "spread"} for "rank",
-        {"auroc"} for "ood".
+        {"auroc"} for "ood"; for "layers" see `measure_layers`.
 
     Raises:
         ValueError: something that this task needs is missing, or manifests that do not fit each other.
@@ -123,6 +129,7 @@ def evaluate(
         "lm": ("ctc", lm, None),
         "trials": ("verify", trials, None),
         "ood": ("ood", ood, None),
+        "plot": ("layers", plot, None),
         "classes": ("zero-shot", classes, None),
     }
     for name, (only, value, absent) in own.items():
@@ -136,10 +143,10 @@ def evaluate(
             )
         common: dict[str, Any] = {"batch_size": batch_size, "on_bad_clip": on_bad_clip, "progress": progress}
         if task == "retrieval":
-            return retrieval(embedder, _manifest(test), **common)
+            return retrieval(embedder, manifest_of(test), **common)
         if classes is None:
             raise ValueError("task=zero-shot: give a file with the names of classes (classes, --classes)")
-        return zero_shot(embedder, _manifest(test), classes=classes, modality=modality, label=label, **common)
+        return zero_shot(embedder, manifest_of(test), classes=classes, modality=modality, label=label, **common)
     embedder = embedder.of(modality)
     if baseline is not None:
         embedder = as_baseline(embedder, baseline, seed=seed)
@@ -151,17 +158,34 @@ def evaluate(
             raise ValueError(f"baseline={baseline}: {task} measures what a fine-tuned run says; leave the baseline out")
         search = {"beam": beam, "lm": lm, "lm_weight": lm_weight, "word_score": word_score}
         views = {"spans": spans, "crops": crops}
-        return _fine_tuned(embedder, task, _manifest(test), label, search, views, settings)
+        return _fine_tuned(embedder, task, manifest_of(test), label, search, views, settings)
+    if task == "layers":
+        if layer != "select":
+            raise ValueError(f"layer={layer}: task layers measures all of them; leave layer out")
+        scores = measure_layers(
+            embedder,
+            test,
+            train=train,
+            valid=valid,
+            by=by,
+            label=label,
+            pool=pool,
+            strength=strength,
+            labels_per_class=labels_per_class,
+            label_share=label_share,
+            draws=draws,
+            **settings,
+        )
+        if plot is not None:
+            Path(plot).write_text(layer_plot(scores), encoding="utf-8")
+        return scores
     if task in ("cluster", "verify", "rank", "ood"):
         return _frozen(embedder, task, test, train, ood, trials, layer, pool, label, k, settings)
     if task not in ("linear", "knn"):
-        raise ValueError(
-            f"task={task!r}: choose linear, knn, cluster, verify, rank, ood, classify, ctc, retrieval or zero-shot"
-        )
+        *others, last = get_args(Task)
+        raise ValueError(f"task={task!r}: choose {', '.join(others)} or {last}")
     if train is None:
         raise ValueError(f"task={task}: is fitted on labelled clips, give their manifest as train")
-    if by is not None and valid is not None:
-        raise ValueError(f"by={by}: leaves out parts of train to choose on, so leave valid out; or leave out by")
 
     layers: list[int]
     if layer == "select":
@@ -169,37 +193,27 @@ def evaluate(
     else:
         layers = [layer] if isinstance(layer, int) else [int(i) for i in layer]
     few = labels_per_class is not None or label_share is not None
-    known = Classes.from_labels(_manifest(train).values(label))
+    known = Classes.from_labels(manifest_of(train).values(label))
 
     def collect(clips: Clips, by: str | None = None) -> tuple[Split, int]:
         return labelled(
-            embedder, _manifest(clips), classes=known, label=label, by=by, layers=layers, pool=pool, **settings
+            embedder, manifest_of(clips), classes=known, label=label, by=by, layers=layers, pool=pool, **settings
         )
 
-    fitting, skipped = collect(train, by)
-    chosen_on: Split | None = None
-    refit: Literal["train", "train+valid"] = "train"
-    aside = "" if by is None else f"; groups are {by}"
-    if valid is not None:
-        chosen_on, also = collect(valid)
-        skipped += also
-    elif by is None and (len(layers) > 1 or not isinstance(k, int) or (task == "linear" and strength is None)):
-        rest, held = hold_out(fitting.labels)
-        fitting, chosen_on = fitting.pick(rest), fitting.pick(held)
-        refit = "train" if few else "train+valid"
-        aside = "; validation is a fifth of the training clips"
+    choose = len(layers) > 1 or not isinstance(k, int) or (task == "linear" and strength is None)
+    given = fitting_of(collect, train, valid, by=by, choose=choose, few=few)
     testing, also = collect(test)
-    skipped += also
+    skipped = given.skipped + also
 
     if task == "linear":
-        fit: Fit = partial(fit_linear, refit=refit, strengths=STRENGTHS if strength is None else strength)
+        fit: Fit = partial(fit_linear, refit=given.refit, strengths=STRENGTHS if strength is None else strength)
     else:
-        fit = partial(fit_knn, refit=refit, k=k)
-    note = f"{embedder.name}, pool {pool}{aside}" + (f"; {skipped} clips could not be read" if skipped else "")
+        fit = partial(fit_knn, refit=given.refit, k=k)
+    note = f"{embedder.name}, pool {pool}{given.said}" + (f"; {skipped} clips could not be read" if skipped else "")
     score = measure(
         fit,
-        fitting,
-        chosen_on,
+        given.train,
+        given.valid,
         testing,
         task=task,
         per_class=labels_per_class,
@@ -208,43 +222,6 @@ def evaluate(
         note=note,
     )
     return {"accuracy": replace(score, details={**score.details, "pool": pool, "encoder": embedder.name})}
-
-
-def labelled(
-    embedder: Embedder,
-    manifest: Manifest,
-    *,
-    classes: Classes,
-    label: str = "label",
-    by: str | None = None,
-    layers: Sequence[int] = (-1,),
-    pool: str = "mean",
-    **settings: Any,
-) -> tuple[Split, int]:
-    """Scenes of a manifest's clips with the numbers of their classes, and how many clips could not be read.
-
-    Args:
-        by: key of the groups of `Split`.
-        settings: see `Embedder.embed`.
-
-    Raises:
-        ValueError: a row without label, or with one that is no class, by its place in the manifest.
-    """
-    numbers = []
-    for place, name in enumerate(manifest.values(label)):
-        try:
-            numbers.append(classes.encode(name))
-        except ValueError as error:
-            raise ValueError(f"{manifest.place(place)}: {error}") from None
-    groups = None
-    if by is not None:
-        names = list(manifest.values(by))
-        numbered = {name: number for number, name in enumerate(dict.fromkeys(names))}
-        groups = torch.tensor([numbered[name] for name in names])
-    found = embedder.embed(manifest, layer=list(layers), pool=pool, tokens=False, **settings)
-    read = torch.isfinite(found[0].scene).all(1)
-    features = {layer: one.scene[read] for layer, one in zip(layers, found, strict=True)}
-    return Split(features, torch.tensor(numbers)[read], None if groups is None else groups[read]), int((~read).sum())
 
 
 def _frozen(
@@ -268,13 +245,13 @@ def _frozen(
 
     def collect(clips: Clips) -> tuple[Tensor, Tensor]:
         nonlocal skipped
-        scene = embedder.embed(_manifest(clips), layer=layers[0], pool=pool, tokens=False, **settings).scene
+        scene = embedder.embed(manifest_of(clips), layer=layers[0], pool=pool, tokens=False, **settings).scene
         read = torch.isfinite(scene).all(1)
         skipped += int((~read).sum())
         return scene, read
 
     scene, read = collect(test)
-    manifest = _manifest(test)
+    manifest = manifest_of(test)
     if task == "rank":
         scores = measure_rank(scene[read])
     elif task == "ood":
@@ -406,10 +383,6 @@ class LogMel(nn.Module):
 
     def forward(self, tokens: Tokens, *, layers: Sequence[int] = ()) -> Encoded:
         return Encoded(tokens.x, tokens.lengths, dict.fromkeys(layers, tokens.x), n_prefix=0)
-
-
-def _manifest(clips: Clips) -> Manifest:
-    return clips if isinstance(clips, Manifest) else Manifest(clips)
 
 
 def _fine_tuned(

@@ -49,6 +49,8 @@ class Modality:
     tokenizers: what a recipe may name to make tokens of what is read: (texts, **settings) -> JSON, which its frontends
         take.
     refuses: objective -> why it makes no sense here.
+    measured: the one of `targets` that is what was measured itself, and what to call it: what layers of an encoder are
+        compared with. None where values are numbers of codes or words.
     """
 
     name: str
@@ -66,3 +68,4 @@ class Modality:
     views: dict[str, Callable[[Raw, Frontend], tuple[Raw, Raw]]] = field(default_factory=dict)
     tokenizers: dict[str, Callable[..., str]] = field(default_factory=dict)
     refuses: dict[str, str] = field(default_factory=dict)
+    measured: tuple[str, str] | None = None

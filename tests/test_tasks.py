@@ -142,6 +142,45 @@ def test_frozen_features_are_measured_as_they_are(heard: dict[str, Path], tmp_pa
     assert json.loads(words["min_dcf_0.01"].to_json())["details"]["layer"] == -1
 
 
+def test_each_layer_is_compared_with_what_was_measured_and_with_the_classes(
+    heard: dict[str, Path], tmp_path: Path
+) -> None:
+    run = exported(tmp_path / "run", SPEECH)
+    scores = evaluate(run, task="layers", test=heard["train"], train=heard["train"], plot=tmp_path / "layers.svg")
+    assert list(scores) == ["input", "labels", "information", "probe"]
+    for score in scores.values():
+        assert list(score.details["layers"]) == ["-1", "0", "1", "2"]
+        assert score.n == 12
+    assert "log-mel energies" in scores["input"].protocol
+    assert "validation is a fifth of the training clips" in scores["probe"].protocol
+    assert (tmp_path / "layers.svg").read_text().startswith("<svg")
+    # as a probe of that layer alone says
+    alone = evaluate(run, task="linear", test=heard["train"], train=heard["train"], layer=1)["accuracy"]
+    assert scores["probe"].details["layers"]["1"]["value"] == alone.value
+    again = evaluate(run, task="layers", test=heard["train"], batch_size=1)["input"]
+    assert again.value == pytest.approx(scores["input"].value, abs=1e-5)
+
+
+def test_pixels_are_told_from_the_layer_that_is_a_linear_map_of_them(tmp_path: Path) -> None:
+    from PIL import Image
+
+    # patches of three directions, which a random map to 16 dimensions keeps apart
+    rng = np.random.default_rng(0)
+    patterns, rows = rng.uniform(0, 80, (3, 8, 8)), []
+    for n in range(20):
+        Image.fromarray(np.tensordot(rng.uniform(size=3), patterns, 1).astype(np.uint8)).save(tmp_path / f"{n}.png")
+        rows.append({"image": str(tmp_path / f"{n}.png")})
+    write_manifest(tmp_path / "m.jsonl", rows)
+    run = exported(tmp_path / "run", {**IMAGE, "positions": {"name": "none"}})
+    score = evaluate(run, task="layers", test=tmp_path / "m.jsonl")
+    assert list(score) == ["input"]  # no row has a label
+    assert score["input"].details["layers"]["0"]["value"] == pytest.approx(1.0, abs=0.01)
+    with pytest.raises(ValueError, match="probes need a 'label'"):
+        evaluate(run, task="layers", test=tmp_path / "m.jsonl", train=tmp_path / "m.jsonl")
+    with pytest.raises(ValueError, match="has no layers to compare"):
+        evaluate(run, task="layers", test=tmp_path / "m.jsonl", baseline="pixels")
+
+
 def test_listed_trials_leave_out_clips_that_cannot_be_read(heard: dict[str, Path], tmp_path: Path) -> None:
     rows = [{**row, "id": f"{row['label']}/{n}"} for n, row in enumerate(Manifest(heard["train"]))]
     write_manifest(tmp_path / "m.jsonl", [*rows, {"audio": "missing.wav", "id": "low/missing"}])
@@ -266,13 +305,19 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
     ("given", "words"),
     [
         ({"task": "linear", "train": None}, "give their manifest as train"),
-        ({"task": "regress"}, "choose linear, knn, cluster, verify, rank, ood, classify, ctc, retrieval or zero-shot"),
+        (
+            {"task": "regress"},
+            "choose linear, knn, layers, cluster, verify, rank, ood, classify, ctc, retrieval or zero-shot",
+        ),
         ({"task": "cluster", "layer": [0, 1]}, "task cluster measures one layer, and chooses none; name one"),
         ({"task": "knn", "trials": "t.txt"}, "is for task verify only; leave trials out"),
         ({"task": "linear", "beam": 5}, "is for task ctc only; leave beam out"),
         ({"task": "classify", "lm": "words.arpa"}, "is for task ctc only; leave lm out"),
         ({"task": "knn", "classes": "names.yaml"}, "is for task zero-shot only; leave classes out"),
         ({"task": "rank", "ood": "noise.jsonl"}, "is for task ood only; leave ood out"),
+        ({"task": "knn", "plot": "layers.svg"}, "is for task layers only; leave plot out"),
+        ({"task": "layers", "layer": 1}, "measures all of them; leave layer out"),
+        ({"task": "layers"}, "5 folds take at least 10 clips, got 4"),
         ({"task": "ood"}, "give their manifest as ood"),
         ({"task": "rank"}, "leaves out each of 10 groups of clips for its interval, got 4 clips"),
         ({"baseline": "logmel"}, "choose random, or pixels"),

@@ -83,10 +83,8 @@ def fit_path(
         raise ValueError(f"linear probe: takes at least two classes, got {classes.tolist()}")
 
     x = features.double()
-    mean, std = x.mean(0), x.std(0, correction=0)
-    # a constant stored in float32 has a deviation of its rounding, which must not be blown up to 1
-    std = torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0)
-    axes, x, curvature = _principal((x - mean) / std)
+    mean, std = standardization(x)
+    axes, x, curvature = principal((x - mean) / std)
     x = x.to(features.dtype if features.dtype == torch.float64 else torch.float32)
     onehot = one_hot(targets, len(classes)).double()
 
@@ -101,7 +99,14 @@ def fit_probe(features: Tensor, labels: Tensor, *, strength: float, tolerance: f
     return next(fit_path(features, labels, strengths=[strength], tolerance=tolerance))[1]
 
 
-def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def standardization(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, E) float64 -> mean and deviation (population) of each feature, (E,); 1 where it is constant."""
+    mean, std = x.mean(0), x.std(0, correction=0)
+    # a constant stored in float32 has a deviation of its rounding, which must not be blown up to 1
+    return mean, torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0)
+
+
+def principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, E) -> axes (E, J), x @ axes (B, J) and the sum of its squares (J,), by the smaller of two Gram matrices."""
     n, width = x.shape
     if width <= n:

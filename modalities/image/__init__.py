@@ -26,5 +26,6 @@ IMAGE = Modality(
         "random_resized_crop": augment.crop_extent,
     },
     targets=TARGETS,
+    measured=("pixels", "pixels"),
     views={"crops": views.crops},
 )

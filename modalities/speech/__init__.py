@@ -28,4 +28,5 @@ SPEECH = Modality(
     },
     spans={"random_span": augment.random_span},
     targets=TARGETS,
+    measured=("log_mel", "log-mel energies"),
 )

@@ -30,6 +30,7 @@ VIDEO = Modality(
         "multi_scale_crop": crop_extent,
     },
     targets=TARGETS,
+    measured=("pixels", "pixels"),
     hints=("decoder",),
     views={"frames": views.frames},
     spans={"random_span": spans.random_span, "center_span": spans.center_span},
