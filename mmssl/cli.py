@@ -182,12 +182,23 @@ def evaluate(
     test: Annotated[Path, typer.Option(help="Manifest of the clips to measure on.", show_default=False)],
     task: Annotated[
         Literal[
-            "linear", "knn", "layers", "cluster", "verify", "rank", "ood", "classify", "ctc", "retrieval", "zero-shot"
+            "linear",
+            "knn",
+            "attentive",
+            "layers",
+            "cluster",
+            "verify",
+            "rank",
+            "ood",
+            "classify",
+            "ctc",
+            "retrieval",
+            "zero-shot",
         ],
         typer.Option(
-            help="linear, knn: fitted on frozen features; layers: what each layer holds; cluster, verify, rank, ood: "
-            "of frozen features themselves; classify, ctc: what a fine-tuned run says; retrieval, zero-shot: of a run "
-            "on several modalities."
+            help="linear, knn, attentive: fitted on frozen features; layers: what each layer holds; cluster, verify, "
+            "rank, ood: of frozen features themselves; classify, ctc: what a fine-tuned run says; retrieval, "
+            "zero-shot: of a run on several modalities."
         ),
     ] = "linear",
     train: Annotated[

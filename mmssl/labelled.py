@@ -13,7 +13,8 @@ from torch import Tensor
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import Classes
 from mmssl.embed import Embedder
-from mmssl.evaluation.protocol import Split, hold_out
+from mmssl.evaluation.protocol import Ragged, Split, hold_out
+from mmssl.types import Encoded, Raw, Tokens
 
 Clips = str | Path | Manifest
 
@@ -71,6 +72,33 @@ def labelled(
     read = torch.isfinite(found[0].scene).all(1)
     features = {layer: one.scene[read] for layer, one in zip(layers, found, strict=True)}
     return Split(features, numbers[read], None if groups is None else groups[read]), int((~read).sum())
+
+
+def labelled_tokens(
+    embedder: Embedder,
+    manifest: Manifest,
+    *,
+    classes: Classes,
+    label: str = "label",
+    by: str | None = None,
+    layers: Sequence[int] = (-1,),
+    **settings: Any,
+) -> tuple[Split, int]:
+    """All tokens of a manifest's clips in place of scenes: see `labelled`. They must have room in memory."""
+    numbers, groups = numbers_of(manifest, classes, label), groups_of(manifest, by)
+    found: dict[int, list[Tensor]] = {}
+
+    def see(places: list[int], raw: Raw, given: Tokens, encoded: Encoded, layers: list[Tensor]) -> None:
+        for row, (place, length) in enumerate(zip(places, given.lengths.tolist(), strict=True)):
+            # a copy, so that no padding is kept
+            own = (x[row, encoded.n_prefix : encoded.n_prefix + length] for x in layers)
+            found[place] = [x.float().cpu().clone() for x in own]
+
+    embedder.each_batch(manifest, see, layers=layers, **settings)
+    read = torch.tensor(sorted(found), dtype=torch.int64)
+    features = {layer: Ragged([found[place][i] for place in read.tolist()]) for i, layer in enumerate(layers)}
+    split = Split(features, numbers[read], None if groups is None else groups[read])
+    return split, len(manifest) - len(read)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def measure_layers(
     if reference is not None:
         name = _measured(embedder)[1]
         scores["input"] = correlation_with_input(tokens, reference, owners, name=name)
-    skipped, said = int((~read).sum()), ""
+    skipped = int((~read).sum())
     if has_labels:
         classes = Classes.from_labels(manifest.values(label))
         numbers = numbers_of(manifest, classes, label)[read]
@@ -102,12 +102,13 @@ def measure_layers(
         testing = Split(known, numbers_of(manifest, classes, label)[read])
         share: dict[str, Any] = {"per_class": labels_per_class, "share": label_share, "draws": draws}
         scores["probe"] = probe_by_layer(fit, given.train, given.valid, testing, **share)
-        skipped, said = skipped + given.skipped, given.said
+        scores["probe"] = replace(scores["probe"], protocol=scores["probe"].protocol + given.said)
+        skipped += given.skipped
     if not scores:
         raise ValueError(
             f"task=layers: {embedder.modality} measures nothing to compare with, and the rows have no {label!r}"
         )
-    note = f"{embedder.name}, pool {pool}{said}" + (f"; {skipped} clips could not be read" if skipped else "")
+    note = f"{embedder.name}, pool {pool}" + (f"; {skipped} clips could not be read" if skipped else "")
     return {
         name: replace(
             score,

@@ -18,6 +18,7 @@ from mmssl.crossmodal import retrieval, zero_shot
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import Classes
 from mmssl.embed import Embedder, Precision, load
+from mmssl.evaluation.attentive import fit_attentive
 from mmssl.evaluation.clusters import cluster
 from mmssl.evaluation.geometry import measure_rank
 from mmssl.evaluation.knn import fit_knn
@@ -28,13 +29,24 @@ from mmssl.evaluation.protocol import Fit, Split, measure
 from mmssl.evaluation.score import Score, average_precisions, student, wilson
 from mmssl.evaluation.speech import error_rates
 from mmssl.evaluation.verification import all_pairs, read_trials, verify
-from mmssl.labelled import Clips, fitting_of, labelled, manifest_of
+from mmssl.labelled import Clips, fitting_of, labelled, labelled_tokens, manifest_of
 from mmssl.layerwise import measure_layers
 from mmssl.modalities import MODALITIES
 from mmssl.types import Encoded, Raw, Tokens
 
 Task = Literal[
-    "linear", "knn", "layers", "cluster", "verify", "rank", "ood", "classify", "ctc", "retrieval", "zero-shot"
+    "linear",
+    "knn",
+    "attentive",
+    "layers",
+    "cluster",
+    "verify",
+    "rank",
+    "ood",
+    "classify",
+    "ctc",
+    "retrieval",
+    "zero-shot",
 ]
 Baseline = Literal["random", "pixels", "logmel"]
 
@@ -76,8 +88,9 @@ def evaluate(
 ) -> dict[str, Score]:
     """Measure a run by one protocol, which the score states.
 
-    "linear" and "knn" fit a logistic regression or a nearest-neighbor classifier on frozen features of `train`; layer
-    and settings are chosen on `valid`, and `test` is touched once. "classify" and "ctc" measure what a fine-tuned run
+    "linear" and "knn" fit a logistic regression or a nearest-neighbor classifier on frozen features of `train`, and
+    "attentive" a query that looks at all tokens of a clip; layer and settings are chosen on `valid`, and `test` is
+    touched once. "classify" and "ctc" measure what a fine-tuned run
     says of the clips of `test`, and fit nothing. "retrieval" and "zero-shot" measure a run on several modalities, see
     `mmssl.crossmodal`, and fit nothing either. The others measure the frozen features of `test` themselves, of one
     layer, and choose nothing: "cluster", how far k-means finds the classes; "verify", how well pairs of one class are
@@ -92,7 +105,7 @@ def evaluate(
         modality: see `Embedder.embed`.
         classes: of "zero-shot", see `mmssl.crossmodal.read_prompts`.
         layer: see `Embedder.embed`; "select" chooses among all of them, the output after the final norm included; where
-            nothing is chosen it is that output.
+            nothing is chosen, and for "attentive", which keeps all tokens in memory, it is that output.
         pool: see `Pool.named`.
         label: the key of a row that holds its class.
         by: a key such as "speaker": settings are chosen by leaving out each of its values in `train` in turn, and there
@@ -181,14 +194,19 @@ def evaluate(
         return scores
     if task in ("cluster", "verify", "rank", "ood"):
         return _frozen(embedder, task, test, train, ood, trials, layer, pool, label, k, settings)
-    if task not in ("linear", "knn"):
+    if task not in ("linear", "knn", "attentive"):
         *others, last = get_args(Task)
         raise ValueError(f"task={task!r}: choose {', '.join(others)} or {last}")
     if train is None:
         raise ValueError(f"task={task}: is fitted on labelled clips, give their manifest as train")
 
+    if task == "attentive" and pool != "mean":
+        raise ValueError(f"pool={pool!r}: attentive pools by attention; leave pool out")
+
     layers: list[int]
-    if layer == "select":
+    if layer == "select" and task == "attentive":
+        layers = [-1]
+    elif layer == "select":
         layers = [-1, *range(embedder.depth + 1)] if embedder.depth else [-1]
     else:
         layers = [layer] if isinstance(layer, int) else [int(i) for i in layer]
@@ -196,17 +214,21 @@ def evaluate(
     known = Classes.from_labels(manifest_of(train).values(label))
 
     def collect(clips: Clips, by: str | None = None) -> tuple[Split, int]:
-        return labelled(
-            embedder, manifest_of(clips), classes=known, label=label, by=by, layers=layers, pool=pool, **settings
-        )
+        given: dict[str, Any] = {"classes": known, "label": label, "by": by, "layers": layers, **settings}
+        if task == "attentive":
+            return labelled_tokens(embedder, manifest_of(clips), **given)
+        return labelled(embedder, manifest_of(clips), pool=pool, **given)
 
-    choose = len(layers) > 1 or not isinstance(k, int) or (task == "linear" and strength is None)
+    chosen_anyway = task == "attentive" or (task == "linear" and strength is None)
+    choose = chosen_anyway or len(layers) > 1 or not isinstance(k, int)
     given = fitting_of(collect, train, valid, by=by, choose=choose, few=few)
     testing, also = collect(test)
     skipped = given.skipped + also
 
     if task == "linear":
         fit: Fit = partial(fit_linear, refit=given.refit, strengths=STRENGTHS if strength is None else strength)
+    elif task == "attentive":
+        fit, pool = partial(fit_attentive, refit=given.refit, device=embedder.device), "attention"
     else:
         fit = partial(fit_knn, refit=given.refit, k=k)
     note = f"{embedder.name}, pool {pool}{given.said}" + (f"; {skipped} clips could not be read" if skipped else "")

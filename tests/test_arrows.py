@@ -44,7 +44,7 @@ ARROWS = {
     "crossmodal": ["modalities", "data", "evaluation", "embed"],
     "hear": ["embed"],
     "store": ["types", "clips", "embed"],
-    "labelled": ["data", "evaluation", "embed"],
+    "labelled": ["types", "data", "evaluation", "embed"],
     "layerwise": [*PARTS, "modalities", "data", "evaluation", "embed", "labelled"],
     "tasks": [
         "recipe",

@@ -142,6 +142,17 @@ def test_frozen_features_are_measured_as_they_are(heard: dict[str, Path], tmp_pa
     assert json.loads(words["min_dcf_0.01"].to_json())["details"]["layer"] == -1
 
 
+def test_an_attentive_probe_looks_at_all_tokens_of_the_output(heard: dict[str, Path], tmp_path: Path) -> None:
+    given: dict[str, Any] = {"train": heard["train"], "test": heard["test"], "task": "attentive"}
+    run = exported(tmp_path / "run", SPEECH)
+    score = evaluate(run, baseline="logmel", **given)["accuracy"]
+    assert score.value == 1.0
+    assert (score.details["layer"], score.details["pool"]) == (-1, "attention")
+    assert "validation is a fifth of the training clips" in score.protocol
+    with pytest.raises(ValueError, match="attentive pools by attention; leave pool out"):
+        evaluate(run, pool="class", **given)
+
+
 def test_each_layer_is_compared_with_what_was_measured_and_with_the_classes(
     heard: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -307,7 +318,7 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
         ({"task": "linear", "train": None}, "give their manifest as train"),
         (
             {"task": "regress"},
-            "choose linear, knn, layers, cluster, verify, rank, ood, classify, ctc, retrieval or zero-shot",
+            "choose linear, knn, attentive, layers, cluster, verify, rank, ood, classify, ctc, retrieval or zero-shot",
         ),
         ({"task": "cluster", "layer": [0, 1]}, "task cluster measures one layer, and chooses none; name one"),
         ({"task": "knn", "trials": "t.txt"}, "is for task verify only; leave trials out"),
