@@ -190,15 +190,16 @@ def evaluate(
             "verify",
             "rank",
             "ood",
+            "corruption",
             "classify",
             "ctc",
             "retrieval",
             "zero-shot",
         ],
         typer.Option(
-            help="linear, knn, attentive: fitted on frozen features; layers: what each layer holds; cluster, verify, "
-            "rank, ood: of frozen features themselves; classify, ctc: what a fine-tuned run says; retrieval, "
-            "zero-shot: of a run on several modalities."
+            help="linear, knn, attentive: fitted on frozen features; corruption: so, on spoiled clips; layers: what "
+            "each layer holds; cluster, verify, rank, ood: of frozen features themselves; classify, ctc: what a "
+            "fine-tuned run says; retrieval, zero-shot: of a run on several modalities."
         ),
     ] = "linear",
     train: Annotated[
@@ -242,6 +243,10 @@ def evaluate(
         Path | None, typer.Option(help="verify: pairs to tell, a line is 1 or 0 and two ids.", show_default="all pairs")
     ] = None,
     ood: Annotated[Path | None, typer.Option(help="ood: manifest of clips of another kind than --test.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="corruption: --out of another model; errors relative to its.", show_default=False),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="layers: write the values of each layer as a picture, SVG.")] = None,
     baseline: Annotated[
         Literal["random", "pixels", "logmel"] | None,
@@ -290,6 +295,7 @@ def evaluate(
         trials=trials,
         ood=ood,
         plot=plot,
+        against=against,
         baseline=baseline,
         seed=seed,
         device=device,

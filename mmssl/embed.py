@@ -179,7 +179,7 @@ class Embedder:
     @overload
     def embed(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Sequence[Input] | Clips,
         *,
         modality: str | None = ...,
         layer: int = ...,
@@ -197,7 +197,7 @@ class Embedder:
     @overload
     def embed(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Sequence[Input] | Clips,
         *,
         modality: str | None = ...,
         layer: Sequence[int] | Literal["all"],
@@ -214,7 +214,7 @@ class Embedder:
 
     def embed(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Sequence[Input] | Clips,
         *,
         modality: str | None = None,
         layer: int | Sequence[int] | Literal["all"] = -1,
@@ -234,7 +234,8 @@ class Embedder:
             inputs: one of these or a sequence of them: a path; a glob pattern; a folder (all files of the modality
                 below it); a manifest (.jsonl); an open binary file; an array or tensor: (L,) samples, (C, H, W)
                 pixels in [0, 1], or (C, T, H, W) of frames, or with one axis more several such clips. For an encoder of
-                text a string is a caption, unless it names a manifest or a .txt file with a caption in each line.
+                text a string is a caption, unless it names a manifest or a .txt file with a caption in each line. Or
+                what `find_clips` makes of them.
             modality: what the inputs are, for an encoder of several.
             layer: -1 the encoder's output, after its final norm where it has one; 0 the input of the first block; i the
                 output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass.
@@ -266,7 +267,7 @@ class Embedder:
             same |= {"batch_seconds": batch_seconds, "on_bad_clip": on_bad_clip, "window": window, "overlap": overlap}
             return one.embed(inputs, layer=layer, pool=pool, **same)
         layers = self._layers(layer)
-        clips = find_clips(inputs, self.config, self.encoder, rate=rate)
+        clips = inputs if isinstance(inputs, Clips) else find_clips(inputs, self.config, self.encoder, rate=rate)
         gathered = [_Gathered(len(clips), keep=bool(tokens)) for _ in layers]
 
         pooled = self._pool(pool, layers)

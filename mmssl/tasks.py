@@ -32,6 +32,7 @@ from mmssl.evaluation.verification import all_pairs, read_trials, verify
 from mmssl.labelled import Clips, fitting_of, labelled, labelled_tokens, manifest_of
 from mmssl.layerwise import measure_layers
 from mmssl.modalities import MODALITIES
+from mmssl.robustness import measure_robustness
 from mmssl.types import Encoded, Raw, Tokens
 
 Task = Literal[
@@ -43,6 +44,7 @@ Task = Literal[
     "verify",
     "rank",
     "ood",
+    "corruption",
     "classify",
     "ctc",
     "retrieval",
@@ -78,6 +80,7 @@ def evaluate(
     trials: str | Path | None = None,
     ood: Clips | None = None,
     plot: str | Path | None = None,
+    against: str | Path | None = None,
     baseline: Baseline | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -95,7 +98,8 @@ def evaluate(
     `mmssl.crossmodal`, and fit nothing either. The others measure the frozen features of `test` themselves, of one
     layer, and choose nothing: "cluster", how far k-means finds the classes; "verify", how well pairs of one class are
     told from pairs of two; "rank", of how many directions features make use, without labels; "ood", how well clips of
-    another kind are told by their distance from `train`. "layers" measures what each layer holds, see `measure_layers`.
+    another kind are told by their distance from `train`. "layers" measures what each layer holds, see `measure_layers`;
+    "corruption" what a linear probe of clean clips gets wrong of spoiled ones, see `measure_robustness`.
 
     Args:
         run: see `mmssl.load`; or an `Embedder`.
@@ -119,6 +123,7 @@ def evaluate(
             too many.
         ood: of "ood", manifest of the clips to be told from those of `test`.
         plot: of "layers", a file for the values of each layer as a picture, SVG.
+        against: of "corruption", JSON of the same scores of another model, to which errors are relative.
         baseline: measure this in place of the encoder: "random", the same network with new weights (from `seed`);
             "pixels", the raw picture; "logmel", log-mel energies every 10 ms. Read and pooled as for the encoder.
         device, precision: see `mmssl.load`.
@@ -129,7 +134,8 @@ def evaluate(
         {"accuracy": Score}; {"wer": Score, "cer": Score} for "ctc"; {"map": Score}, the mean average precision, for
         "classify" where clips have several classes; {"image_to_text_at_1": Score, ...} for "retrieval"; {"nmi",
         "ari"} for "cluster", {"eer", "min_dcf_0.01", "min_dcf_0.05"} for "verify", {"rank_me", "spread"} for "rank",
-        {"auroc"} for "ood"; for "layers" see `measure_layers`.
+        {"auroc"} for "ood"; for "layers" see `measure_layers`, for "corruption"
+        `measure_robustness`.
 
     Raises:
         ValueError: something that this task needs is missing, or manifests that do not fit each other.
@@ -143,11 +149,15 @@ def evaluate(
         "trials": ("verify", trials, None),
         "ood": ("ood", ood, None),
         "plot": ("layers", plot, None),
+        "against": ("corruption", against, None),
         "classes": ("zero-shot", classes, None),
     }
     for name, (only, value, absent) in own.items():
         if value != absent and task != only:
             raise ValueError(f"{name}={value}: is for task {only} only; leave {name} out")
+    few = labels_per_class is not None or label_share is not None
+    if few and task not in ("linear", "knn", "attentive", "layers"):
+        raise ValueError(f"labels_per_class={labels_per_class}, label_share={label_share}: {task} takes no few labels")
     embedder = run if isinstance(run, Embedder) else load(run, device=device, precision=precision)
     if task in ("retrieval", "zero-shot"):
         if baseline is not None:
@@ -194,7 +204,7 @@ def evaluate(
         return scores
     if task in ("cluster", "verify", "rank", "ood"):
         return _frozen(embedder, task, test, train, ood, trials, layer, pool, label, k, settings)
-    if task not in ("linear", "knn", "attentive"):
+    if task not in ("linear", "knn", "attentive", "corruption"):
         *others, last = get_args(Task)
         raise ValueError(f"task={task!r}: choose {', '.join(others)} or {last}")
     if train is None:
@@ -210,7 +220,21 @@ def evaluate(
         layers = [-1, *range(embedder.depth + 1)] if embedder.depth else [-1]
     else:
         layers = [layer] if isinstance(layer, int) else [int(i) for i in layer]
-    few = labels_per_class is not None or label_share is not None
+    if task == "corruption":
+        return measure_robustness(
+            embedder,
+            test,
+            train=train,
+            valid=valid,
+            by=by,
+            label=label,
+            layers=layers,
+            pool=pool,
+            strength=strength,
+            against=against,
+            seed=seed,
+            **settings,
+        )
     known = Classes.from_labels(manifest_of(train).values(label))
 
     def collect(clips: Clips, by: str | None = None) -> tuple[Split, int]:

@@ -45,6 +45,7 @@ ARROWS = {
     "hear": ["embed"],
     "store": ["types", "clips", "embed"],
     "labelled": ["types", "data", "evaluation", "embed"],
+    "robustness": ["nn", "modalities", "data", "evaluation", "clips", "embed", "labelled"],
     "layerwise": [*PARTS, "modalities", "data", "evaluation", "embed", "labelled"],
     "tasks": [
         "recipe",
@@ -58,6 +59,7 @@ ARROWS = {
         "crossmodal",
         "labelled",
         "layerwise",
+        "robustness",
     ],
     "matrix": ["recipe", "modalities", "objectives", "build", "resolve", "assemble"],
     "report": ["recipe", "types", "data", "evaluation", "clips", "embed", "training.health"],

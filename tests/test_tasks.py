@@ -153,6 +153,37 @@ def test_an_attentive_probe_looks_at_all_tokens_of_the_output(heard: dict[str, P
         evaluate(run, pool="class", **given)
 
 
+def test_errors_on_spoiled_clips_are_those_of_a_probe_of_clean_ones(
+    heard: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = MODALITIES["speech"].corruptions
+    for name in [name for name in kinds if name != "quiet"]:
+        monkeypatch.delitem(kinds, name)
+    monkeypatch.setitem(kinds, "silence", lambda x, rng, *, severity: x * (severity < 4))
+    run = exported(tmp_path / "run", SPEECH)
+    given: dict[str, Any] = {"train": heard["train"], "test": heard["test"], "strength": 1.0, "baseline": "logmel"}
+    scores = evaluate(run, task="corruption", **given)
+    assert scores["clean"].value == 0.0
+    errors = scores["mce"].details["errors"]
+    # clips that are all silent are all told as the same one of two words: half of them wrongly
+    assert errors["silence"] == [0.0, 0.0, 0.0, 0.5, 0.5]
+    assert scores["mce"].value == pytest.approx((sum(errors["quiet"]) / 5 + 0.2) / 2)
+    # 6 decibels move every log energy by the same: standardized on the quiet clips none is told wrongly
+    assert scores["mce_adapted"].details["errors"]["quiet"][0] == 0.0
+    assert "re-estimated on each kind and severity of test clips, without labels" in scores["mce_adapted"].protocol
+    assert "re-estimated" not in scores["mce"].protocol
+    again = evaluate(run, task="corruption", batch_size=1, **given)
+    assert again["mce"].details["errors"] == errors
+    plain = {"mce": {"details": {"errors": {"quiet": [0.5] * 5, "silence": [0.25] * 5}}}}
+    (tmp_path / "other.json").write_text(json.dumps(plain))
+    relative = evaluate(run, task="corruption", against=tmp_path / "other.json", **given)["mce"]
+    assert relative.value == pytest.approx((sum(errors["quiet"]) / 2.5 + 1 / 1.25) / 2)
+    assert "relative to those of other.json" in relative.protocol
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad\.json: holds no scores of --task corruption"):
+        evaluate(run, task="corruption", against=tmp_path / "bad.json", **given)
+
+
 def test_each_layer_is_compared_with_what_was_measured_and_with_the_classes(
     heard: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -318,7 +349,7 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
         ({"task": "linear", "train": None}, "give their manifest as train"),
         (
             {"task": "regress"},
-            "choose linear, knn, attentive, layers, cluster, verify, rank, ood, classify, ctc, retrieval or zero-shot",
+            "choose linear, knn, attentive, .*, ood, corruption, classify, ctc, retrieval or zero-shot",
         ),
         ({"task": "cluster", "layer": [0, 1]}, "task cluster measures one layer, and chooses none; name one"),
         ({"task": "knn", "trials": "t.txt"}, "is for task verify only; leave trials out"),
@@ -327,6 +358,8 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
         ({"task": "knn", "classes": "names.yaml"}, "is for task zero-shot only; leave classes out"),
         ({"task": "rank", "ood": "noise.jsonl"}, "is for task ood only; leave ood out"),
         ({"task": "knn", "plot": "layers.svg"}, "is for task layers only; leave plot out"),
+        ({"task": "linear", "against": "other.json"}, "is for task corruption only; leave against out"),
+        ({"task": "corruption", "label_share": 0.1}, "corruption takes no few labels"),
         ({"task": "layers", "layer": 1}, "measures all of them; leave layer out"),
         ({"task": "layers"}, "5 folds take at least 10 clips, got 4"),
         ({"task": "ood"}, "give their manifest as ood"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -39,6 +39,11 @@ class LinearProbe:
     def predict(self, features: Tensor) -> Tensor:
         """(Q, E) -> (Q,) classes."""
         return self.classes[self.logits(features).argmax(1)]
+
+    def adapted(self, features: Tensor) -> LinearProbe:
+        """The same layer behind the standardization of other features, (Q, E), whose labels it does not see."""
+        mean, std = standardization(features.double())
+        return replace(self, mean=mean, std=std)
 
 
 def fit_path(
@@ -200,10 +205,12 @@ def fit_linear(
         chosen = fit_probe(torch.cat([train[0], valid[0]]), torch.cat([train[1], valid[1]]), strength=best)
     elif valid is None or chosen is None:
         chosen = fit_probe(*train, strength=best)
+    kept = chosen
     how = "" if len(choices) == 1 else f" (of {len(choices)} from {choices[0]:g} to {choices[-1]:g}, {where})"
     return Fitted(
         predict=chosen.predict,
         valid_accuracy=highest,
         protocol=f"logistic regression, standardized and fitted on {refit}, C = {best:g}{how}",
         details={"C": best, "refit": refit},
+        adapt=lambda features: kept.adapted(features).predict,
     )

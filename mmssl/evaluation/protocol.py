@@ -76,12 +76,14 @@ class Fitted:
     predict: (Q, E), or what it was fitted on, -> (Q,) classes.
     valid_accuracy: of the settings chosen, where they were chosen; the mean over folds. None where nothing was.
     protocol: its part of the protocol line.
+    adapt: features without labels -> the classifier, standardized as they are; None where nothing is standardized.
     """
 
     predict: Callable[[Any], Tensor]
     valid_accuracy: float | None
     protocol: str
     details: dict[str, Any] = field(default_factory=dict)
+    adapt: Callable[[Any], Callable[[Any], Tensor]] | None = None
 
 
 def accuracy(found: Tensor, labels: Tensor) -> float:
@@ -164,6 +166,16 @@ def hold_out(labels: Tensor, *, share: float = 0.2, seed: int = 0) -> tuple[Tens
     return torch.nonzero(rest)[:, 0], held
 
 
+def choose(fit: Fit, train: Split, valid: Split | None) -> tuple[int, dict[int, Fitted]]:
+    """Fit on each layer, and name the one of highest validation accuracy, of equal ones the lowest; see `measure`."""
+    fitted = {}
+    for layer in sorted(train.layers):
+        known = None if valid is None else (valid.layers[layer], valid.labels)
+        folds = None if train.groups is None else leave_out(train.groups)
+        fitted[layer] = fit((train.layers[layer], train.labels), known, folds)
+    return max(sorted(fitted), key=lambda layer: fitted[layer].valid_accuracy or 0.0), fitted
+
+
 def measure(
     fit: Fit,
     train: Split,
@@ -204,13 +216,8 @@ def measure(
     values, details, protocol = [], [], ""
     for seed in range(n_draws):
         part = train.pick(draw_labels(train.labels, per_class=per_class, share=share, seed=seed)) if few else train
-        fitted, by_layer = {}, {}
-        for layer in sorted(train.layers):
-            known = None if valid is None else (valid.layers[layer], valid.labels)
-            folds = None if part.groups is None else leave_out(part.groups)
-            fitted[layer] = fit((part.layers[layer], part.labels), known, folds)
-            by_layer[layer] = fitted[layer].valid_accuracy
-        best = max(sorted(fitted), key=lambda layer: fitted[layer].valid_accuracy or 0.0)
+        best, fitted = choose(fit, part, valid)
+        by_layer = {layer: found.valid_accuracy for layer, found in fitted.items()}
         values.append(accuracy(fitted[best].predict(test.layers[best]), test.labels))
         details.append({**fitted[best].details, "layer": best, "valid": by_layer, "n_train": len(part)})
         protocol = fitted[best].protocol

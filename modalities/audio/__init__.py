@@ -18,4 +18,5 @@ AUDIO = Modality(
     spans=SPEECH.spans,
     targets=TARGETS,
     measured=("spectrogram", "log-mel energies"),
+    corruptions=SPEECH.corruptions,
 )
