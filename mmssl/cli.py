@@ -115,7 +115,10 @@ def embed(
         str | None, typer.Option(help="What the clips are, for a run on several modalities.", show_default=False)
     ] = None,
     layer: Annotated[
-        str, typer.Option(help="-1 is the output, 0 the input of the first block, i the output of block i; or all.")
+        str,
+        typer.Option(
+            help="-1 is the output, 0 the input of the first block, i the output of block i; all; or a file of weights."
+        ),
     ] = "-1",
     pool: Annotated[
         str | None,
@@ -149,11 +152,7 @@ def embed(
     from mmssl.store import write_embeddings
 
     embedder = load(model, device=device, precision=precision).of(modality)
-    layers = (
-        list(range(embedder.depth + 1))
-        if layer == "all"
-        else [_number("--layer", part, int) for part in layer.split(",")]
-    )
+    layers = list(range(embedder.depth + 1)) if layer == "all" else _layers(layer)
     done = write_embeddings(
         embedder,
         inputs,
@@ -185,6 +184,9 @@ def evaluate(
             "linear",
             "knn",
             "attentive",
+            "superb",
+            "superb-verify",
+            "superb-ctc",
             "layers",
             "cluster",
             "verify",
@@ -197,9 +199,10 @@ def evaluate(
             "zero-shot",
         ],
         typer.Option(
-            help="linear, knn, attentive: fitted on frozen features; corruption: so, on spoiled clips; layers: what "
-            "each layer holds; cluster, verify, rank, ood: of frozen features themselves; classify, ctc: what a "
-            "fine-tuned run says; retrieval, zero-shot: of a run on several modalities."
+            help="linear, knn, attentive: fitted on frozen features; superb, superb-verify, superb-ctc: with learned "
+            "weights of layers; corruption: on spoiled clips; layers: what each layer holds; cluster, verify, rank, "
+            "ood: of frozen features themselves; classify, ctc: what a fine-tuned run says; retrieval, zero-shot: of a "
+            "run on several modalities."
         ),
     ] = "linear",
     train: Annotated[
@@ -277,7 +280,7 @@ def evaluate(
         valid=valid,
         modality=modality,
         classes=classes,
-        layer="select" if layer == "select" else [_number("--layer", part, int) for part in layer.split(",")],
+        layer="select" if layer == "select" else _layers(layer),
         pool=pool,
         label=label,
         by=by,
@@ -681,6 +684,15 @@ def _part(text: str) -> tuple[int, int]:
     """Of --part N/OF."""
     number, _, of = text.partition("/")
     return _number("--part", number, int), _number("--part", of, int)
+
+
+def _layers(text: str) -> Any:
+    """Numbers of layers; or of a file of weights the one layer that they make of several."""
+    if text.endswith(".json"):
+        from mmssl.embed import read_weighting
+
+        return [tuple(sorted(read_weighting(text).items()))]
+    return [_number("--layer", part, int) for part in text.split(",")]
 
 
 def _number(option: str, text: str, kind: Callable[[str], N]) -> N:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import Classes
-from mmssl.embed import Embedder
+from mmssl.embed import Embedder, Layer
 from mmssl.evaluation.protocol import Ragged, Split, hold_out
 from mmssl.types import Encoded, Raw, Tokens
 
@@ -54,7 +54,7 @@ def labelled(
     classes: Classes,
     label: str = "label",
     by: str | None = None,
-    layers: Sequence[int] = (-1,),
+    layers: Sequence[Layer] = (-1,),
     pool: str = "mean",
     **settings: Any,
 ) -> tuple[Split, int]:
@@ -81,7 +81,7 @@ def labelled_tokens(
     classes: Classes,
     label: str = "label",
     by: str | None = None,
-    layers: Sequence[int] = (-1,),
+    layers: Sequence[Layer] = (-1,),
     **settings: Any,
 ) -> tuple[Split, int]:
     """All tokens of a manifest's clips in place of scenes: see `labelled`. They must have room in memory."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmssl.clips import find_clips
 from mmssl.data.text import Classes
-from mmssl.embed import Embedder
+from mmssl.embed import Embedder, Layer
 from mmssl.evaluation.probe import STRENGTHS, fit_linear
 from mmssl.evaluation.protocol import Split, choose
 from mmssl.evaluation.robustness import SEVERITIES, corruption_score
@@ -34,7 +34,7 @@ def measure_robustness(
     valid: Clips | None = None,
     by: str | None = None,
     label: str = "label",
-    layers: Sequence[int] = (-1,),
+    layers: Sequence[Layer] = (-1,),
     pool: str = "mean",
     strength: float | None = None,
     against: str | Path | None = None,

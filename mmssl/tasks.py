@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from mmssl.build import build_encoder
 from mmssl.crossmodal import retrieval, zero_shot
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import Classes
-from mmssl.embed import Embedder, Precision, load
+from mmssl.embed import Embedder, Layer, Precision, load
 from mmssl.evaluation.attentive import fit_attentive
 from mmssl.evaluation.clusters import cluster
 from mmssl.evaluation.geometry import measure_rank
@@ -33,12 +33,16 @@ from mmssl.labelled import Clips, fitting_of, labelled, labelled_tokens, manifes
 from mmssl.layerwise import measure_layers
 from mmssl.modalities import MODALITIES
 from mmssl.robustness import measure_robustness
+from mmssl.superb import measure_superb
 from mmssl.types import Encoded, Raw, Tokens
 
 Task = Literal[
     "linear",
     "knn",
     "attentive",
+    "superb",
+    "superb-verify",
+    "superb-ctc",
     "layers",
     "cluster",
     "verify",
@@ -62,7 +66,7 @@ def evaluate(
     valid: Clips | None = None,
     modality: str | None = None,
     classes: str | Path | None = None,
-    layer: int | Sequence[int] | Literal["select"] = "select",
+    layer: int | Mapping[int, float] | Sequence[Layer] | Literal["select"] = "select",
     pool: str = "mean",
     label: str = "label",
     by: str | None = None,
@@ -99,6 +103,7 @@ def evaluate(
     layer, and choose nothing: "cluster", how far k-means finds the classes; "verify", how well pairs of one class are
     told from pairs of two; "rank", of how many directions features make use, without labels; "ood", how well clips of
     another kind are told by their distance from `train`. "layers" measures what each layer holds, see `measure_layers`;
+    "superb", "superb-verify" and "superb-ctc" are SUPERB's protocol, see `measure_superb`;
     "corruption" what a linear probe of clean clips gets wrong of spoiled ones, see `measure_robustness`.
 
     Args:
@@ -109,7 +114,8 @@ def evaluate(
         modality: see `Embedder.embed`.
         classes: of "zero-shot", see `mmssl.crossmodal.read_prompts`.
         layer: see `Embedder.embed`; "select" chooses among all of them, the output after the final norm included; where
-            nothing is chosen, and for "attentive", which keeps all tokens in memory, it is that output.
+            nothing is chosen, and for "attentive", which keeps all tokens in memory, it is that output. A mapping
+            {layer: weight} is one layer.
         pool: see `Pool.named`.
         label: the key of a row that holds its class.
         by: a key such as "speaker": settings are chosen by leaving out each of its values in `train` in turn, and there
@@ -135,7 +141,7 @@ def evaluate(
         "classify" where clips have several classes; {"image_to_text_at_1": Score, ...} for "retrieval"; {"nmi",
         "ari"} for "cluster", {"eer", "min_dcf_0.01", "min_dcf_0.05"} for "verify", {"rank_me", "spread"} for "rank",
         {"auroc"} for "ood"; for "layers" see `measure_layers`, for "corruption"
-        `measure_robustness`.
+        `measure_robustness`, for "superb" and so on `measure_superb`.
 
     Raises:
         ValueError: something that this task needs is missing, or manifests that do not fit each other.
@@ -156,7 +162,9 @@ def evaluate(
         if value != absent and task != only:
             raise ValueError(f"{name}={value}: is for task {only} only; leave {name} out")
     few = labels_per_class is not None or label_share is not None
-    if few and task not in ("linear", "knn", "attentive", "layers"):
+    if isinstance(layer, Mapping):
+        layer = [tuple(sorted((int(i), float(weight)) for i, weight in layer.items()))]
+    if few and task not in ("linear", "knn", "attentive", "superb", "layers"):
         raise ValueError(f"labels_per_class={labels_per_class}, label_share={label_share}: {task} takes no few labels")
     embedder = run if isinstance(run, Embedder) else load(run, device=device, precision=precision)
     if task in ("retrieval", "zero-shot"):
@@ -204,22 +212,38 @@ def evaluate(
         return scores
     if task in ("cluster", "verify", "rank", "ood"):
         return _frozen(embedder, task, test, train, ood, trials, layer, pool, label, k, settings)
-    if task not in ("linear", "knn", "attentive", "corruption"):
+    if task not in ("linear", "knn", "attentive", "superb", "superb-verify", "superb-ctc", "corruption"):
         *others, last = get_args(Task)
         raise ValueError(f"task={task!r}: choose {', '.join(others)} or {last}")
     if train is None:
         raise ValueError(f"task={task}: is fitted on labelled clips, give their manifest as train")
 
+    if task in ("superb", "superb-verify", "superb-ctc"):
+        if layer != "select" or pool != "mean":
+            raise ValueError(f"layer={layer}, pool={pool!r}: {task} weights all layers and takes means; leave both out")
+        return measure_superb(
+            embedder,
+            task,
+            test,
+            train=train,
+            valid=valid,
+            by=by,
+            label=label,
+            labels_per_class=labels_per_class,
+            label_share=label_share,
+            draws=draws,
+            **settings,
+        )
     if task == "attentive" and pool != "mean":
         raise ValueError(f"pool={pool!r}: attentive pools by attention; leave pool out")
 
-    layers: list[int]
+    layers: list[Layer]
     if layer == "select" and task == "attentive":
         layers = [-1]
     elif layer == "select":
         layers = [-1, *range(embedder.depth + 1)] if embedder.depth else [-1]
     else:
-        layers = [layer] if isinstance(layer, int) else [int(i) for i in layer]
+        layers = [layer] if isinstance(layer, int) else list(layer)
     if task == "corruption":
         return measure_robustness(
             embedder,
@@ -277,7 +301,7 @@ def _frozen(
     train: Clips | None,
     ood: Clips | None,
     trials: str | Path | None,
-    layer: int | Sequence[int] | Literal["select"],
+    layer: int | Sequence[Layer] | Literal["select"],
     pool: str,
     label: str,
     k: int | Sequence[int],
@@ -291,7 +315,8 @@ def _frozen(
 
     def collect(clips: Clips) -> tuple[Tensor, Tensor]:
         nonlocal skipped
-        scene = embedder.embed(manifest_of(clips), layer=layers[0], pool=pool, tokens=False, **settings).scene
+        [found] = embedder.embed(manifest_of(clips), layer=layers, pool=pool, tokens=False, **settings)
+        scene = found.scene
         read = torch.isfinite(scene).all(1)
         skipped += int((~read).sum())
         return scene, read
@@ -323,9 +348,8 @@ def _frozen(
             every = len(first) == len(numbers) * (len(numbers) - 1) // 2
             which = "all pairs" if every else "pairs drawn at random"
             scores = verify(scene[read], first, second, target, center=_center(collect, train), trials=which)
-    note = f"{embedder.name}, layer {layers[0]}, pool {pool}" + (
-        f"; {skipped} clips could not be read" if skipped else ""
-    )
+    told = layers[0] if isinstance(layers[0], int) else f"sum of {len(layers[0])} by weights"
+    note = f"{embedder.name}, layer {told}, pool {pool}" + (f"; {skipped} clips could not be read" if skipped else "")
     return {
         name: replace(
             score,

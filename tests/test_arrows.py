@@ -46,6 +46,7 @@ ARROWS = {
     "store": ["types", "clips", "embed"],
     "labelled": ["types", "data", "evaluation", "embed"],
     "robustness": ["nn", "modalities", "data", "evaluation", "clips", "embed", "labelled"],
+    "superb": ["types", "data", "evaluation", "embed", "labelled"],
     "layerwise": [*PARTS, "modalities", "data", "evaluation", "embed", "labelled"],
     "tasks": [
         "recipe",
@@ -60,6 +61,7 @@ ARROWS = {
         "labelled",
         "layerwise",
         "robustness",
+        "superb",
     ],
     "matrix": ["recipe", "modalities", "objectives", "build", "resolve", "assemble"],
     "report": ["recipe", "types", "data", "evaluation", "clips", "embed", "training.health"],

@@ -1,6 +1,7 @@
 """What `mmssl evaluate` measures, on clips whose answer is known."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from mmssl.build import build_encoder, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.text import Classes
-from mmssl.embed import load
+from mmssl.embed import load, read_weighting
+from mmssl.evaluation import superb
 from mmssl.evaluation.geometry import rank_me, spread
 from mmssl.evaluation.score import average_precisions
 from mmssl.modalities import MODALITIES
@@ -184,6 +186,53 @@ def test_errors_on_spoiled_clips_are_those_of_a_probe_of_clean_ones(
         evaluate(run, task="corruption", against=tmp_path / "bad.json", **given)
 
 
+def test_superb_weighs_layers_and_its_weights_are_a_layer_to_embed(
+    heard: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(superb, "LEAST_UPDATES", 60)
+    monkeypatch.setattr(superb, "EPOCHS", 1)
+    run = exported(tmp_path / "run", SPEECH)
+    given: dict[str, Any] = {"train": heard["train"], "valid": heard["train"], "test": heard["test"]}
+    score = evaluate(run, task="superb", **given)["accuracy"]
+    assert "learned weights of 3 layers" in score.protocol
+    assert sum(score.details["weights"].values()) == pytest.approx(1.0)
+    (tmp_path / "scores.json").write_text(json.dumps({"accuracy": asdict(score)}))
+    weights = read_weighting(tmp_path / "scores.json")
+    embedder = load(run)
+    every = embedder.embed(heard["test"], layer="all")
+    one = embedder.embed(heard["test"], layer=weights)
+    expected = sum(weights[i] * layer.scene for i, layer in enumerate(every))
+    torch.testing.assert_close(one.scene, expected)
+    torch.testing.assert_close(one.tokens, sum(weights[i] * layer.tokens for i, layer in enumerate(every)))
+    assert (
+        "layer sum of 3 by weights" in evaluate(run, task="verify", test=heard["train"], layer=weights)["eer"].protocol
+    )
+    assert evaluate(run, train=heard["train"], test=heard["test"], layer=weights, strength=1.0)["accuracy"].n == 4
+    words = evaluate(run, task="superb-verify", **given)
+    assert "0 of 2 classes are not among those of train" in words["eer"].protocol
+    assert words["eer"].task == "superb-verify"
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"bad\.json: holds no weights of layers"):
+        read_weighting(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="layer=7: .* has layers 0 to 2"):
+        embedder.embed(heard["test"], layer={7: 1.0})
+    with pytest.raises(ValueError, match="superb weights all layers and takes means; leave both out"):
+        evaluate(run, task="superb", layer=1, **given)
+
+
+def test_superb_spells_from_frozen_layers(
+    heard: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(superb, "LEAST_UPDATES", 4)
+    monkeypatch.setattr(superb, "EPOCHS", 1)
+    monkeypatch.setattr(superb, "HIDDEN", 8)
+    run = exported(tmp_path / "run", SPEECH)
+    scores = evaluate(run, task="superb-ctc", train=heard["train"], test=heard["test"])
+    assert list(scores) == ["wer", "cer"]
+    assert "validation is a fifth of the training clips" in scores["cer"].protocol
+    assert list(scores["cer"].details["weights"]) == ["0", "1", "2"]
+
+
 def test_each_layer_is_compared_with_what_was_measured_and_with_the_classes(
     heard: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -349,7 +398,7 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
         ({"task": "linear", "train": None}, "give their manifest as train"),
         (
             {"task": "regress"},
-            "choose linear, knn, attentive, .*, ood, corruption, classify, ctc, retrieval or zero-shot",
+            "choose linear, knn, attentive, superb, .*, ood, corruption, classify, ctc, retrieval or zero-shot",
         ),
         ({"task": "cluster", "layer": [0, 1]}, "task cluster measures one layer, and chooses none; name one"),
         ({"task": "knn", "trials": "t.txt"}, "is for task verify only; leave trials out"),

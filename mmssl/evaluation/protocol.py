@@ -43,7 +43,7 @@ class Split:
     groups: (B,) int64, such as speakers, to be left out one after the other where something is chosen.
     """
 
-    features: Tensor | Ragged | Mapping[int, Any]
+    features: Tensor | Ragged | Mapping[Any, Any]
     labels: Tensor
     groups: Tensor | None = None
 
@@ -56,7 +56,7 @@ class Split:
                 )
 
     @property
-    def layers(self) -> Mapping[int, Any]:
+    def layers(self) -> Mapping[Any, Any]:
         """Features by layer; -1 where only one was given."""
         return self.features if isinstance(self.features, Mapping) else {-1: self.features}
 
@@ -76,6 +76,7 @@ class Fitted:
     predict: (Q, E), or what it was fitted on, -> (Q,) classes.
     valid_accuracy: of the settings chosen, where they were chosen; the mean over folds. None where nothing was.
     protocol: its part of the protocol line.
+    vectors: (Q, E) -> (Q, P) what the classifier makes of features before it tells classes; None where that is nothing.
     adapt: features without labels -> the classifier, standardized as they are; None where nothing is standardized.
     """
 
@@ -84,6 +85,7 @@ class Fitted:
     protocol: str
     details: dict[str, Any] = field(default_factory=dict)
     adapt: Callable[[Any], Callable[[Any], Tensor]] | None = None
+    vectors: Callable[[Any], Tensor] | None = None
 
 
 def accuracy(found: Tensor, labels: Tensor) -> float:
