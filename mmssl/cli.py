@@ -119,7 +119,10 @@ def embed(
         str | None, typer.Option(help="What the clips are, for a run on several modalities.", show_default=False)
     ] = None,
     layer: Annotated[
-        str, typer.Option(help="-1 is the output, 0 the input of the first block, i the output of block i; or all.")
+        str,
+        typer.Option(
+            help="-1 is the output, 0 the input of the first block, i the output of block i; all; or a file of weights."
+        ),
     ] = "-1",
     pool: Annotated[
         str | None,
@@ -159,11 +162,7 @@ def embed(
     from mmssl.store import write_embeddings
 
     embedder = load(model, device=device, precision=precision)
-    layers = (
-        list(range(embedder.of(modality).depth + 1))
-        if layer == "all"
-        else [_number("--layer", part, int) for part in layer.split(",")]
-    )
+    layers = list(range(embedder.of(modality).depth + 1)) if layer == "all" else _layers(layer)
     spread = None
     if engine == "ray":
         from mmssl.on_ray import on_ray
@@ -233,10 +232,29 @@ def evaluate(
     model: Model,
     test: Annotated[Path, typer.Option(help="Manifest of the clips to measure on.", show_default=False)],
     task: Annotated[
-        Literal["linear", "knn", "cluster", "verify", "rank", "ood", "classify", "ctc", "retrieval", "zero-shot"],
+        Literal[
+            "linear",
+            "knn",
+            "attentive",
+            "superb",
+            "superb-verify",
+            "superb-ctc",
+            "layers",
+            "cluster",
+            "verify",
+            "rank",
+            "ood",
+            "corruption",
+            "classify",
+            "ctc",
+            "retrieval",
+            "zero-shot",
+        ],
         typer.Option(
-            help="linear, knn: fitted on frozen features; cluster, verify, rank, ood: of those features themselves; "
-            "classify, ctc: what a fine-tuned run says; retrieval, zero-shot: of a run on several modalities."
+            help="linear, knn, attentive: fitted on frozen features; superb, superb-verify, superb-ctc: with learned "
+            "weights of layers; corruption: on spoiled clips; layers: what each layer holds; cluster, verify, rank, "
+            "ood: of frozen features themselves; classify, ctc: what a fine-tuned run says; retrieval, zero-shot: of a "
+            "run on several modalities."
         ),
     ] = "linear",
     train: Annotated[
@@ -280,6 +298,11 @@ def evaluate(
         Path | None, typer.Option(help="verify: pairs to tell, a line is 1 or 0 and two ids.", show_default="all pairs")
     ] = None,
     ood: Annotated[Path | None, typer.Option(help="ood: manifest of clips of another kind than --test.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="corruption: --out of another model; errors relative to its.", show_default=False),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="layers: write the values of each layer as a picture, SVG.")] = None,
     baseline: Annotated[
         Literal["random", "pixels", "logmel"] | None,
         typer.Option(help="Measure this in the encoder's place: random weights, raw pixels, log-mel energies."),
@@ -297,6 +320,7 @@ def evaluate(
 
     Every score comes with its interval and with one line that says how it was measured.
     """
+    from mmssl.evaluation.layers import layer_table
     from mmssl.tasks import evaluate
 
     neighbors = [_number("--k", part, int) for part in k.split(",")]
@@ -308,7 +332,7 @@ def evaluate(
         valid=valid,
         modality=modality,
         classes=classes,
-        layer="select" if layer == "select" else [_number("--layer", part, int) for part in layer.split(",")],
+        layer="select" if layer == "select" else _layers(layer),
         pool=pool,
         label=label,
         by=by,
@@ -325,6 +349,8 @@ def evaluate(
         crops=crops,
         trials=trials,
         ood=ood,
+        plot=plot,
+        against=against,
         baseline=baseline,
         seed=seed,
         device=device,
@@ -335,6 +361,8 @@ def evaluate(
     )
     for score in scores.values():
         print(score)
+    if task == "layers":
+        print(layer_table(scores))
     if out is not None:
         plain = {name: asdict(score) for name, score in scores.items()}
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -741,6 +769,15 @@ def _part(text: str) -> tuple[int, int]:
     """Of --part N/OF."""
     number, _, of = text.partition("/")
     return _number("--part", number, int), _number("--part", of, int)
+
+
+def _layers(text: str) -> Any:
+    """Numbers of layers; or of a file of weights the one layer that they make of several."""
+    if text.endswith(".json"):
+        from mmssl.embed import read_weighting
+
+        return [tuple(sorted(read_weighting(text).items()))]
+    return [_number("--layer", part, int) for part in text.split(",")]
 
 
 def _number(option: str, text: str, kind: Callable[[str], N]) -> N:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import inspect
 import math
@@ -10,7 +11,7 @@ import queue
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
@@ -197,6 +198,7 @@ class Clips:
         self.frontend = frontend
         self.read_file = read_file
         self.rate = frontend.reader_settings.get("rate")
+        self._change: Callable[[Tensor, str], Tensor] | None = None
         self._parts: list[Part] = []
         self._ends: list[int] = []
 
@@ -204,6 +206,12 @@ class Clips:
         """Rows of a manifest, a path, a member of a tar, or (name, how to read it)."""
         self._parts.append(part)
         self._ends.append(len(self) + (len(part) if isinstance(part, ManifestDataset) else 1))
+
+    def changed(self, change: Callable[[Tensor, str], Tensor]) -> Clips:
+        """The same clips, each with something done to it that is given its name, once it is fit for the frontend."""
+        other = copy.copy(self)
+        other._change = change
+        return other
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -246,6 +254,8 @@ class Clips:
                 else:
                     clip = self.read_file(part) if isinstance(part, str) else part[1]()
                 sample = Sample(name, {self.modality: clip}, {self.modality: self.rate}, None, 0)
+            if self._change is not None:
+                sample = replace(sample, inputs={key: self._change(x, name) for key, x in sample.inputs.items()})
             self._try(sample)
         except BadClip as error:
             return Item(place, name, error=error)

@@ -35,6 +35,8 @@ from mmssl.types import BadClip, Batch, Embeddings, Encoded, Raw, Tokens, valid_
 log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
+Weighting = tuple[tuple[int, float], ...]  # layers with their weights, ascending
+Layer = int | Weighting
 # a layer, what was encoded, and the tokens that it is of -> (B, E)
 Pooling = Callable[[Tensor, Encoded, Tokens], Tensor]
 
@@ -64,6 +66,30 @@ def load(path: str | Path, *, device: str = "auto", precision: Precision = "floa
     # a name of the hub says more than the folder that it was put in
     name = str(source.folder if Path(path).exists() else path)
     return Embedder(encoder, source.config, device=device, precision=precision, head=source.objective, name=name)
+
+
+def read_weighting(path: str | Path) -> dict[int, float]:
+    """The weight of each layer, as `mmssl evaluate --task superb --out` writes it; or a file of {"0": 0.2, "1": 0.8}.
+
+    Raises:
+        ValueError: the file holds no weights.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        for score in found.values():
+            if isinstance(score, dict) and "weights" in score["details"]:
+                found = score["details"]["weights"]
+                break
+        return {int(layer): float(weight) for layer, weight in found.items()}
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"layer={path}: holds no weights of layers; give a file that --task superb has written with --out"
+        ) from None
+
+
+def _numbers(layers: Sequence[Layer]) -> list[int]:
+    """All layers that are read."""
+    return [i for asked in layers for i in ([asked] if isinstance(asked, int) else [layer for layer, _ in asked])]
 
 
 def _only(raw: Raw, row: int) -> Raw:
@@ -191,10 +217,10 @@ class Embedder:
     @overload
     def embed(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Sequence[Input] | Clips,
         *,
         modality: str | None = ...,
-        layer: int = ...,
+        layer: int | Mapping[int, float] = ...,
         pool: str | None = ...,
         rate: float | None = ...,
         tokens: bool | Literal["steps"] = ...,
@@ -209,10 +235,10 @@ class Embedder:
     @overload
     def embed(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Sequence[Input] | Clips,
         *,
         modality: str | None = ...,
-        layer: Sequence[int] | Literal["all"],
+        layer: Sequence[Layer] | Literal["all"],
         pool: str | None = ...,
         rate: float | None = ...,
         tokens: bool | Literal["steps"] = ...,
@@ -226,10 +252,10 @@ class Embedder:
 
     def embed(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Sequence[Input] | Clips,
         *,
         modality: str | None = None,
-        layer: int | Sequence[int] | Literal["all"] = -1,
+        layer: int | Mapping[int, float] | Sequence[Layer] | Literal["all"] = -1,
         pool: str | None = None,
         rate: float | None = None,
         tokens: bool | Literal["steps"] = True,
@@ -247,10 +273,12 @@ class Embedder:
                 below it, those in uncompressed tars too); such a tar; a manifest (.jsonl); an open binary file; an
                 array or tensor: (L,) samples, (C, H, W) pixels in [0, 1], or (C, T, H, W) of frames, or with one axis
                 more several such clips. For an encoder of text a string is a caption, unless it names a manifest or a
-                .txt file with a caption in each line.
+                .txt file with a caption in each line. Or what `find_clips` makes of them.
             modality: what the inputs are, for an encoder of several.
             layer: -1 the encoder's output, after its final norm where it has one; 0 the input of the first block; i the
-                output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass.
+                output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass. A
+                mapping {layer: weight} is one layer, the sum of those by their weights: a learned weighting, see
+                `read_weighting`.
             pool: how tokens become the scene, see `Pool.named`; "joint" for vectors of length 1 in the space of several
                 modalities, of the output alone. By default "joint" where there is such a space, and else "mean".
             rate: samples per second of arrays, where it is not the encoder's own.
@@ -267,7 +295,8 @@ class Embedder:
             progress: show a bar.
 
         Returns:
-            Embeddings, or a list of them, one for each layer, where several are asked for. On the CPU, float32.
+            Embeddings, or a list of them, one for each layer, where several are asked for, and not as one by a
+            weighting. On the CPU, float32.
 
         Raises:
             BadClip: a clip cannot be read, or is shorter than one token.
@@ -279,7 +308,7 @@ class Embedder:
             same |= {"batch_seconds": batch_seconds, "on_bad_clip": on_bad_clip, "window": window, "overlap": overlap}
             return one.embed(inputs, layer=layer, pool=pool, **same)
         layers = self._layers(layer)
-        clips = find_clips(inputs, self.config, self.encoder, rate=rate)
+        clips = inputs if isinstance(inputs, Clips) else find_clips(inputs, self.config, self.encoder, rate=rate)
         gathered = [_Gathered(len(clips), keep=bool(tokens)) for _ in layers]
 
         pooled = self._pool(pool, layers)
@@ -290,13 +319,13 @@ class Embedder:
 
         names, bad = self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
         found = [into.result(names, bad) for into in gathered]
-        return found[0] if isinstance(layer, int) else found
+        return found[0] if isinstance(layer, int | Mapping) else found
 
     def stream(
         self,
         inputs: Input | Sequence[Input] | Clips,
         *,
-        layers: Sequence[int] = (-1,),
+        layers: Sequence[Layer] = (-1,),
         pool: str | None = None,
         tokens: bool | Literal["steps"] = False,
         window: float | None = None,
@@ -348,7 +377,7 @@ class Embedder:
     def _embed(
         self,
         batch: Batch,
-        layers: Sequence[int],
+        layers: Sequence[Layer],
         pool: Pooling,
         tokens: bool | Literal["steps"],
         cut: Windows | None,
@@ -374,14 +403,21 @@ class Embedder:
                 else:
                     into.add(rows, scene, kept, lengths, times)
 
-    def _encode(self, raw: Raw, layers: Sequence[int]) -> tuple[Tokens, Encoded, list[Tensor]]:
+    def _encode(self, raw: Raw, layers: Sequence[Layer]) -> tuple[Tokens, Encoded, list[Tensor]]:
         """What the frontend and the encoder make of a batch, and its layers in the order asked for."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             given = self.encoder.tokens(raw.to(self.device))
-            encoded = self.encoder(given, layers=sorted({i for i in layers if i >= 0}))
-        return given, encoded, [encoded.x if i < 0 else encoded.layers[i] for i in layers]
+            encoded = self.encoder(given, layers=sorted({i for i in _numbers(layers) if i >= 0}))
 
-    def _encode_one(self, raw: Raw, layers: Sequence[int], cut: Windows) -> tuple[Tokens, Encoded, list[Tensor]]:
+        def one(layer: int) -> Tensor:
+            return encoded.x if layer < 0 else encoded.layers[layer]
+
+        def several(weighting: Weighting) -> Tensor:
+            return torch.stack([weight * one(layer).float() for layer, weight in weighting]).sum(0)
+
+        return given, encoded, [one(asked) if isinstance(asked, int) else several(asked) for asked in layers]
+
+    def _encode_one(self, raw: Raw, layers: Sequence[Layer], cut: Windows) -> tuple[Tokens, Encoded, list[Tensor]]:
         """One clip, in windows where it is longer than one."""
         if int(raw.lengths[0]) <= cut.length:
             return self._encode(raw, layers)
@@ -415,18 +451,46 @@ class Embedder:
         Returns:
             name -> reason of the clips that could not be read, which `see` never gets.
         """
-        [asked] = self.of()._layers(layer)
-        clips = find_clips(inputs, self.config, self.encoder, rate=None)
 
-        def compute(batch: Batch, places: list[int]) -> None:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                given = self.encoder.tokens(batch.raw.to(self.device))
-                encoded = self.encoder(given, layers=[asked] if asked >= 0 else [])
-            x = (encoded.x if asked < 0 else encoded.layers[asked])[:, encoded.n_prefix :]
+        def show(places: list[int], raw: Raw, given: Tokens, encoded: Encoded, found: list[Tensor]) -> None:
+            x = found[0][:, encoded.n_prefix :]
             for row, (place, length) in enumerate(zip(places, given.lengths.tolist(), strict=True)):
                 see(place, x[row, :length].float(), given)
 
-        return self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, False, all_may_be_bad=True)[1]
+        same: dict[str, Any] = {"batch_size": batch_size, "batch_seconds": batch_seconds, "on_bad_clip": on_bad_clip}
+        return self.each_batch(inputs, show, layers=[layer], **same)
+
+    def each_batch(
+        self,
+        inputs: Input | Sequence[Input],
+        see: Callable[[list[int], Raw, Tokens, Encoded, list[Tensor]], None],
+        *,
+        layers: Sequence[Layer],
+        batch_size: int = 16,
+        batch_seconds: float = 60.0,
+        on_bad_clip: Literal["raise", "skip"] = "raise",
+        progress: bool = False,
+    ) -> dict[str, str]:
+        """Show one batch after the other as it was read and as it is encoded, and keep none.
+
+        Args:
+            inputs, batch_size, batch_seconds, on_bad_clip, progress: see `embed`.
+            see: gets the places of a batch's clips among the inputs, what was read of them, what the frontend and the
+                encoder made of it, and the layers, (B, prefix + N, D) each, on the encoder's device. Clips do not come
+                in their order.
+            layers: see `layer` of `embed`.
+
+        Returns:
+            name -> reason of the clips that could not be read, which `see` never gets.
+        """
+        asked = self.of()._layers(layers)
+        clips = find_clips(inputs, self.config, self.encoder, rate=None)
+
+        def compute(batch: Batch, places: list[int]) -> None:
+            raw = batch.raw.to(self.device)
+            see(places, raw, *self._encode(raw, asked))
+
+        return self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress, all_may_be_bad=True)[1]
 
     def predict(
         self,
@@ -531,7 +595,7 @@ class Embedder:
         # in float64, so that the mean of the same is the same
         return torch.stack(parts).double().mean(0).float()
 
-    def pool_name(self, pool: str | None, layers: Sequence[int]) -> str:
+    def pool_name(self, pool: str | None, layers: Sequence[Layer]) -> str:
         """What `pool` of `embed` stands for."""
         if pool is not None:
             return pool
@@ -546,7 +610,7 @@ class Embedder:
                 found.update(tensor.detach().float().cpu().contiguous().numpy())
         return found.hexdigest()
 
-    def _pool(self, pool: str | None, layers: Sequence[int]) -> Pooling:
+    def _pool(self, pool: str | None, layers: Sequence[Layer]) -> Pooling:
         pool = self.pool_name(pool, layers)
         if pool != "joint":
             return Pool.named(pool)
@@ -557,18 +621,24 @@ class Embedder:
             raise ValueError("pool='joint': only the output (layer -1) is brought into the space of all modalities")
         return lambda x, encoded, tokens: joint(encoded)
 
-    def _layers(self, layer: int | Sequence[int] | Literal["all"]) -> list[int]:
+    def _layers(self, layer: int | Mapping[int, float] | Sequence[Layer] | Literal["all"]) -> list[Layer]:
         if layer != "all" and (isinstance(layer, str) or not isinstance(layer, int | Iterable)):
-            raise ValueError(f"layer={layer!r}: give a number, several, or 'all'")
-        asked = range(self.depth + 1) if layer == "all" else [layer] if isinstance(layer, int) else list(layer)
-        for i in asked:
+            raise ValueError(f"layer={layer!r}: give a number, several, 'all', or a weight for each of some")
+        asked: list[Layer]
+        if isinstance(layer, Mapping):
+            asked = [tuple(sorted((int(i), float(weight)) for i, weight in layer.items()))]
+        elif isinstance(layer, int):
+            asked = [layer]
+        else:
+            asked = list(range(self.depth + 1)) if isinstance(layer, str) else list(layer)
+        for i in _numbers(asked):
             if not -1 <= i <= self.depth:
                 raise ValueError(
                     f"layer={i}: {self.name} has layers 0 to {self.depth}, and -1 is its output after the final norm"
                 )
-        if not asked:
+        if not _numbers(asked):
             raise ValueError("layer=[]: name at least one")
-        return list(asked)
+        return asked
 
     def _fine_tuned(self) -> Any:
         if not self._head or (self.config.get("classes") is None and self.config.get("vocabulary") is None):

@@ -20,7 +20,7 @@ import numpy as np
 
 from mmssl.clips import Clips, Input, find_clips
 from mmssl.data.manifest import Row
-from mmssl.embed import Embedder
+from mmssl.embed import Embedder, Layer
 from mmssl.index import check, write_index
 from mmssl.types import Embeddings
 
@@ -51,7 +51,7 @@ def write_embeddings(
     out: str | Path,
     *,
     modality: str | None = None,
-    layers: Sequence[int] = (-1,),
+    layers: Sequence[Layer] = (-1,),
     pool: str | None = None,
     tokens: bool = False,
     window: float | None = None,
@@ -112,7 +112,7 @@ def write_embeddings(
         "clips": len(clips),
         "encoder": digest,
         "modality": embedder.modality,
-        "layers": list(layers),
+        "layers": [layer if isinstance(layer, int) else [list(pair) for pair in layer] for layer in layers],
         "pool": pool,
         "precision": embedder.precision,
         "tokens": tokens,
@@ -200,7 +200,7 @@ def _open(folder: Path, job: Mapping[str, Any], clips: Clips) -> None:
 
 
 def _finish(
-    folder: Path, merging: Path, out: Path, clips: int, layer: int, write: Callable[[Sequence[Path], Path], None]
+    folder: Path, merging: Path, out: Path, clips: int, layer: Layer, write: Callable[[Sequence[Path], Path], None]
 ) -> Written:
     """Put the parts together where all of them are there, and remove them."""
     covered = bad = width = 0
@@ -248,7 +248,7 @@ def _places(path: Path) -> tuple[int, int]:
     return int(first), int(stop)
 
 
-def _write_part(path: Path, found: Sequence[Embeddings], layers: Sequence[int]) -> None:
+def _write_part(path: Path, found: Sequence[Embeddings], layers: Sequence[Layer]) -> None:
     """The rows of good clips only, and tokens end to end."""
     ids = found[0].ids
     # no width where no clip of them is good; a name may come twice, good once and bad once
@@ -282,7 +282,7 @@ def _whole(path: Path) -> Iterator[Path]:
         raise
 
 
-def _to_npz(parts: Sequence[Path], path: Path, layers: Sequence[int]) -> None:
+def _to_npz(parts: Sequence[Path], path: Path, layers: Sequence[Layer]) -> None:
     """One array after the other, each part by part: no array is ever in memory."""
     count = _places(parts[-1])[1]
     width = channels = longest = 0
@@ -354,7 +354,7 @@ def _to_npz(parts: Sequence[Path], path: Path, layers: Sequence[int]) -> None:
             put("bad_reasons", (n_bad,), f"<U{text['errors']}", texts("errors", True))
 
 
-def _to_parquet(parts: Sequence[Path], path: Path, layers: Sequence[int]) -> None:
+def _to_parquet(parts: Sequence[Path], path: Path, layers: Sequence[Layer]) -> None:
     """One row group a part."""
     pa, parquet = _pyarrow(path)
     scenes = {f"scene_{layer}": f"scene_{layer}" if len(layers) > 1 else "scene" for layer in layers}
@@ -397,7 +397,7 @@ def _to_parquet(parts: Sequence[Path], path: Path, layers: Sequence[int]) -> Non
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def _scenes(parts: Sequence[Path], layer: int) -> Iterator[np.ndarray]:
+def _scenes(parts: Sequence[Path], layer: Layer) -> Iterator[np.ndarray]:
     for part in parts:
         with np.load(part, allow_pickle=False) as file:
             if len(scenes := file[f"scene_{layer}"]):
@@ -437,4 +437,4 @@ def _pyarrow(path: Path) -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-FORMATS: dict[str, Callable[[Sequence[Path], Path, Sequence[int]], None]] = {".npz": _to_npz, ".parquet": _to_parquet}
+FORMATS: dict[str, Callable[[Sequence[Path], Path, Sequence[Layer]], None]] = {".npz": _to_npz, ".parquet": _to_parquet}

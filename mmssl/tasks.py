@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from unicodedata import normalize
 
 import numpy as np
@@ -17,21 +17,43 @@ from mmssl.build import build_encoder
 from mmssl.crossmodal import retrieval, zero_shot
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import Classes
-from mmssl.embed import Embedder, Precision, load
+from mmssl.embed import Embedder, Layer, Precision, load
+from mmssl.evaluation.attentive import fit_attentive
 from mmssl.evaluation.clusters import cluster
 from mmssl.evaluation.geometry import measure_rank
 from mmssl.evaluation.knn import fit_knn
+from mmssl.evaluation.layers import layer_plot
 from mmssl.evaluation.novelty import measure_novelty
 from mmssl.evaluation.probe import STRENGTHS, fit_linear
-from mmssl.evaluation.protocol import Fit, Split, hold_out, measure
+from mmssl.evaluation.protocol import Fit, Split, measure
 from mmssl.evaluation.score import Score, average_precisions, student, wilson
 from mmssl.evaluation.speech import error_rates
 from mmssl.evaluation.verification import all_pairs, read_trials, verify
+from mmssl.labelled import Clips, fitting_of, labelled, labelled_tokens, manifest_of
+from mmssl.layerwise import measure_layers
 from mmssl.modalities import MODALITIES
+from mmssl.robustness import measure_robustness
+from mmssl.superb import measure_superb
 from mmssl.types import Encoded, Raw, Tokens
 
-Clips = str | Path | Manifest
-Task = Literal["linear", "knn", "cluster", "verify", "rank", "ood", "classify", "ctc", "retrieval", "zero-shot"]
+Task = Literal[
+    "linear",
+    "knn",
+    "attentive",
+    "superb",
+    "superb-verify",
+    "superb-ctc",
+    "layers",
+    "cluster",
+    "verify",
+    "rank",
+    "ood",
+    "corruption",
+    "classify",
+    "ctc",
+    "retrieval",
+    "zero-shot",
+]
 Baseline = Literal["random", "pixels", "logmel"]
 
 
@@ -44,7 +66,7 @@ def evaluate(
     valid: Clips | None = None,
     modality: str | None = None,
     classes: str | Path | None = None,
-    layer: int | Sequence[int] | Literal["select"] = "select",
+    layer: int | Mapping[int, float] | Sequence[Layer] | Literal["select"] = "select",
     pool: str = "mean",
     label: str = "label",
     by: str | None = None,
@@ -61,6 +83,8 @@ def evaluate(
     crops: int = 1,
     trials: str | Path | None = None,
     ood: Clips | None = None,
+    plot: str | Path | None = None,
+    against: str | Path | None = None,
     baseline: Baseline | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -71,13 +95,16 @@ def evaluate(
 ) -> dict[str, Score]:
     """Measure a run by one protocol, which the score states.
 
-    "linear" and "knn" fit a logistic regression or a nearest-neighbor classifier on frozen features of `train`; layer
-    and settings are chosen on `valid`, and `test` is touched once. "classify" and "ctc" measure what a fine-tuned run
+    "linear" and "knn" fit a logistic regression or a nearest-neighbor classifier on frozen features of `train`, and
+    "attentive" a query that looks at all tokens of a clip; layer and settings are chosen on `valid`, and `test` is
+    touched once. "classify" and "ctc" measure what a fine-tuned run
     says of the clips of `test`, and fit nothing. "retrieval" and "zero-shot" measure a run on several modalities, see
     `mmssl.crossmodal`, and fit nothing either. The others measure the frozen features of `test` themselves, of one
     layer, and choose nothing: "cluster", how far k-means finds the classes; "verify", how well pairs of one class are
     told from pairs of two; "rank", of how many directions features make use, without labels; "ood", how well clips of
-    another kind are told by their distance from `train`.
+    another kind are told by their distance from `train`. "layers" measures what each layer holds, see `measure_layers`;
+    "superb", "superb-verify" and "superb-ctc" are SUPERB's protocol, see `measure_superb`;
+    "corruption" what a linear probe of clean clips gets wrong of spoiled ones, see `measure_robustness`.
 
     Args:
         run: see `mmssl.load`; or an `Embedder`.
@@ -87,7 +114,8 @@ def evaluate(
         modality: see `Embedder.embed`.
         classes: of "zero-shot", see `mmssl.crossmodal.read_prompts`.
         layer: see `Embedder.embed`; "select" chooses among all of them, the output after the final norm included; where
-            nothing is chosen it is that output.
+            nothing is chosen, and for "attentive", which keeps all tokens in memory, it is that output. A mapping
+            {layer: weight} is one layer.
         pool: see `Pool.named`.
         label: the key of a row that holds its class.
         by: a key such as "speaker": settings are chosen by leaving out each of its values in `train` in turn, and there
@@ -100,6 +128,8 @@ def evaluate(
         trials: of "verify", the pairs to tell: see `read_trials`; None for all pairs of clips, or a draw where they are
             too many.
         ood: of "ood", manifest of the clips to be told from those of `test`.
+        plot: of "layers", a file for the values of each layer as a picture, SVG.
+        against: of "corruption", JSON of the same scores of another model, to which errors are relative.
         baseline: measure this in place of the encoder: "random", the same network with new weights (from `seed`);
             "pixels", the raw picture; "logmel", log-mel energies every 10 ms. Read and pooled as for the encoder.
         device, precision: see `mmssl.load`.
@@ -110,7 +140,8 @@ def evaluate(
         {"accuracy": Score}; {"wer": Score, "cer": Score} for "ctc"; {"map": Score}, the mean average precision, for
         "classify" where clips have several classes; {"image_to_text_at_1": Score, ...} for "retrieval"; {"nmi",
         "ari"} for "cluster", {"eer", "min_dcf_0.01", "min_dcf_0.05"} for "verify", {"rank_me", "spread"} for "rank",
-        {"auroc"} for "ood".
+        {"auroc"} for "ood"; for "layers" see `measure_layers`, for "corruption"
+        `measure_robustness`, for "superb" and so on `measure_superb`.
 
     Raises:
         ValueError: something that this task needs is missing, or manifests that do not fit each other.
@@ -123,11 +154,18 @@ def evaluate(
         "lm": ("ctc", lm, None),
         "trials": ("verify", trials, None),
         "ood": ("ood", ood, None),
+        "plot": ("layers", plot, None),
+        "against": ("corruption", against, None),
         "classes": ("zero-shot", classes, None),
     }
     for name, (only, value, absent) in own.items():
         if value != absent and task != only:
             raise ValueError(f"{name}={value}: is for task {only} only; leave {name} out")
+    few = labels_per_class is not None or label_share is not None
+    if isinstance(layer, Mapping):
+        layer = [tuple(sorted((int(i), float(weight)) for i, weight in layer.items()))]
+    if few and task not in ("linear", "knn", "attentive", "superb", "layers"):
+        raise ValueError(f"labels_per_class={labels_per_class}, label_share={label_share}: {task} takes no few labels")
     embedder = run if isinstance(run, Embedder) else load(run, device=device, precision=precision)
     if task in ("retrieval", "zero-shot"):
         if baseline is not None:
@@ -136,10 +174,10 @@ def evaluate(
             )
         common: dict[str, Any] = {"batch_size": batch_size, "on_bad_clip": on_bad_clip, "progress": progress}
         if task == "retrieval":
-            return retrieval(embedder, _manifest(test), **common)
+            return retrieval(embedder, manifest_of(test), **common)
         if classes is None:
             raise ValueError("task=zero-shot: give a file with the names of classes (classes, --classes)")
-        return zero_shot(embedder, _manifest(test), classes=classes, modality=modality, label=label, **common)
+        return zero_shot(embedder, manifest_of(test), classes=classes, modality=modality, label=label, **common)
     embedder = embedder.of(modality)
     if baseline is not None:
         embedder = as_baseline(embedder, baseline, seed=seed)
@@ -151,55 +189,101 @@ def evaluate(
             raise ValueError(f"baseline={baseline}: {task} measures what a fine-tuned run says; leave the baseline out")
         search = {"beam": beam, "lm": lm, "lm_weight": lm_weight, "word_score": word_score}
         views = {"spans": spans, "crops": crops}
-        return _fine_tuned(embedder, task, _manifest(test), label, search, views, settings)
+        return _fine_tuned(embedder, task, manifest_of(test), label, search, views, settings)
+    if task == "layers":
+        if layer != "select":
+            raise ValueError(f"layer={layer}: task layers measures all of them; leave layer out")
+        scores = measure_layers(
+            embedder,
+            test,
+            train=train,
+            valid=valid,
+            by=by,
+            label=label,
+            pool=pool,
+            strength=strength,
+            labels_per_class=labels_per_class,
+            label_share=label_share,
+            draws=draws,
+            **settings,
+        )
+        if plot is not None:
+            Path(plot).write_text(layer_plot(scores), encoding="utf-8")
+        return scores
     if task in ("cluster", "verify", "rank", "ood"):
         return _frozen(embedder, task, test, train, ood, trials, layer, pool, label, k, settings)
-    if task not in ("linear", "knn"):
-        raise ValueError(
-            f"task={task!r}: choose linear, knn, cluster, verify, rank, ood, classify, ctc, retrieval or zero-shot"
-        )
+    if task not in ("linear", "knn", "attentive", "superb", "superb-verify", "superb-ctc", "corruption"):
+        *others, last = get_args(Task)
+        raise ValueError(f"task={task!r}: choose {', '.join(others)} or {last}")
     if train is None:
         raise ValueError(f"task={task}: is fitted on labelled clips, give their manifest as train")
-    if by is not None and valid is not None:
-        raise ValueError(f"by={by}: leaves out parts of train to choose on, so leave valid out; or leave out by")
 
-    layers: list[int]
-    if layer == "select":
+    if task in ("superb", "superb-verify", "superb-ctc"):
+        if layer != "select" or pool != "mean":
+            raise ValueError(f"layer={layer}, pool={pool!r}: {task} weights all layers and takes means; leave both out")
+        return measure_superb(
+            embedder,
+            task,
+            test,
+            train=train,
+            valid=valid,
+            by=by,
+            label=label,
+            labels_per_class=labels_per_class,
+            label_share=label_share,
+            draws=draws,
+            **settings,
+        )
+    if task == "attentive" and pool != "mean":
+        raise ValueError(f"pool={pool!r}: attentive pools by attention; leave pool out")
+
+    layers: list[Layer]
+    if layer == "select" and task == "attentive":
+        layers = [-1]
+    elif layer == "select":
         layers = [-1, *range(embedder.depth + 1)] if embedder.depth else [-1]
     else:
-        layers = [layer] if isinstance(layer, int) else [int(i) for i in layer]
-    few = labels_per_class is not None or label_share is not None
-    known = Classes.from_labels(_manifest(train).values(label))
+        layers = [layer] if isinstance(layer, int) else list(layer)
+    if task == "corruption":
+        return measure_robustness(
+            embedder,
+            test,
+            train=train,
+            valid=valid,
+            by=by,
+            label=label,
+            layers=layers,
+            pool=pool,
+            strength=strength,
+            against=against,
+            seed=seed,
+            **settings,
+        )
+    known = Classes.from_labels(manifest_of(train).values(label))
 
     def collect(clips: Clips, by: str | None = None) -> tuple[Split, int]:
-        return labelled(
-            embedder, _manifest(clips), classes=known, label=label, by=by, layers=layers, pool=pool, **settings
-        )
+        given: dict[str, Any] = {"classes": known, "label": label, "by": by, "layers": layers, **settings}
+        if task == "attentive":
+            return labelled_tokens(embedder, manifest_of(clips), **given)
+        return labelled(embedder, manifest_of(clips), pool=pool, **given)
 
-    fitting, skipped = collect(train, by)
-    chosen_on: Split | None = None
-    refit: Literal["train", "train+valid"] = "train"
-    aside = "" if by is None else f"; groups are {by}"
-    if valid is not None:
-        chosen_on, also = collect(valid)
-        skipped += also
-    elif by is None and (len(layers) > 1 or not isinstance(k, int) or (task == "linear" and strength is None)):
-        rest, held = hold_out(fitting.labels)
-        fitting, chosen_on = fitting.pick(rest), fitting.pick(held)
-        refit = "train" if few else "train+valid"
-        aside = "; validation is a fifth of the training clips"
+    chosen_anyway = task == "attentive" or (task == "linear" and strength is None)
+    choose = chosen_anyway or len(layers) > 1 or not isinstance(k, int)
+    given = fitting_of(collect, train, valid, by=by, choose=choose, few=few)
     testing, also = collect(test)
-    skipped += also
+    skipped = given.skipped + also
 
     if task == "linear":
-        fit: Fit = partial(fit_linear, refit=refit, strengths=STRENGTHS if strength is None else strength)
+        fit: Fit = partial(fit_linear, refit=given.refit, strengths=STRENGTHS if strength is None else strength)
+    elif task == "attentive":
+        fit, pool = partial(fit_attentive, refit=given.refit, device=embedder.device), "attention"
     else:
-        fit = partial(fit_knn, refit=refit, k=k)
-    note = f"{embedder.name}, pool {pool}{aside}" + (f"; {skipped} clips could not be read" if skipped else "")
+        fit = partial(fit_knn, refit=given.refit, k=k)
+    note = f"{embedder.name}, pool {pool}{given.said}" + (f"; {skipped} clips could not be read" if skipped else "")
     score = measure(
         fit,
-        fitting,
-        chosen_on,
+        given.train,
+        given.valid,
         testing,
         task=task,
         per_class=labels_per_class,
@@ -210,43 +294,6 @@ def evaluate(
     return {"accuracy": replace(score, details={**score.details, "pool": pool, "encoder": embedder.name})}
 
 
-def labelled(
-    embedder: Embedder,
-    manifest: Manifest,
-    *,
-    classes: Classes,
-    label: str = "label",
-    by: str | None = None,
-    layers: Sequence[int] = (-1,),
-    pool: str = "mean",
-    **settings: Any,
-) -> tuple[Split, int]:
-    """Scenes of a manifest's clips with the numbers of their classes, and how many clips could not be read.
-
-    Args:
-        by: key of the groups of `Split`.
-        settings: see `Embedder.embed`.
-
-    Raises:
-        ValueError: a row without label, or with one that is no class, by its place in the manifest.
-    """
-    numbers = []
-    for place, name in enumerate(manifest.values(label)):
-        try:
-            numbers.append(classes.encode(name))
-        except ValueError as error:
-            raise ValueError(f"{manifest.place(place)}: {error}") from None
-    groups = None
-    if by is not None:
-        names = list(manifest.values(by))
-        numbered = {name: number for number, name in enumerate(dict.fromkeys(names))}
-        groups = torch.tensor([numbered[name] for name in names])
-    found = embedder.embed(manifest, layer=list(layers), pool=pool, tokens=False, **settings)
-    read = torch.isfinite(found[0].scene).all(1)
-    features = {layer: one.scene[read] for layer, one in zip(layers, found, strict=True)}
-    return Split(features, torch.tensor(numbers)[read], None if groups is None else groups[read]), int((~read).sum())
-
-
 def _frozen(
     embedder: Embedder,
     task: str,
@@ -254,7 +301,7 @@ def _frozen(
     train: Clips | None,
     ood: Clips | None,
     trials: str | Path | None,
-    layer: int | Sequence[int] | Literal["select"],
+    layer: int | Sequence[Layer] | Literal["select"],
     pool: str,
     label: str,
     k: int | Sequence[int],
@@ -268,13 +315,14 @@ def _frozen(
 
     def collect(clips: Clips) -> tuple[Tensor, Tensor]:
         nonlocal skipped
-        scene = embedder.embed(_manifest(clips), layer=layers[0], pool=pool, tokens=False, **settings).scene
+        [found] = embedder.embed(manifest_of(clips), layer=layers, pool=pool, tokens=False, **settings)
+        scene = found.scene
         read = torch.isfinite(scene).all(1)
         skipped += int((~read).sum())
         return scene, read
 
     scene, read = collect(test)
-    manifest = _manifest(test)
+    manifest = manifest_of(test)
     if task == "rank":
         scores = measure_rank(scene[read])
     elif task == "ood":
@@ -300,9 +348,8 @@ def _frozen(
             every = len(first) == len(numbers) * (len(numbers) - 1) // 2
             which = "all pairs" if every else "pairs drawn at random"
             scores = verify(scene[read], first, second, target, center=_center(collect, train), trials=which)
-    note = f"{embedder.name}, layer {layers[0]}, pool {pool}" + (
-        f"; {skipped} clips could not be read" if skipped else ""
-    )
+    told = layers[0] if isinstance(layers[0], int) else f"sum of {len(layers[0])} by weights"
+    note = f"{embedder.name}, layer {told}, pool {pool}" + (f"; {skipped} clips could not be read" if skipped else "")
     return {
         name: replace(
             score,
@@ -406,10 +453,6 @@ class LogMel(nn.Module):
 
     def forward(self, tokens: Tokens, *, layers: Sequence[int] = ()) -> Encoded:
         return Encoded(tokens.x, tokens.lengths, dict.fromkeys(layers, tokens.x), n_prefix=0)
-
-
-def _manifest(clips: Clips) -> Manifest:
-    return clips if isinstance(clips, Manifest) else Manifest(clips)
 
 
 def _fine_tuned(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,9 @@ class Modality:
     tokenizers: what a recipe may name to make tokens of what is read: (texts, **settings) -> JSON, which its frontends
         take.
     refuses: objective -> why it makes no sense here.
+    measured: the one of `targets` that is what was measured itself, and what to call it: what layers of an encoder are
+        compared with. None where values are numbers of codes or words.
+    corruptions: ways to spoil a clip, to measure with: (x, generator, severity=1 to 5, **settings) -> the same size.
     """
 
     name: str
@@ -66,3 +69,16 @@ class Modality:
     views: dict[str, Callable[[Raw, Frontend], tuple[Raw, Raw]]] = field(default_factory=dict)
     tokenizers: dict[str, Callable[..., str]] = field(default_factory=dict)
     refuses: dict[str, str] = field(default_factory=dict)
+    measured: tuple[str, str] | None = None
+    corruptions: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+
+
+def at_severity(values: Sequence[float], severity: int) -> float:
+    """The value of a severity, which counts from 1.
+
+    Raises:
+        ValueError: there is no such severity.
+    """
+    if not 1 <= severity <= len(values):
+        raise ValueError(f"severity={severity}: must be from 1 to {len(values)}")
+    return values[severity - 1]

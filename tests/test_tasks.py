@@ -1,6 +1,7 @@
 """What `mmssl evaluate` measures, on clips whose answer is known."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from mmssl.build import build_encoder, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.text import Classes
-from mmssl.embed import load
+from mmssl.embed import load, read_weighting
+from mmssl.evaluation import superb
 from mmssl.evaluation.geometry import rank_me, spread
 from mmssl.evaluation.score import average_precisions
 from mmssl.modalities import MODALITIES
@@ -142,6 +144,134 @@ def test_frozen_features_are_measured_as_they_are(heard: dict[str, Path], tmp_pa
     assert json.loads(words["min_dcf_0.01"].to_json())["details"]["layer"] == -1
 
 
+def test_an_attentive_probe_looks_at_all_tokens_of_the_output(heard: dict[str, Path], tmp_path: Path) -> None:
+    given: dict[str, Any] = {"train": heard["train"], "test": heard["test"], "task": "attentive"}
+    run = exported(tmp_path / "run", SPEECH)
+    score = evaluate(run, baseline="logmel", **given)["accuracy"]
+    assert score.value == 1.0
+    assert (score.details["layer"], score.details["pool"]) == (-1, "attention")
+    assert "validation is a fifth of the training clips" in score.protocol
+    with pytest.raises(ValueError, match="attentive pools by attention; leave pool out"):
+        evaluate(run, pool="class", **given)
+
+
+def test_errors_on_spoiled_clips_are_those_of_a_probe_of_clean_ones(
+    heard: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = MODALITIES["speech"].corruptions
+    for name in [name for name in kinds if name != "quiet"]:
+        monkeypatch.delitem(kinds, name)
+    monkeypatch.setitem(kinds, "silence", lambda x, rng, *, severity: x * (severity < 4))
+    run = exported(tmp_path / "run", SPEECH)
+    given: dict[str, Any] = {"train": heard["train"], "test": heard["test"], "strength": 1.0, "baseline": "logmel"}
+    scores = evaluate(run, task="corruption", **given)
+    assert scores["clean"].value == 0.0
+    errors = scores["mce"].details["errors"]
+    # clips that are all silent are all told as the same one of two words: half of them wrongly
+    assert errors["silence"] == [0.0, 0.0, 0.0, 0.5, 0.5]
+    assert scores["mce"].value == pytest.approx((sum(errors["quiet"]) / 5 + 0.2) / 2)
+    # 6 decibels move every log energy by the same: standardized on the quiet clips none is told wrongly
+    assert scores["mce_adapted"].details["errors"]["quiet"][0] == 0.0
+    assert "re-estimated on each kind and severity of test clips, without labels" in scores["mce_adapted"].protocol
+    assert "re-estimated" not in scores["mce"].protocol
+    again = evaluate(run, task="corruption", batch_size=1, **given)
+    assert again["mce"].details["errors"] == errors
+    plain = {"mce": {"details": {"errors": {"quiet": [0.5] * 5, "silence": [0.25] * 5}}}}
+    (tmp_path / "other.json").write_text(json.dumps(plain))
+    relative = evaluate(run, task="corruption", against=tmp_path / "other.json", **given)["mce"]
+    assert relative.value == pytest.approx((sum(errors["quiet"]) / 2.5 + 1 / 1.25) / 2)
+    assert "relative to those of other.json" in relative.protocol
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad\.json: holds no scores of --task corruption"):
+        evaluate(run, task="corruption", against=tmp_path / "bad.json", **given)
+
+
+def test_superb_weighs_layers_and_its_weights_are_a_layer_to_embed(
+    heard: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(superb, "LEAST_UPDATES", 60)
+    monkeypatch.setattr(superb, "EPOCHS", 1)
+    run = exported(tmp_path / "run", SPEECH)
+    given: dict[str, Any] = {"train": heard["train"], "valid": heard["train"], "test": heard["test"]}
+    score = evaluate(run, task="superb", **given)["accuracy"]
+    assert "learned weights of 3 layers" in score.protocol
+    assert sum(score.details["weights"].values()) == pytest.approx(1.0)
+    (tmp_path / "scores.json").write_text(json.dumps({"accuracy": asdict(score)}))
+    weights = read_weighting(tmp_path / "scores.json")
+    embedder = load(run)
+    every = embedder.embed(heard["test"], layer="all")
+    one = embedder.embed(heard["test"], layer=weights)
+    expected = sum(weights[i] * layer.scene for i, layer in enumerate(every))
+    torch.testing.assert_close(one.scene, expected)
+    torch.testing.assert_close(one.tokens, sum(weights[i] * layer.tokens for i, layer in enumerate(every)))
+    assert (
+        "layer sum of 3 by weights" in evaluate(run, task="verify", test=heard["train"], layer=weights)["eer"].protocol
+    )
+    assert evaluate(run, train=heard["train"], test=heard["test"], layer=weights, strength=1.0)["accuracy"].n == 4
+    words = evaluate(run, task="superb-verify", **given)
+    assert "0 of 2 classes are not among those of train" in words["eer"].protocol
+    assert words["eer"].task == "superb-verify"
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"bad\.json: holds no weights of layers"):
+        read_weighting(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="layer=7: .* has layers 0 to 2"):
+        embedder.embed(heard["test"], layer={7: 1.0})
+    with pytest.raises(ValueError, match="superb weights all layers and takes means; leave both out"):
+        evaluate(run, task="superb", layer=1, **given)
+
+
+def test_superb_spells_from_frozen_layers(
+    heard: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(superb, "LEAST_UPDATES", 4)
+    monkeypatch.setattr(superb, "EPOCHS", 1)
+    monkeypatch.setattr(superb, "HIDDEN", 8)
+    run = exported(tmp_path / "run", SPEECH)
+    scores = evaluate(run, task="superb-ctc", train=heard["train"], test=heard["test"])
+    assert list(scores) == ["wer", "cer"]
+    assert "validation is a fifth of the training clips" in scores["cer"].protocol
+    assert list(scores["cer"].details["weights"]) == ["0", "1", "2"]
+
+
+def test_each_layer_is_compared_with_what_was_measured_and_with_the_classes(
+    heard: dict[str, Path], tmp_path: Path
+) -> None:
+    run = exported(tmp_path / "run", SPEECH)
+    scores = evaluate(run, task="layers", test=heard["train"], train=heard["train"], plot=tmp_path / "layers.svg")
+    assert list(scores) == ["input", "labels", "information", "probe"]
+    for score in scores.values():
+        assert list(score.details["layers"]) == ["-1", "0", "1", "2"]
+        assert score.n == 12
+    assert "log-mel energies" in scores["input"].protocol
+    assert "validation is a fifth of the training clips" in scores["probe"].protocol
+    assert (tmp_path / "layers.svg").read_text().startswith("<svg")
+    # as a probe of that layer alone says
+    alone = evaluate(run, task="linear", test=heard["train"], train=heard["train"], layer=1)["accuracy"]
+    assert scores["probe"].details["layers"]["1"]["value"] == alone.value
+    again = evaluate(run, task="layers", test=heard["train"], batch_size=1)["input"]
+    assert again.value == pytest.approx(scores["input"].value, abs=1e-5)
+
+
+def test_pixels_are_told_from_the_layer_that_is_a_linear_map_of_them(tmp_path: Path) -> None:
+    from PIL import Image
+
+    # patches of three directions, which a random map to 16 dimensions keeps apart
+    rng = np.random.default_rng(0)
+    patterns, rows = rng.uniform(0, 80, (3, 8, 8)), []
+    for n in range(20):
+        Image.fromarray(np.tensordot(rng.uniform(size=3), patterns, 1).astype(np.uint8)).save(tmp_path / f"{n}.png")
+        rows.append({"image": str(tmp_path / f"{n}.png")})
+    write_manifest(tmp_path / "m.jsonl", rows)
+    run = exported(tmp_path / "run", {**IMAGE, "positions": {"name": "none"}})
+    score = evaluate(run, task="layers", test=tmp_path / "m.jsonl")
+    assert list(score) == ["input"]  # no row has a label
+    assert score["input"].details["layers"]["0"]["value"] == pytest.approx(1.0, abs=0.01)
+    with pytest.raises(ValueError, match="probes need a 'label'"):
+        evaluate(run, task="layers", test=tmp_path / "m.jsonl", train=tmp_path / "m.jsonl")
+    with pytest.raises(ValueError, match="has no layers to compare"):
+        evaluate(run, task="layers", test=tmp_path / "m.jsonl", baseline="pixels")
+
+
 def test_listed_trials_leave_out_clips_that_cannot_be_read(heard: dict[str, Path], tmp_path: Path) -> None:
     rows = [{**row, "id": f"{row['label']}/{n}"} for n, row in enumerate(Manifest(heard["train"]))]
     write_manifest(tmp_path / "m.jsonl", [*rows, {"audio": "missing.wav", "id": "low/missing"}])
@@ -266,13 +396,21 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
     ("given", "words"),
     [
         ({"task": "linear", "train": None}, "give their manifest as train"),
-        ({"task": "regress"}, "choose linear, knn, cluster, verify, rank, ood, classify, ctc, retrieval or zero-shot"),
+        (
+            {"task": "regress"},
+            "choose linear, knn, attentive, superb, .*, ood, corruption, classify, ctc, retrieval or zero-shot",
+        ),
         ({"task": "cluster", "layer": [0, 1]}, "task cluster measures one layer, and chooses none; name one"),
         ({"task": "knn", "trials": "t.txt"}, "is for task verify only; leave trials out"),
         ({"task": "linear", "beam": 5}, "is for task ctc only; leave beam out"),
         ({"task": "classify", "lm": "words.arpa"}, "is for task ctc only; leave lm out"),
         ({"task": "knn", "classes": "names.yaml"}, "is for task zero-shot only; leave classes out"),
         ({"task": "rank", "ood": "noise.jsonl"}, "is for task ood only; leave ood out"),
+        ({"task": "knn", "plot": "layers.svg"}, "is for task layers only; leave plot out"),
+        ({"task": "linear", "against": "other.json"}, "is for task corruption only; leave against out"),
+        ({"task": "corruption", "label_share": 0.1}, "corruption takes no few labels"),
+        ({"task": "layers", "layer": 1}, "measures all of them; leave layer out"),
+        ({"task": "layers"}, "5 folds take at least 10 clips, got 4"),
         ({"task": "ood"}, "give their manifest as ood"),
         ({"task": "rank"}, "leaves out each of 10 groups of clips for its interval, got 4 clips"),
         ({"baseline": "logmel"}, "choose random, or pixels"),

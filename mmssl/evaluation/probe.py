@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -39,6 +39,11 @@ class LinearProbe:
     def predict(self, features: Tensor) -> Tensor:
         """(Q, E) -> (Q,) classes."""
         return self.classes[self.logits(features).argmax(1)]
+
+    def adapted(self, features: Tensor) -> LinearProbe:
+        """The same layer behind the standardization of other features, (Q, E), whose labels it does not see."""
+        mean, std = standardization(features.double())
+        return replace(self, mean=mean, std=std)
 
 
 def fit_path(
@@ -83,10 +88,8 @@ def fit_path(
         raise ValueError(f"linear probe: takes at least two classes, got {classes.tolist()}")
 
     x = features.double()
-    mean, std = x.mean(0), x.std(0, correction=0)
-    # a constant stored in float32 has a deviation of its rounding, which must not be blown up to 1
-    std = torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0)
-    axes, x, curvature = _principal((x - mean) / std)
+    mean, std = standardization(x)
+    axes, x, curvature = principal((x - mean) / std)
     x = x.to(features.dtype if features.dtype == torch.float64 else torch.float32)
     onehot = one_hot(targets, len(classes)).double()
 
@@ -101,7 +104,14 @@ def fit_probe(features: Tensor, labels: Tensor, *, strength: float, tolerance: f
     return next(fit_path(features, labels, strengths=[strength], tolerance=tolerance))[1]
 
 
-def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def standardization(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, E) float64 -> mean and deviation (population) of each feature, (E,); 1 where it is constant."""
+    mean, std = x.mean(0), x.std(0, correction=0)
+    # a constant stored in float32 has a deviation of its rounding, which must not be blown up to 1
+    return mean, torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0)
+
+
+def principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, E) -> axes (E, J), x @ axes (B, J) and the sum of its squares (J,), by the smaller of two Gram matrices."""
     n, width = x.shape
     if width <= n:
@@ -195,10 +205,12 @@ def fit_linear(
         chosen = fit_probe(torch.cat([train[0], valid[0]]), torch.cat([train[1], valid[1]]), strength=best)
     elif valid is None or chosen is None:
         chosen = fit_probe(*train, strength=best)
+    kept = chosen
     how = "" if len(choices) == 1 else f" (of {len(choices)} from {choices[0]:g} to {choices[-1]:g}, {where})"
     return Fitted(
         predict=chosen.predict,
         valid_accuracy=highest,
         protocol=f"logistic regression, standardized and fitted on {refit}, C = {best:g}{how}",
         details={"C": best, "refit": refit},
+        adapt=lambda features: kept.adapted(features).predict,
     )

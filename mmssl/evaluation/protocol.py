@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,22 @@ from torch import Tensor
 
 from mmssl.evaluation.score import Score, student, wilson
 
+
+@dataclass(frozen=True)
+class Ragged:
+    """The tokens of clips, of each as many as it has: (N, D) tensors. Rows are picked as of a tensor."""
+
+    clips: Sequence[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, places: Tensor) -> Ragged:
+        return Ragged([self.clips[place] for place in torch.arange(len(self))[places].tolist()])
+
+
 Known = tuple[Tensor, Tensor]  # (B, E) features and their (B,) labels
+RaggedKnown = tuple[Ragged, Tensor]
 Folds = Sequence[tuple[Tensor, Tensor]]  # places to fit on, and places to choose on
 
 
@@ -23,27 +38,27 @@ Folds = Sequence[tuple[Tensor, Tensor]]  # places to fit on, and places to choos
 class Split:
     """Labelled clips.
 
-    features: (B, E), or one such tensor for each layer.
+    features: (B, E), or all tokens of each clip; or one such for each layer.
     labels: (B,) int64, from 0.
     groups: (B,) int64, such as speakers, to be left out one after the other where something is chosen.
     """
 
-    features: Tensor | Mapping[int, Tensor]
+    features: Tensor | Ragged | Mapping[Any, Any]
     labels: Tensor
     groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         for layer, features in self.layers.items():
-            if features.ndim != 2 or len(features) != len(self.labels):
+            shape = (len(features), "tokens") if isinstance(features, Ragged) else tuple(features.shape)
+            if len(shape) != 2 or shape[0] != len(self.labels):
                 raise ValueError(
-                    f"layer {layer}: features must be one row a label, got {tuple(features.shape)} for "
-                    f"{len(self.labels)} labels"
+                    f"layer {layer}: features must be one row a label, got {shape} for {len(self.labels)} labels"
                 )
 
     @property
-    def layers(self) -> Mapping[int, Tensor]:
+    def layers(self) -> Mapping[Any, Any]:
         """Features by layer; -1 where only one was given."""
-        return {-1: self.features} if isinstance(self.features, Tensor) else self.features
+        return self.features if isinstance(self.features, Mapping) else {-1: self.features}
 
     def pick(self, places: Tensor) -> Split:
         """The clips at `places`."""
@@ -58,15 +73,19 @@ class Split:
 class Fitted:
     """A classifier that is ready for the test.
 
-    predict: (Q, E) -> (Q,) classes.
+    predict: (Q, E), or what it was fitted on, -> (Q,) classes.
     valid_accuracy: of the settings chosen, where they were chosen; the mean over folds. None where nothing was.
     protocol: its part of the protocol line.
+    vectors: (Q, E) -> (Q, P) what the classifier makes of features before it tells classes; None where that is nothing.
+    adapt: features without labels -> the classifier, standardized as they are; None where nothing is standardized.
     """
 
-    predict: Callable[[Tensor], Tensor]
+    predict: Callable[[Any], Tensor]
     valid_accuracy: float | None
     protocol: str
     details: dict[str, Any] = field(default_factory=dict)
+    adapt: Callable[[Any], Callable[[Any], Tensor]] | None = None
+    vectors: Callable[[Any], Tensor] | None = None
 
 
 def accuracy(found: Tensor, labels: Tensor) -> float:
@@ -75,12 +94,15 @@ def accuracy(found: Tensor, labels: Tensor) -> float:
 
 
 class Fit(Protocol):
-    """Such as `fit_knn` or `fit_linear`: settings are chosen on `valid` or by `folds` of train, then it is fitted."""
+    """Such as `fit_knn`, `fit_attentive`: settings are chosen on `valid` or by `folds` of train, then it is fitted."""
 
-    def __call__(self, train: Known, valid: Known | None = None, folds: Folds | None = None) -> Fitted: ...
+    def __call__(self, train: Any, valid: Any = None, folds: Folds | None = None) -> Fitted: ...
 
 
-def choices_on(train: Known, valid: Known | None, folds: Folds | None) -> tuple[list[tuple[Known, Known]], str]:
+K = TypeVar("K", Known, RaggedKnown)
+
+
+def choices_on(train: K, valid: K | None, folds: Folds | None) -> tuple[list[tuple[K, K]], str]:
     """The pairs to fit and to choose on, and how to call that in a protocol line.
 
     Raises:
@@ -91,7 +113,7 @@ def choices_on(train: Known, valid: Known | None, folds: Folds | None) -> tuple[
     if folds is None:
         return ([] if valid is None else [(train, valid)]), "on validation"
     (x, y) = train
-    pairs = [((x[fitted], y[fitted]), (x[held], y[held])) for fitted, held in folds]
+    pairs: Any = [((x[fitted], y[fitted]), (x[held], y[held])) for fitted, held in folds]
     return pairs, f"leaving out each of {len(folds)} groups in turn"
 
 
@@ -146,6 +168,16 @@ def hold_out(labels: Tensor, *, share: float = 0.2, seed: int = 0) -> tuple[Tens
     return torch.nonzero(rest)[:, 0], held
 
 
+def choose(fit: Fit, train: Split, valid: Split | None) -> tuple[int, dict[int, Fitted]]:
+    """Fit on each layer, and name the one of highest validation accuracy, of equal ones the lowest; see `measure`."""
+    fitted = {}
+    for layer in sorted(train.layers):
+        known = None if valid is None else (valid.layers[layer], valid.labels)
+        folds = None if train.groups is None else leave_out(train.groups)
+        fitted[layer] = fit((train.layers[layer], train.labels), known, folds)
+    return max(sorted(fitted), key=lambda layer: fitted[layer].valid_accuracy or 0.0), fitted
+
+
 def measure(
     fit: Fit,
     train: Split,
@@ -161,7 +193,7 @@ def measure(
     """Fit on train, choose layer and settings on validation, touch the test set once.
 
     Args:
-        fit: such as `fit_knn` or `fit_linear`, their settings bound.
+        fit: such as `fit_knn`, `fit_linear` or `fit_attentive`, their settings bound.
         train, valid, test: with the same layers each. Where there are several, the one of highest validation accuracy
             is kept, of equal ones the lowest. Where train has groups, they are left out one after the other in place
             of validation: a handful of speakers is too few for one of them to speak for the others.
@@ -186,13 +218,8 @@ def measure(
     values, details, protocol = [], [], ""
     for seed in range(n_draws):
         part = train.pick(draw_labels(train.labels, per_class=per_class, share=share, seed=seed)) if few else train
-        fitted, by_layer = {}, {}
-        for layer in sorted(train.layers):
-            known = None if valid is None else (valid.layers[layer], valid.labels)
-            folds = None if part.groups is None else leave_out(part.groups)
-            fitted[layer] = fit((part.layers[layer], part.labels), known, folds)
-            by_layer[layer] = fitted[layer].valid_accuracy
-        best = max(sorted(fitted), key=lambda layer: fitted[layer].valid_accuracy or 0.0)
+        best, fitted = choose(fit, part, valid)
+        by_layer = {layer: found.valid_accuracy for layer, found in fitted.items()}
         values.append(accuracy(fitted[best].predict(test.layers[best]), test.labels))
         details.append({**fitted[best].details, "layer": best, "valid": by_layer, "n_train": len(part)})
         protocol = fitted[best].protocol

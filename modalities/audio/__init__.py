@@ -17,4 +17,6 @@ AUDIO = Modality(
     durations=SPEECH.durations,
     spans=SPEECH.spans,
     targets=TARGETS,
+    measured=("spectrogram", "log-mel energies"),
+    corruptions=SPEECH.corruptions,
 )

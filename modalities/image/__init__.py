@@ -1,6 +1,7 @@
 """Image: a picture, one token a patch."""
 
 from mmssl.modalities.image import augment, reader, views
+from mmssl.modalities.image.corrupt import CORRUPTIONS
 from mmssl.modalities.image.frontend import Patches
 from mmssl.modalities.image.targets import TARGETS
 from mmssl.modalities.modality import Modality
@@ -28,5 +29,7 @@ IMAGE = Modality(
         "random_resized_crop": augment.crop_extent,
     },
     targets=TARGETS,
+    measured=("pixels", "pixels"),
+    corruptions=CORRUPTIONS,
     views={"crops": views.crops, "distortions": views.distortions},
 )

@@ -2,6 +2,7 @@
 
 from mmssl.modalities.modality import Modality
 from mmssl.modalities.speech import augment, reader
+from mmssl.modalities.speech.corrupt import CORRUPTIONS
 from mmssl.modalities.speech.frontend import Waveform
 from mmssl.modalities.speech.logmel import LogMel
 from mmssl.modalities.speech.targets import TARGETS
@@ -29,4 +30,6 @@ SPEECH = Modality(
     },
     spans={"random_span": augment.random_span, "center_span": augment.center_span},
     targets=TARGETS,
+    measured=("log_mel", "log-mel energies"),
+    corruptions=CORRUPTIONS,
 )

@@ -3,6 +3,7 @@
 from mmssl.modalities.image.augment import crop_extent, resize_extent
 from mmssl.modalities.modality import Modality
 from mmssl.modalities.video import augment, reader, spans, views
+from mmssl.modalities.video.corrupt import CORRUPTIONS
 from mmssl.modalities.video.frontend import Tubes
 from mmssl.modalities.video.targets import TARGETS
 
@@ -30,6 +31,8 @@ VIDEO = Modality(
         "multi_scale_crop": crop_extent,
     },
     targets=TARGETS,
+    measured=("pixels", "pixels"),
+    corruptions=CORRUPTIONS,
     hints=("decoder",),
     views={"frames": views.frames},
     spans={"random_span": spans.random_span, "center_span": spans.center_span},
