@@ -428,6 +428,10 @@ def report(
         Path | None, typer.Option(help="Manifest of clips to show the embeddings of; with labels, the better.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="report.html in RUN")] = None,
+    modality: Annotated[
+        str | None,
+        typer.Option(help="Of a run on several modalities, the one to show the clips of.", show_default="all"),
+    ] = None,
     label: Annotated[str, typer.Option(help="Key of a row that holds its class.")] = "label",
     pool: Annotated[str, typer.Option(help="mean, class, slices:4, grid:2x2; +std adds deviations.")] = "mean",
     batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
@@ -436,8 +440,8 @@ def report(
     """Write a run as one page of HTML: curves, health, pictures, costs, bad clips, recipe; it needs nothing but itself.
 
     With --data a map of the embeddings (UMAP where it is installed, PCA elsewhere), nearest neighbors, how well each
-    layer tells labels apart and, of a run of classify, what it takes for what. Runs that go on or broke off have a page
-    too.
+    layer tells labels apart and, of a run of classify, what it takes for what; sound can be heard, and video moves.
+    Runs that go on or broke off have a page too.
     """
     from mmssl.report import write_report
 
@@ -446,6 +450,7 @@ def report(
             run,
             out,
             data=data,
+            modality=modality,
             label=label,
             pool=pool,
             device=device,
