@@ -111,7 +111,7 @@ def _spectrogram(wave: Tensor, rate: float) -> bytes:
     width = round(rate * WINDOW_MS / 1000)
     fft, bank = mel_bank(int(rate), width, BANDS)
     wave = F.pad(wave, (0, max(0, width - len(wave))))
-    frames = wave.unfold(0, width, max(1, width // 2)) * torch.hann_window(width)
+    frames = wave.unfold(0, width, max(1, min(width // 2, len(wave) // SIDE))) * torch.hann_window(width)
     energies = (torch.fft.rfft(frames, n=fft).abs().square() @ bank).clamp_min(1e-12).log()
     shade = (1 + (energies - energies.max()) / RANGE).clamp(0, 1).T.flip(0)[None]
     return _still(F.adaptive_avg_pool2d(shade, (BANDS, min(SIDE, shade.shape[-1]))))
