@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 
 from mmssl.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from mmssl.recipe import Recipe
 
 P = ParamSpec("P")
 N = TypeVar("N", int, float)
@@ -84,14 +87,30 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None, out: RunFolder = N
 
 
 @command("mmssl finetune speech/ctc_base init=runs/wav2vec2_base data.train=labelled.jsonl data.valid=valid.jsonl")
-def finetune(recipe: RecipeName, overrides: Overrides = None, out: RunFolder = None) -> None:
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: RunFolder = None,
+    folds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Train and test once for each value of this key of the rows of data.train: fold, speaker.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Train with labels: from the encoder that init= names, of a run or of transformers, or from new weights.
 
     Rows of the manifests need "label" (classify) or "text" (ctc). The same command goes on where a run was cut off.
+    With --folds each value's rows are tested on in turn, and scores.json in --out holds what came out.
     """
     from mmssl.recipe import load
 
     loaded = load(recipe, overrides or [])
+    if folds is not None:
+        _cross_validate(loaded, folds, Path("runs", loaded.name) if out is None else out)
+        return
     from mmssl.assemble import finetune
 
     _done(finetune(loaded, out))
@@ -630,6 +649,17 @@ def _done(run: Path) -> None:
             f"  mmssl evaluate {run} {fitted} --test {test}"
         )
     distributed.shutdown()
+
+
+def _cross_validate(recipe: Recipe, key: str, out: Path) -> None:
+    from mmssl.folds import cross_validate
+
+    scores: dict[str, dict[str, Any]] = {}
+    for name, found in cross_validate(recipe, key, out):
+        for score in found.values():
+            print(f"{name}: {score}" if name else score)
+        scores[name or "all"] = {metric: asdict(score) for metric, score in found.items()}
+        (out / "scores.json").write_text(json.dumps(scores, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _print_stats(recipe: str, manifest: Path) -> None:

@@ -45,6 +45,7 @@ ARROWS = {
     "hear": ["embed"],
     "store": ["types", "clips", "embed"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "build", "embed", "crossmodal"],
+    "folds": ["recipe", "objectives", "data", "evaluation", "resolve", "assemble", "tasks"],
     "matrix": ["recipe", "modalities", "objectives", "build", "resolve", "assemble"],
     "thumbnails": ["clips", "modalities", "training.pictures"],
     "report": ["recipe", "types", "data", "evaluation", "clips", "embed", "thumbnails", "training.health"],
