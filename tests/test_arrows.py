@@ -49,7 +49,7 @@ ARROWS = {
     "matrix": ["recipe", "modalities", "objectives", "build", "resolve", "assemble"],
     "thumbnails": ["clips", "modalities", "training.pictures"],
     "report": ["recipe", "types", "data", "evaluation", "clips", "embed", "thumbnails", "training.health"],
-    "units": [*PARTS, "modalities", "data", "embed", "progress", "training.checkpoint"],
+    "units": [*PARTS, "modalities", "data", "convert.folder", "embed", "progress", "training.checkpoint"],
     "topics": ["data", "progress", "units"],
     "normalization": ["recipe", "types", "progress", "modalities", "data", "loading", "build", "resolve"],
 }
