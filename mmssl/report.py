@@ -157,6 +157,8 @@ def _state(rows: Sequence[Row], recipe: str) -> str:
     last = max((row["step"] for row in rows), default=0)
     if not isinstance(steps, int):
         return f"Update {last:,} is the last in the log." if rows else "No log."
+    if any(row.get("ended") for row in rows if row["step"] == last):
+        return f"Finished: after update {last:,} of {steps:,}, as evaluations got no better."
     return f"Finished: {steps:,} updates." if last >= steps else f"Not finished: update {last:,} of {steps:,}."
 
 

@@ -222,6 +222,15 @@ def test_a_run_that_is_done_says_so(tmp_path: Path) -> None:
     assert not (folder / "report.html").exists()
 
 
+def test_a_run_that_got_no_better_is_done(tmp_path: Path) -> None:
+    folder = logged(tmp_path / "early", steps=600)
+    with RunLog(folder, steps=1000, after=600) as log:
+        log.write({"step": 600, "note": "the loss was best after update 400", "ended": True})
+    page = Page(write_report(folder))
+    assert "Finished: after update 600 of 1,000, as evaluations got no better." in page.text
+    assert "the loss was best after update 400" in page.text
+
+
 def test_what_is_no_run_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no log, no recipe and no pictures, so it is no run"):
         write_report(tmp_path)

@@ -330,13 +330,14 @@ class _Run:
         else:
             place.waited += 1
             if self.patient_enough:
-                self.log.note(
-                    place.step,
-                    f"{name} was best after update {place.best_step}, with {place.best:.5g}, and {place.waited} "
-                    "evaluations since then were no better, so the run ends"
-                    if place.best is not None
-                    else f"{name} was not finite in {place.waited} evaluations, so the run ends",
-                )
+                said = f"{name} was not finite in {place.waited} evaluations, so the run ends"
+                if place.best is not None:
+                    said = (
+                        f"{name} was best after update {place.best_step}, with {place.best:.5g}, and {place.waited} "
+                        "evaluations since then were no better, so the run ends"
+                    )
+                self.log.say(said)
+                self.log.write({"step": place.step, "note": said, "ended": True})
 
     def save(self) -> Path:
         """Save a checkpoint. A full disk is no reason to end a run: there may be room the next time."""

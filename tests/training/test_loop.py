@@ -430,6 +430,7 @@ def test_the_best_weights_are_exported_and_a_run_that_gets_no_better_ends(tmp_pa
     assert "accuracy was best after update 4, with 0.5, and 2 evaluations since then were no better" in notes(
         tmp_path / "short"
     )
+    assert [line["step"] for line in lines(tmp_path / "short") if line.get("ended")] == [8]
 
 
 @pytest.mark.parametrize("at", [3, 4, 5, 6, 7])
