@@ -139,8 +139,16 @@ class Filterbank(nn.Module):
             energies: (B, T, F), as `forward` gives them.
 
         Returns:
-            (B, (T - 1) x hop).
+            (B, T x hop).
+
+        Raises:
+            ValueError: frames that overlap by less than a half, between which sound would be lost.
         """
+        if 2 * self.hop > self.width:
+            raise ValueError(f"frames of {self.width} samples every {self.hop} cannot be made sound of again")
+        length = energies.shape[1] * self.hop
+        # what is reflected at the ends is no longer than the rest
+        energies = fill_to(energies, max(energies.shape[1] + 1, self.fft // self.hop + 2))
         weights = energies.new_zeros(self.fft + 2, self.bands)
         for i, (bins, columns) in enumerate(zip(self.blocks, weights.split(_BLOCK, 1), strict=True)):
             columns[bins] = getattr(self, f"bank{i}")
@@ -156,7 +164,7 @@ class Filterbank(nn.Module):
         for _ in range(32):
             wave = torch.istft(torch.polar(size, phase), **settings)
             phase = torch.stft(wave, return_complex=True, **settings).angle()
-        return torch.istft(torch.polar(size, phase), **settings)
+        return torch.istft(torch.polar(size, phase), **settings)[:, :length]
 
     def forward(self, waves: Tensor, lengths: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Natural logarithms of band energies.

@@ -65,7 +65,7 @@ def spectrogram_pictures(
     Returns:
         "input", "masked" (hidden patches gray), "reconstruction": (B, 1, F, T) in [0, 1], from digital silence to the
         clip's loudest value, 0 past a clip's end; "sounds", the first of them to be heard: name -> (clips, samples),
-        hidden patches silent; "rate", samples a second; "note": "".
+        hidden patches silent, and "rate", samples a second, where frames overlap by a half or more; "note": "".
     """
     source = patches(tokens)
     silence = (math.log(FLOOR) - frontend.mean) / frontend.scale
@@ -80,15 +80,14 @@ def spectrogram_pictures(
 
     shown = draw(source)
     hidden = upright(masked[..., None].expand_as(source).to(source.dtype)) > 0
+    drawn = {"input": shown, "masked": torch.where(hidden, 0.5, shown), "reconstruction": draw(values), "note": ""}
+    if 2 * frontend.filterbank.hop > frontend.filterbank.width:
+        return drawn
     silent = source.masked_fill(masked[..., None], silence)
     sounds = {"input": source, "masked": silent, "reconstruction": values}
-    return {
-        "input": shown,
-        "masked": torch.where(hidden, 0.5, shown),
-        "reconstruction": draw(values),
+    return drawn | {
         "sounds": {name: _sound(frontend, tokens, x) for name, x in sounds.items()},
         "rate": frontend.rate,
-        "note": "",
     }
 
 
