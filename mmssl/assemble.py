@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -173,7 +174,7 @@ def export_config(recipe: Recipe, manifest: Manifest, run: Path | None = None) -
     else:
         encoder = {key: values[key] for key in ("backbone", "transformer") if key in values}
         encoder["modality"] = {name: _exported(own) for name, own in values["modality"].items()}
-    return {
+    config = {
         "format": checkpoint.ENCODER_FORMAT,
         **encoder,
         "objective": values["objective"],
@@ -181,6 +182,11 @@ def export_config(recipe: Recipe, manifest: Manifest, run: Path | None = None) -
         "vocabulary": CharVocabulary.from_texts(labels).symbols if key == "text" else None,
         **({} if (tokenizer := learn_tokenizer(recipe, manifest, run)) is None else {"tokenizer": tokenizer}),
     }
+    if values["objective"].get("class_weights") is not None and not values["objective"].get("multi_label"):
+        classes = Classes(config["classes"])
+        counts = Counter(classes.encode(label) for label in manifest.values("label"))
+        config["class_counts"] = [counts[number] for number in range(len(classes))]
+    return config
 
 
 def _one_after_the_other(passes: Sequence[Callable[[], Iterator[Batch]]]) -> Iterator[Batch]:

@@ -43,6 +43,7 @@ PROVIDED: dict[str, Callable[[Config, Any], Any]] = {
     },
     "n_characters": lambda config, encoder: len(config["vocabulary"]),
     "n_classes": lambda config, encoder: len(config["classes"]),
+    "class_counts": lambda config, encoder: config.get("class_counts"),
 }
 
 

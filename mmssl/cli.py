@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 
 from mmssl.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from mmssl.recipe import Recipe
 
 P = ParamSpec("P")
 N = TypeVar("N", int, float)
@@ -84,14 +87,30 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None, out: RunFolder = N
 
 
 @command("mmssl finetune speech/ctc_base init=runs/wav2vec2_base data.train=labelled.jsonl data.valid=valid.jsonl")
-def finetune(recipe: RecipeName, overrides: Overrides = None, out: RunFolder = None) -> None:
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: RunFolder = None,
+    folds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Train and test once for each value of this key of the rows of data.train: fold, speaker.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Train with labels: from the encoder that init= names, of a run or of transformers, or from new weights.
 
     Rows of the manifests need "label" (classify) or "text" (ctc). The same command goes on where a run was cut off.
+    With --folds each value's rows are tested on in turn, and scores.json in --out holds what came out.
     """
     from mmssl.recipe import load
 
     loaded = load(recipe, overrides or [])
+    if folds is not None:
+        _cross_validate(loaded, folds, Path("runs", loaded.name) if out is None else out)
+        return
     from mmssl.assemble import finetune
 
     _done(finetune(loaded, out))
@@ -538,6 +557,10 @@ def report(
         Path | None, typer.Option(help="Manifest of clips to show the embeddings of; with labels, the better.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="report.html in RUN")] = None,
+    modality: Annotated[
+        str | None,
+        typer.Option(help="Of a run on several modalities, the one to show the clips of.", show_default="all"),
+    ] = None,
     label: Annotated[str, typer.Option(help="Key of a row that holds its class.")] = "label",
     pool: Annotated[str, typer.Option(help="mean, class, slices:4, grid:2x2; +std adds deviations.")] = "mean",
     batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
@@ -546,8 +569,8 @@ def report(
     """Write a run as one page of HTML: curves, health, pictures, costs, bad clips, recipe; it needs nothing but itself.
 
     With --data a map of the embeddings (UMAP where it is installed, PCA elsewhere), nearest neighbors, how well each
-    layer tells labels apart and, of a run of classify, what it takes for what. Runs that go on or broke off have a page
-    too.
+    layer tells labels apart and, of a run of classify, what it takes for what; sound can be heard, and video moves.
+    Runs that go on or broke off have a page too.
     """
     from mmssl.report import write_report
 
@@ -556,6 +579,7 @@ def report(
             run,
             out,
             data=data,
+            modality=modality,
             label=label,
             pool=pool,
             device=device,
@@ -738,6 +762,17 @@ def _done(run: Path) -> None:
             f"  mmssl evaluate {run} {fitted} --test {test}"
         )
     distributed.shutdown()
+
+
+def _cross_validate(recipe: Recipe, key: str, out: Path) -> None:
+    from mmssl.folds import cross_validate
+
+    scores: dict[str, dict[str, Any]] = {}
+    for name, found in cross_validate(recipe, key, out):
+        for score in found.values():
+            print(f"{name}: {score}" if name else score)
+        scores[name or "all"] = {metric: asdict(score) for metric, score in found.items()}
+        (out / "scores.json").write_text(json.dumps(scores, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _print_stats(recipe: str, manifest: Path) -> None:

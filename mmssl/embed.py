@@ -153,7 +153,8 @@ class Embedder:
             self.encoder: Any = encoder.to(self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={device!r}: torch cannot use it here: {str(error).splitlines()[0]}") from None
-        if precision == "bfloat16":
+        products = [module for module in self.encoder.modules() if isinstance(module, nn.Linear)]
+        if precision == "bfloat16" and any(module.weight.dtype != torch.bfloat16 for module in products):
             # autocast would bring every weight to bfloat16 at every call, and keeps none of those that need no gradient
             self.encoder = copy.deepcopy(self.encoder)
             for module in self.encoder.modules():

@@ -157,7 +157,10 @@ class Index:
                 "the clips with --pool joint by a run on both"
             )
         window = {} if self.about["window"] is None else {key: self.about[key] for key in ("window", "overlap")}
-        settings: dict[str, Any] = {"layers": [self.about["layer"]], "pool": self.about["pool"], **window}
+        layer = self.about["layer"]
+        if isinstance(layer, list):  # weights of several
+            layer = tuple((int(i), float(weight)) for i, weight in layer)
+        settings: dict[str, Any] = {"layers": [layer], "pool": self.about["pool"], **window}
         [[found], *more] = self.embedder.of(modality).stream([query], on_bad_clip="skip", **settings)
         for name, reason in found.bad.items():
             raise BadClip(name, reason)

@@ -6,9 +6,7 @@ off, has a page too. With labelled or unlabelled clips the page shows as well wh
 
 from __future__ import annotations
 
-import base64
 import importlib
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -30,17 +28,19 @@ from mmssl.data.manifest import Manifest
 from mmssl.embed import Embedder, load
 from mmssl.evaluation.knn import knn_predict
 from mmssl.recipe import parse
+from mmssl.thumbnails import MOST_BYTES, SECONDS, Thumbnail, data_url, thumbnails
 from mmssl.training.health import diagnose
 
 MOST_CLIPS = 1_000  # of a manifest, evenly from it: a page of so many thumbnails has some 2 MB
-MOST_SHEETS = 8  # of pictures, the last one among them
+MOST_SHEETS, MOST_SHEET_BYTES = 8, 8_000_000  # of pictures, the last one among them
 MOST_BAD = 100  # bad clips by name
 NEIGHBORS, GALLERY = 5, 12
 FOLDS = 5
-THUMB = 64  # pixels
 WIDTH, HEIGHT, MARGIN = 480, 220, 62
 MAP = 560
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#e07b39", "#5b5b5b", "#8c6bb1", "#2a9d8f")
+
+_SHEETS = {".png": "image/png", ".webp": "image/webp"}
 
 Row = Mapping[str, Any]
 Points = Sequence[tuple[float, float | None]]
@@ -51,6 +51,7 @@ def write_report(
     out: str | Path | None = None,
     *,
     data: str | Path | Manifest | None = None,
+    modality: str | None = None,
     label: str = "label",
     pool: str = "mean",
     device: str = "auto",
@@ -64,6 +65,7 @@ def write_report(
         out: the file; report.html in the folder of the run by default.
         data: a manifest, of which at most `MOST_CLIPS` clips are embedded: their map, nearest neighbors, how well each
             layer tells labels apart and, of a run that was fine-tuned to tell classes, what it takes for what.
+        modality: of a run on several, the one whose clips are shown; all by default.
         label: the key of a row that holds its class, where it has one.
         pool: see `Pool.named`.
         device, batch_size, progress: see `mmssl.load` and `Embedder.embed`. Clips that cannot be read are named.
@@ -97,8 +99,12 @@ def write_report(
         except ValueError as error:
             found["Embeddings"] = f'<p class="bad">No encoder to embed with: {escape(str(error))}</p>'
         else:
-            clips, sections = _embedded(embedder, manifest, label, pool, batch_size, progress)
-            found |= sections
+            for name in embedder.modalities if modality is None else [modality]:
+                one = embedder.of(name)
+                own, sections = _embedded(one, manifest, label, pool, batch_size, progress, before=len(clips))
+                several = f" ({name})" if len(embedder.modalities) > 1 else ""
+                clips += own
+                found |= {f"{heading}{several}": text for heading, text in sections.items()}
     if recipe:
         found["Recipe"] = f"<pre>{escape(recipe)}</pre>"
     name = folder.name or str(run)
@@ -151,6 +157,8 @@ def _state(rows: Sequence[Row], recipe: str) -> str:
     last = max((row["step"] for row in rows), default=0)
     if not isinstance(steps, int):
         return f"Update {last:,} is the last in the log." if rows else "No log."
+    if any(row.get("ended") for row in rows if row["step"] == last):
+        return f"Finished: after update {last:,} of {steps:,}, as evaluations got no better."
     return f"Finished: {steps:,} updates." if last >= steps else f"Not finished: update {last:,} of {steps:,}."
 
 
@@ -237,9 +245,13 @@ def _plot(title: str, axis: str, lines: Mapping[str, Points]) -> str:
 
 
 def _pictures(folder: Path) -> str:
-    """The sheets that evaluations have drawn, evenly from all of them, the last one on top."""
+    """The sheets that evaluations have drawn, evenly from all of them while there is room, the last one on top.
+
+    Where its clips can be heard, they follow it.
+    """
     sheets = sorted(
-        (path for path in folder.glob("update_*.png") if path.stem[7:].isdigit()), key=lambda path: int(path.stem[7:])
+        (path for path in folder.glob("update_*.*") if path.suffix in _SHEETS and path.stem[7:].isdigit()),
+        key=lambda path: int(path.stem[7:]),
     )
     if not sheets:
         return ""
@@ -247,14 +259,31 @@ def _pictures(folder: Path) -> str:
     chosen = [sheets[round(i * (len(sheets) - 1) / max(count - 1, 1))] for i in range(count)]
     if count == 1:
         chosen = sheets[-1:]
-    shown = [
-        f'<figure><img alt="{path.stem}" src="{_data_url(path.read_bytes(), "png")}">'
-        f"<figcaption>after update {int(path.stem[7:]):,}</figcaption></figure>"
-        for path in reversed(chosen)
-    ]
+    shown: list[str] = []
+    room = MOST_SHEET_BYTES
+    for path in reversed(chosen):
+        content = path.read_bytes()
+        room -= len(content)
+        if shown and room < 0:
+            break
+        shown.append(
+            f'<figure><img alt="{path.stem}" src="{data_url(content, _SHEETS[path.suffix])}">'
+            f"<figcaption>after update {int(path.stem[7:]):,}</figcaption></figure>"
+        )
     words = f"<p>{escape(_text(folder / 'README.txt'))}</p>"
     earlier = f"<details><summary>{len(shown) - 1} earlier</summary>{''.join(shown[1:])}</details>"
-    return words + shown[0] + (earlier if len(shown) > 1 else "")
+    return words + shown[0] + _sounds(folder / sheets[-1].stem) + (earlier if len(shown) > 1 else "")
+
+
+def _sounds(folder: Path) -> str:
+    """The clips of a sheet to be heard, a line for each of its columns."""
+    lines: dict[str, str] = {}
+    for path in sorted(folder.glob("*_*_*.mp3")):
+        clip, _, kind = path.stem.split("_", 2)
+        url = data_url(path.read_bytes(), "audio/mpeg")
+        lines[clip] = lines.get(clip, "") + f'<td>{escape(kind)}<br><audio controls src="{url}"></audio></td>'
+    rows = "".join(f"<tr><th>{escape(clip)}</th>{cells}</tr>" for clip, cells in lines.items())
+    return f"<table>{rows}</table>" if rows else ""
 
 
 def _costs(rows: Sequence[Row], folder: Path) -> str:
@@ -296,9 +325,13 @@ def _bad_clips(path: Path) -> str:
 
 
 def _embedded(
-    embedder: Embedder, manifest: Manifest, label: str, pool: str, batch_size: int, progress: bool
+    embedder: Embedder, manifest: Manifest, label: str, pool: str, batch_size: int, progress: bool, *, before: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """What the page's script knows of each clip, and the sections about clips."""
+    """What the page's script knows of each clip, and the sections about clips.
+
+    Args:
+        before: clips that the script knows already, from another modality.
+    """
     if len(manifest) > MOST_CLIPS:
         manifest = manifest.select(np.linspace(0, len(manifest) - 1, MOST_CLIPS).round().astype(np.int64))
     layers = [-1, *range(embedder.depth + 1)]
@@ -320,13 +353,22 @@ def _embedded(
     labels = [_label(row.get(label)) for row in manifest]
     scenes = {layer: one.scene[read] for layer, one in zip(layers, found, strict=True)}
     near = _neighbors(scenes[-1])
-    pictures = _thumbnails(embedder, manifest)
+    shown = _shown(len(labels))
+    first = [place for one in shown for place in (one, *(other for other, _ in near[one]))]
+    media = thumbnails(find_clips(manifest, embedder.config, embedder.encoder, rate=None), first)
     clips = [
-        {"name": row["id"], "label": name, "near": close, "picture": picture}
-        for row, name, close, picture in zip(manifest, labels, near, pictures, strict=True)
+        {
+            "name": row["id"],
+            "text": row.get("text") if embedder.modality == "text" else None,
+            "label": name,
+            "near": [(before + place, value) for place, value in close],
+            "picture": one.picture,
+            "sound": one.sound,
+        }
+        for row, name, close, one in zip(manifest, labels, near, media, strict=True)
     ]
-    sections["Embedding map"] = _map(scenes[-1], labels)
-    sections["Nearest neighbors"] = _gallery(len(clips))
+    sections["Embedding map"] = _map(scenes[-1], labels, _said(media), before)
+    sections["Nearest neighbors"] = _gallery(shown, before)
     if (layerwise := _layerwise(scenes, labels)) is not None:
         sections["Layers"] = layerwise
     objective = embedder.config.get("objective") or {}
@@ -352,37 +394,14 @@ def _neighbors(scenes: Tensor) -> list[list[tuple[int, float]]]:
     ]
 
 
-def _thumbnails(embedder: Embedder, manifest: Manifest) -> list[str | None]:
-    """Pictures as the encoder sees them, of video the frame in the middle; None where there is nothing to see."""
-    clips = find_clips(manifest, embedder.config, embedder.encoder, rate=None)
-    found: list[str | None] = []
-    for place in range(len(clips)):
-        sample = clips.read(place).sample
-        x = None if sample is None else sample.inputs[embedder.modality]
-        if x is not None and x.ndim == 4:
-            x = x[:, x.shape[1] // 2]
-        if x is None or x.ndim != 3:
-            found.append(None)
-            if place == 0 and x is not None:  # sound: none of the others is to be looked at either
-                return [None] * len(clips)
-            continue
-        found.append(_thumbnail(x))
-    return found
-
-
-def _thumbnail(x: Tensor) -> str:
-    from PIL import Image
-
-    x = x if x.shape[0] == 3 else x[:1].expand(3, -1, -1)
-    picture = Image.fromarray((x.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
-    picture.thumbnail((THUMB, THUMB))
-    file = io.BytesIO()
-    picture.save(file, format="JPEG", quality=80)
-    return _data_url(file.getvalue(), "jpeg")
-
-
-def _data_url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _said(media: Sequence[Thumbnail]) -> str:
+    """What is to be said of what can be heard or moves."""
+    heard, cut = sum(one.sound is not None for one in media), sum(one.cut for one in media)
+    said = f" Click to hear a clip, its first {SECONDS:g} s at most." if heard else ""
+    if cut:
+        what = "can be heard" if heard else "move"
+        said += f" {len(media) - cut} of them {what}: there is room for {MOST_BYTES // 1_000_000} MB of that."
+    return said
 
 
 def _spread(scenes: Tensor) -> tuple[Tensor, str]:
@@ -399,7 +418,7 @@ def _spread(scenes: Tensor) -> tuple[Tensor, str]:
     return torch.from_numpy(umap.UMAP(random_state=0).fit_transform(scenes.numpy())).double(), "UMAP"
 
 
-def _map(scenes: Tensor, labels: Sequence[str | None]) -> str:
+def _map(scenes: Tensor, labels: Sequence[str | None], said: str, before: int) -> str:
     places, how = _spread(scenes)
     places = torch.nn.functional.pad(places, (0, 2 - places.shape[1]))
     span = (places.amax(0) - places.amin(0)).clamp_min(1e-30)
@@ -411,23 +430,27 @@ def _map(scenes: Tensor, labels: Sequence[str | None]) -> str:
     }
     dots = "".join(
         f'<circle data-clip="{i}" cx="{x:.1f}" cy="{MAP - y:.1f}" r="5" fill="{colors.get(name or "", COLORS[0])}"/>'
-        for i, ((x, y), name) in enumerate(zip(spots, labels, strict=True))
+        for i, ((x, y), name) in enumerate(zip(spots, labels, strict=True), start=before)
     )
     legend = "".join(
         f'<div><span class="swatch" style="background:{color}"></span> {escape(name)}</div>'
         for name, color in colors.items()
     )
     return (
-        f"<p>{len(labels)} clips. {how}. Hover to see a clip, click for its nearest neighbors.</p>"
+        f"<p>{len(labels)} clips. {how}. Hover to see a clip, click for its nearest neighbors.{said}</p>"
         f'<div class="map"><svg width="{MAP}" height="{MAP}" role="img">{dots}</svg><div class="side">'
-        f'<div id="chosen"></div><h3>Nearest</h3><div id="near" class="clips"></div><h3>Labels</h3>{legend}</div></div>'
+        f'<div class="shown"></div><h3>Nearest</h3><div class="near clips"></div><h3>Labels</h3>{legend}</div></div>'
     )
 
 
-def _gallery(count: int) -> str:
-    """Clips evenly from all, each with its nearest neighbors beside it; the page's script puts them in."""
-    shown = dict.fromkeys(round(i * (count - 1) / max(GALLERY - 1, 1)) for i in range(GALLERY))
-    rows = "".join(f'<div class="clips gallery" data-clip="{i}"></div>' for i in shown)
+def _shown(count: int) -> list[int]:
+    """Clips evenly from all, for the gallery."""
+    return list(dict.fromkeys(round(i * (count - 1) / max(GALLERY - 1, 1)) for i in range(GALLERY)))
+
+
+def _gallery(shown: Sequence[int], before: int) -> str:
+    """Clips, each with its nearest neighbors beside it; the page's script puts them in."""
+    rows = "".join(f'<div class="clips gallery" data-clip="{before + i}"></div>' for i in shown)
     return f"<p>A clip, then those nearest to it, by cosine similarity of the output.</p>{rows}"
 
 

@@ -287,6 +287,8 @@ def _with_encoder(recipe: Recipe, config: Config) -> Recipe:
         raise recipe.error(
             "init", f"{init} holds an encoder of {config['modality']}, and this recipe is for {recipe.get('modality')}"
         )
+    # what is newer than that run was at its default
+    config = _own(replace(recipe, values=dict(config), places={}), MODALITIES[config["modality"]])
     sections: dict[str, Any] = {}
     for section in ENCODER:
         # a rate that the recipe leaves out is the constructor's default, as in any recipe, and not that of pretraining

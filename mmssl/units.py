@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmssl.convert.folder import find
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.units import LARGEST, read_lengths, write_shard
 from mmssl.embed import Embedder, load
@@ -99,7 +100,7 @@ class Codec(nn.Module):
     clip's codes are its own.
 
     Args:
-        path: a folder, or a name of the hub, with weights as safetensors.
+        path: a folder, or a name of the hub, with weights as safetensors; the network is touched for such a name only.
         bandwidth: kbit per second, of those that the codec knows; it says how many codebooks there are.
     """
 
@@ -112,7 +113,7 @@ class Codec(nn.Module):
             from transformers import EncodecModel
         except ImportError:
             raise ValueError("codec: needs transformers; pip install 'mmssl[codec]'") from None
-        self.codec: Any = EncodecModel.from_pretrained(path, use_safetensors=True)
+        self.codec: Any = EncodecModel.from_pretrained(find(path), use_safetensors=True, local_files_only=True)
         config = self.codec.config
         if config.chunk_length_s is not None or config.audio_channels != 1:
             raise ValueError(

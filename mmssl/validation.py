@@ -15,7 +15,7 @@ from torch import Tensor
 from mmssl import distributed
 from mmssl.data.text import CharVocabulary
 from mmssl.evaluation.speech import error_rates
-from mmssl.training.pictures import write_sheet
+from mmssl.training.pictures import write_sheet, write_sounds
 from mmssl.types import Batch, Loss
 
 
@@ -45,9 +45,7 @@ class Validation:
         for batch in self.batches():
             batch = batch.to(self.device)
             if not drawn and distributed.is_main() and getattr(self.objective, "pictures", None) is not None:
-                shown = self.objective.reconstruct(batch)
-                note = shown.pop("note")
-                write_sheet(self.pictures / f"update_{step}.png", shown, note=note)
+                self._draw(self.objective.reconstruct(batch), f"update_{step}")
                 drawn = True
             metrics: dict[str, tuple[float | Tensor, float]] = {}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -75,6 +73,13 @@ class Validation:
             rates = error_rates(references, hypotheses, decoding="best path, no language model")
             scores |= {name: rate.value for name, rate in rates.items()}
         return scores
+
+    def _draw(self, shown: dict[str, Any], name: str) -> None:
+        """Write what `MAE.reconstruct` gives."""
+        note, sounds, rate = shown.pop("note"), shown.pop("sounds", None), shown.pop("rate", None)
+        write_sheet(self.pictures / name, shown, note=note, rate=rate if sounds is None else None)
+        if sounds is not None:
+            write_sounds(self.pictures / name, sounds, rate=rate)
 
     def _transcribe(self, batch: Batch, texts: Mapping[str, str]) -> list[tuple[str, str]]:
         """(reference, hypothesis) of each clip."""

@@ -128,6 +128,44 @@ class Filterbank(nn.Module):
         """Whole frames in so many samples."""
         return (torch.div(samples - self.width, self.hop, rounding_mode="floor") + 1).clamp_min(0)
 
+    def sound(self, energies: Tensor) -> Tensor:
+        """Samples whose band energies are about these, to be heard.
+
+        Bands share their energy out to their bins; phases are those of 32 rounds of Griffin and Lim's algorithm
+        (1984, "Signal estimation from modified short-time Fourier transform", section IV), from ones that are the same
+        every time.
+
+        Args:
+            energies: (B, T, F), as `forward` gives them.
+
+        Returns:
+            (B, T x hop).
+
+        Raises:
+            ValueError: frames that overlap by less than a half, between which sound would be lost.
+        """
+        if 2 * self.hop > self.width:
+            raise ValueError(f"frames of {self.width} samples every {self.hop} cannot be made sound of again")
+        length = energies.shape[1] * self.hop
+        # what is reflected at the ends is no longer than the rest
+        energies = fill_to(energies, max(energies.shape[1] + 1, self.fft // self.hop + 2))
+        weights = energies.new_zeros(self.fft + 2, self.bands)
+        for i, (bins, columns) in enumerate(zip(self.blocks, weights.split(_BLOCK, 1), strict=True)):
+            columns[bins] = getattr(self, f"bank{i}")
+        weights = weights[::2]  # each bin stands twice
+        density = (energies.exp() - FLOOR).clamp_min(0) / weights.sum(0).clamp_min(1e-3)
+        power = density @ weights.T / weights.sum(1).clamp_min(1e-3)
+        turn = torch.arange(self.fft // 2 + 1, device=energies.device) * (2 * math.pi / self.fft)
+        emphasis = torch.polar(torch.full_like(turn, -self.preemphasis), -turn) + 1
+        size = (power.sqrt() / emphasis.abs().clamp_min(1e-2)).transpose(1, 2)
+        taper = torch.hann_window(self.width, device=energies.device)
+        settings = {"n_fft": self.fft, "hop_length": self.hop, "win_length": self.width, "window": taper}
+        phase = torch.rand(size.shape, generator=torch.Generator().manual_seed(0)).to(size) * (2 * math.pi)
+        for _ in range(32):
+            wave = torch.istft(torch.polar(size, phase), **settings)
+            phase = torch.stft(wave, return_complex=True, **settings).angle()
+        return torch.istft(torch.polar(size, phase), **settings)[:, :length]
+
     def forward(self, waves: Tensor, lengths: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Natural logarithms of band energies.
 

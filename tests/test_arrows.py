@@ -66,9 +66,11 @@ ARROWS = {
         "robustness",
         "superb",
     ],
+    "folds": ["recipe", "objectives", "data", "evaluation", "resolve", "assemble", "tasks"],
     "matrix": ["recipe", "modalities", "objectives", "build", "resolve", "assemble"],
-    "report": ["recipe", "types", "data", "evaluation", "clips", "embed", "training.health"],
-    "units": [*PARTS, "modalities", "data", "embed", "progress", "training.checkpoint"],
+    "thumbnails": ["clips", "modalities", "training.pictures"],
+    "report": ["recipe", "types", "data", "evaluation", "clips", "embed", "thumbnails", "training.health"],
+    "units": [*PARTS, "modalities", "data", "convert.folder", "embed", "progress", "training.checkpoint"],
     "topics": ["data", "progress", "units"],
     "normalization": ["recipe", "types", "progress", "modalities", "data", "loading", "build", "resolve"],
 }

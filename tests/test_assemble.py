@@ -113,6 +113,17 @@ def test_fine_tuning_keeps_the_encoder_and_takes_the_rates(
     assert recipe.get("transformer.attention_dropout") == 0.0
 
 
+def test_settings_that_are_newer_than_the_pretrained_run_are_at_their_default(run: Path, tmp_path: Path) -> None:
+    config = read_encoder(run)[0]
+    del config["transformer"]["bias"]
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    recipe = resolve(load("small/classify_image", [f"init={tmp_path / 'older'}", "data.train=x"]))
+    assert recipe.values["transformer"]["bias"] is None
+    # so what a run keeps of its recipe can be read again, to go on
+    assert resolve(recipe).values == recipe.values
+
+
 def test_fine_tuning_starts_from_the_pretrained_weights(
     run: Path, image_rows: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -339,8 +339,11 @@ def test_a_run_embeds_both_sides_into_one_space(folder: Path, backbone: str) -> 
         encoder.embed("0.png", modality="video")
     with pytest.raises(ValueError, match=r"only the output \(layer -1\) is brought into the space"):
         encoder.embed("0.png", modality="image", layer=1, pool="joint")
-    half = mmssl.load(run, device="cpu", precision="bfloat16").embed(["0.png", "1.png"], modality="image")
+    rounded = mmssl.load(run, device="cpu", precision="bfloat16")
+    half = rounded.embed(["0.png", "1.png"], modality="image")
     assert torch.allclose(half.scene, pictures.scene, atol=0.05)
+    # one of several encoders is that very one: its weights were rounded already, and are in memory once
+    assert rounded.of("image").encoder is rounded.encoder["image"]
 
 
 def test_a_run_goes_on_with_smaller_chunks(folder: Path) -> None:

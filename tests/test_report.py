@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,16 +22,20 @@ import soundfile
 import torch
 from PIL import Image
 
+from mmssl import thumbnails
+from mmssl.assemble import train
 from mmssl.build import build_encoder, build_objective
 from mmssl.cli import app
+from mmssl.clips import Clips
 from mmssl.data.manifest import write_manifest
+from mmssl.modalities.video.frontend import Tubes
 from mmssl.report import _confusion, _layerwise, _neighbors, _plot, _spread, read_log, write_report
 from mmssl.training.checkpoint import export_encoder
 from mmssl.training.log import RunLog
-from mmssl.training.pictures import write_sheet
+from mmssl.training.pictures import sound_file, write_sheet, write_sounds
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{clips}}&amp;"
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "br"}
 CONFIG: dict[str, Any] = {
     "format": 1,
     "modality": "image",
@@ -41,6 +48,18 @@ CONFIG: dict[str, Any] = {
     "classes": ["blue", "red"],
     "vocabulary": None,
 }
+PAIRS = """
+modality:
+  image: {frontend: {name: patches, size: [4, 4]}, positions: {name: sincos}}
+  text: {frontend: {name: tokens, context: 12}, positions: {name: learned, grid: [12]}}
+tokenizer: {name: byte_bpe, entries: 300}
+transformer: {dim: 16, depth: 1, heads: 2}
+objective: {name: clip, dim: 8, pool: {image: mean, text: last}}
+data: {train: all.jsonl, batch_size: 4}
+optimizer: {lr: 0.003}
+schedule: {name: constant}
+trainer: {steps: 1, device: cpu, threads: 1}
+"""
 
 
 class Page(HTMLParser):
@@ -99,7 +118,7 @@ def run(tmp_path: Path) -> Path:
     folder = logged(tmp_path / "runs" / "mine")
     for step in (500, 600):
         rows = {name: torch.rand(2, 3, 8, 8) for name in ("input", "masked", "reconstruction")}
-        write_sheet(folder / "pictures" / f"update_{step}.png", rows)
+        write_sheet(folder / "pictures" / f"update_{step}", rows)
     bad = {"id": HOSTILE, "path": f"/clips/{HOSTILE}.wav", "reason": "no samples <b>", "epoch": 0, "manifest": "m"}
     (folder / "bad_clips.jsonl").write_text(json.dumps(bad) + "\n{torn", encoding="utf-8")
     return folder
@@ -203,6 +222,15 @@ def test_a_run_that_is_done_says_so(tmp_path: Path) -> None:
     assert not (folder / "report.html").exists()
 
 
+def test_a_run_that_got_no_better_is_done(tmp_path: Path) -> None:
+    folder = logged(tmp_path / "early", steps=600)
+    with RunLog(folder, steps=1000, after=600) as log:
+        log.write({"step": 600, "note": "the loss was best after update 400", "ended": True})
+    page = Page(write_report(folder))
+    assert "Finished: after update 600 of 1,000, as evaluations got no better." in page.text
+    assert "the loss was best after update 400" in page.text
+
+
 def test_what_is_no_run_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no log, no recipe and no pictures, so it is no run"):
         write_report(tmp_path)
@@ -287,27 +315,120 @@ def test_clips_have_a_map_neighbors_layers_and_confusion(tuned: Path, clips: Pat
     assert re.search(r"\d+ of 12 right", page.text)
 
 
-def test_sound_has_names_alone_and_clips_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+def sounds(folder: Path, seconds: float = 1.0) -> tuple[Path, Path]:
+    """A run of speech with random weights, and a manifest of three tones and a file that is none."""
     config = CONFIG | {
         "modality": "speech",
         "frontend": {"name": "waveform", "layers": [[8, 10, 5], [8, 4, 4]], "rate": 8000},
         "objective": None,
         "classes": None,
     }
-    export_encoder(tmp_path / "run", build_encoder(config), config)
+    export_encoder(folder / "run", build_encoder(config), config)
     rows = []
     for i in range(3):
-        soundfile.write(tmp_path / f"{i}.wav", np.random.default_rng(i).standard_normal(2_000) / 10, 8000)
-        rows.append({"id": f"clip {i}", "audio": str(tmp_path / f"{i}.wav")})
-    (tmp_path / "3.wav").write_bytes(b"no sound")
-    write_manifest(tmp_path / "all.jsonl", [*rows, {"id": "broken", "audio": str(tmp_path / "3.wav")}])
-    page = Page(write_report(tmp_path / "run", data=tmp_path / "all.jsonl", device="cpu"))
-    assert [(clip["name"], clip["label"], clip["picture"]) for clip in page.clips] == [
+        tone = np.sin(2 * np.pi * 500 * (i + 1) * np.arange(round(8000 * seconds)) / 8000)
+        soundfile.write(folder / f"{i}.wav", 0.5 * tone, 8000)
+        rows.append({"id": f"clip {i}", "audio": str(folder / f"{i}.wav")})
+    (folder / "3.wav").write_bytes(b"no sound")
+    write_manifest(folder / "all.jsonl", [*rows, {"id": "broken", "audio": str(folder / "3.wav")}])
+    return folder / "run", folder / "all.jsonl"
+
+
+def content(url: str, kind: str) -> io.BytesIO:
+    head, _, text = url.partition(",")
+    assert head == f"data:{kind};base64"
+    return io.BytesIO(base64.b64decode(text))
+
+
+def test_sound_can_be_seen_and_heard_and_clips_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    run, manifest = sounds(tmp_path, seconds=6.0)
+    page = Page(write_report(run, data=manifest, device="cpu"))
+    assert [(clip["name"], clip["label"], clip["text"]) for clip in page.clips] == [
         (f"clip {i}", None, None) for i in range(3)
     ]
+    pitches = []
+    for i, clip in enumerate(page.clips):
+        wave, rate = soundfile.read(content(clip["sound"], "audio/mpeg"))
+        assert 5.0 <= len(wave) / rate < 5.2  # of 6 s; MP3 goes on to the end of a block
+        assert np.abs(np.fft.rfft(wave[8000:16000])).argmax() == 500 * (i + 1)
+        with Image.open(content(clip["picture"], "image/jpeg")) as image:
+            pitches.append(int(np.asarray(image.convert("L")).mean(1).argmax()))
+            assert (image.width, image.height) == (64, 48)
+    assert pitches == sorted(pitches, reverse=True)  # higher tones stand higher
+    assert "Click to hear a clip, its first 5 s at most." in page.text
     assert "1 clips" in page.text
     assert "broken" in page.text
     assert "Layers" not in page.text
+
+
+def test_sound_has_room_up_to_a_size_and_those_in_the_gallery_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, manifest = sounds(tmp_path)
+    each = [len(sound_file(torch.from_numpy(soundfile.read(tmp_path / f"{i}.wav")[0]), 8000)) for i in range(3)]
+    monkeypatch.setattr(thumbnails, "MOST_BYTES", each[0] + each[2])
+    monkeypatch.setattr("mmssl.report.GALLERY", 2)  # the first and the last
+    monkeypatch.setattr("mmssl.report.NEIGHBORS", 0)
+    page = Page(write_report(run, data=manifest, device="cpu"))
+    assert [clip["sound"] is not None for clip in page.clips] == [True, False, True]
+    assert all(clip["picture"] for clip in page.clips)
+    assert "2 of them can be heard: there is room for" in page.text
+
+
+def test_clips_of_video_move(tmp_path: Path) -> None:
+    frontend = Tubes(dim=4, size=(2, 4, 4), rate=8, channels=1, mean=[0.5], std=[0.5])
+    clips = Clips("video", frontend, lambda path: torch.empty(0))
+    dark = torch.zeros(1, 4, 8, 8)
+    dark[:, 2:] = 1
+    clips.add(("one", lambda: dark))
+    [one] = thumbnails.thumbnails(clips)
+    assert one.picture is not None
+    with Image.open(content(one.picture, "image/webp")) as image:
+        frames = []
+        for frame in range(image.n_frames):  # type: ignore[attr-defined]
+            image.seek(frame)
+            image.load()
+            frames.append((int(np.asarray(image.convert("L")).mean()), image.info["duration"]))
+    # as WebP has it, frames that are the same are one that lasts
+    assert frames == [(0, 250), (255, 250)]
+
+
+def test_a_run_on_pairs_has_a_map_of_each_or_of_the_one_asked_for(tmp_path: Path) -> None:
+    captioned, paired = tmp_path / "all.jsonl", tmp_path / "run"
+    rows = []
+    for i in range(4):
+        Image.fromarray(np.full((8, 8, 3), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append({"id": f"row {i}", "image": str(tmp_path / f"{i}.png"), "text": f"number {i}"})
+    write_manifest(captioned, rows)
+    (tmp_path / "toy.yaml").write_text(PAIRS, encoding="utf-8")
+    train(tmp_path / "toy.yaml", paired, [f"data.train={captioned}"])
+    page = Page(write_report(paired, tmp_path / "both.html", data=captioned, device="cpu"))
+    assert "Embedding map (image)" in page.text
+    assert "Embedding map (text)" in page.text
+    assert len(page.clips) == 8
+    for i, clip in enumerate(page.clips):
+        # neighbors are of the same modality; a caption is read, and a picture seen
+        assert all((j < 4) == (i < 4) for j, _ in clip["near"])
+        assert (clip["picture"] is not None, clip["text"]) == ((True, None) if i < 4 else (False, f"number {i - 4}"))
+    dots = [int(a["data-clip"] or "") for tag, a in page.tags if tag == "circle" and "data-clip" in a]
+    assert sorted(dots) == list(range(8))
+    one = Page(write_report(paired, tmp_path / "one.html", data=captioned, modality="text", device="cpu"))
+    assert [clip["text"] for clip in one.clips] == [f"number {i}" for i in range(4)]
+    with pytest.raises(ValueError, match="modality='sound': .* has an encoder of image and text"):
+        write_report(paired, tmp_path / "none.html", data=captioned, modality="sound", device="cpu")
+
+
+def test_the_last_sheet_can_be_heard_and_earlier_ones_have_room_up_to_a_size(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wave = torch.rand(1, 4000)
+    for step in (500, 600):
+        write_sounds(run / "pictures" / f"update_{step}", {"input": wave, "reconstruction": wave}, rate=8000)
+    page = Page(write_report(run))
+    assert (page.count("img"), page.count("audio")) == (2, 2)
+    assert re.search(r"1\s*input\s*reconstruction", page.text)
+    monkeypatch.setattr("mmssl.report.MOST_SHEET_BYTES", 1)
+    assert Page(write_report(run)).count("img") == 1
 
 
 def test_without_an_encoder_the_rest_is_shown(run: Path, clips: Path) -> None:
@@ -327,34 +448,91 @@ def test_the_command_names_the_file_and_says_what_is_wrong(run: Path, capsys: py
     assert capsys.readouterr().err.startswith(f"mmssl: {run / 'nowhere'}: no such folder")
 
 
-def test_a_browser_shows_a_clip_on_hover_and_its_neighbors_on_click(tuned: Path, clips: Path, tmp_path: Path) -> None:
+def in_a_browser(path: Path, acts: str) -> Any:
+    """What a script at the end of a page says, after it has clicked on it: the JSON that it gives `tell`.
+
+    Skips where there is no browser.
+    """
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no chromium on this machine, and a page is clicked in a real browser only")
-    path = write_report(tuned, tmp_path / "page.html", data=clips, device="cpu")
-    acts = """
+    script = f"""
     <script>
-    const dot = document.querySelector('.map circle[data-clip="3"]');
-    dot.dispatchEvent(new MouseEvent("mousemove", {clientX: 5, clientY: 5}));
-    const shown = document.createElement("p");
-    shown.id = "shown";
-    shown.textContent = JSON.stringify([tip.hidden, tip.textContent]);
-    dot.dispatchEvent(new MouseEvent("mouseleave"));
-    dot.dispatchEvent(new MouseEvent("click"));
-    document.body.append(shown);
+    function tell(what) {{
+      const told = document.createElement("p");
+      told.id = "told";
+      told.textContent = JSON.stringify(what);
+      document.body.append(told);
+    }}
+    {acts}
     </script>
     </body>"""
-    path.write_text(path.read_text(encoding="utf-8").replace("</body>", acts), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = subprocess.run([browser, *options, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    seen = tmp_path / "seen.html"
-    seen.write_text(done.stdout, encoding="utf-8")
-    page = Page(seen)
-    assert json.dumps([False, f"{HOSTILE} · blue"], ensure_ascii=False, separators=(",", ":")) in page.text
-    chosen = page.text.partition("click for its nearest neighbors.")[2].partition("Labels")[0]
-    assert chosen.startswith(f"{HOSTILE} · blueNearest")
-    assert len(re.findall(r"clip \d+ · blue · 0\.\d{3}|clip \d+ · blue · 1\.000", chosen)) == 5
-    # in the hint that is hidden again; the clip itself and five neighbors on the side; six to each row of the gallery
-    cards = [attributes for tag, attributes in page.tags if attributes.get("class") == "clip"]
-    assert len(cards) == 1 + 6 + 12 * 6
-    assert sum(attributes.get("class") == "chosen" for tag, attributes in page.tags if tag == "circle") == 1
+    seen = path.with_name("clicked.html")
+    seen.write_text(path.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
+    profile = path.with_name("profile")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--dump-dom"]
+    done = subprocess.run([browser, *options, seen.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(unescape(done.stdout.partition('<p id="told">')[2].partition("</p>")[0]))
+
+
+def test_a_browser_shows_a_clip_on_hover_and_its_neighbors_on_click(tuned: Path, clips: Path, tmp_path: Path) -> None:
+    path = write_report(tuned, tmp_path / "page.html", data=clips, device="cpu")
+    found = in_a_browser(
+        path,
+        """
+        const dot = document.querySelector('.map circle[data-clip="3"]');
+        dot.dispatchEvent(new MouseEvent("mousemove", {clientX: 5, clientY: 5}));
+        const hint = [tip.hidden, tip.textContent];
+        dot.dispatchEvent(new MouseEvent("mouseleave"));
+        dot.dispatchEvent(new MouseEvent("click"));
+        tell({
+          hint: hint,
+          hidden: tip.hidden,
+          chosen: document.querySelector(".shown").textContent,
+          near: [...document.querySelectorAll(".near .clip")].map((box) => box.textContent),
+          gallery: document.querySelectorAll(".gallery .clip").length,
+          dots: [...document.querySelectorAll("circle.chosen")].map((one) => one.dataset.clip),
+          seen: [...document.querySelectorAll(".clip img")].every((one) => one.src.startsWith("data:image/jpeg")),
+        });
+        """,
+    )
+    assert found["hint"] == [False, f"{HOSTILE} · blue"]
+    assert found["hidden"]
+    assert found["chosen"] == f"{HOSTILE} · blue"
+    assert len(found["near"]) == 5
+    assert all(re.fullmatch(r"clip \d+ · blue · (0\.\d{3}|1\.000)", words) for words in found["near"])
+    assert (found["gallery"], found["dots"], found["seen"]) == (12 * 6, ["3"], True)
+
+
+def test_a_browser_plays_a_clip_on_click_and_goes_on_from_its_neighbors(tmp_path: Path) -> None:
+    run, manifest = sounds(tmp_path)
+    path = write_report(run, data=manifest, device="cpu")
+    found = in_a_browser(
+        path,
+        """
+        let asked = 0;
+        const play = player.play.bind(player);
+        player.play = () => { asked += 1; return play(); };
+        document.querySelector('.map circle[data-clip="0"]').dispatchEvent(new MouseEvent("click"));
+        const first = [player.src === clips[0].sound, asked];
+        document.querySelector(".near .clip").click();
+        const next = clips[0].near[0][0];
+        tell({
+          first: first,
+          then: [player.src === clips[next].sound, asked],
+          chosen: document.querySelector(".shown").textContent === "\u25b6 " + clips[next].name,
+          dots: [...document.querySelectorAll("circle.chosen")].map((one) => Number(one.dataset.clip) === next),
+          known: new Audio().canPlayType("audio/mpeg") !== "",
+        });
+        """,
+    )
+    assert found == {"first": [True, 1], "then": [True, 2], "chosen": True, "dots": [True], "known": True}
+
+
+def test_the_script_of_the_page_can_be_parsed(tuned: Path, clips: Path, tmp_path: Path) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node on this machine, which parses the script")
+    page = Page(write_report(tuned, tmp_path / "page.html", data=clips, device="cpu"))
+    (tmp_path / "page.js").write_text(page.scripts[1], encoding="utf-8")
+    subprocess.run([node, "--check", tmp_path / "page.js"], check=True, timeout=60)

@@ -277,6 +277,13 @@ def test_the_codes_of_a_codec_are_those_of_its_own_class(manifests: list[Path], 
         write_units(manifests[1:], tmp_path / "v", codec=tmp_path / "codec", codes=3)
 
 
+def test_a_codec_that_is_no_folder_asks_no_network(manifests: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    for codec in (tmp_path / "missing", "runs/vq", "codec"):
+        with pytest.raises(ValueError, match=f"{codec}: no such folder; give the folder of a run"):
+            write_units(manifests[1:], tmp_path / "u", codec=codec)
+
+
 def test_the_chain_of_codes(manifests: list[Path], tmp_path: Path) -> None:
     """vq-wav2vec, its codes in rows, BERT that reads them, CTC on its encoder, transcripts of held-out codes."""
     toy = [

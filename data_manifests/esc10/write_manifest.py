@@ -1,4 +1,4 @@
-"""Manifests of ESC-10, environmental sounds of ten classes, one pair for each of its five folds.
+"""Manifests of ESC-10, environmental sounds of ten classes, one of all and one pair for each of its five folds.
 
 python data_manifests/esc10/write_manifest.py DATA_FOLDER OUT_FOLDER
 """
@@ -27,6 +27,7 @@ def main(folder: Path, out: Path) -> None:
         # "001 - Dog bark" in the original
         row["label"] = re.sub(r"^\d+ - ", "", row["label"]).lower().replace(" ", "_")
         row |= {"id": f"{row['label']}/{name[0]}", "fold": name[1]}
+    print(f"{write_manifest(out / 'all.jsonl', found.rows)} rows in {out / 'all.jsonl'}")
     for fold in FOLDS:
         for split in ("train", "test"):
             rows = [row for row in found.rows if (row["fold"] == fold) == (split == "test")]

@@ -157,6 +157,10 @@ def layout_for(config: Settings, wanted: str | None) -> Layout:
         return LAYOUTS[wanted]
     first = config.get("layout")
     fitting = [layout for layout in LAYOUTS.values() if layout.modality == config["modality"]]
+    if not fitting:
+        own = " and ".join([config["modality"]] if isinstance(config["modality"], str) else config["modality"])
+        known = ", ".join(dict.fromkeys(layout.modality for layout in LAYOUTS.values()))
+        raise ValueError(f"no layout of transformers that mmssl writes is of {own}; they are of {known}")
     reasons = []
     for layout in sorted(fitting, key=lambda layout: layout.model_type != first):
         try:

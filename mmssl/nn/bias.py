@@ -127,6 +127,42 @@ class GridTable(nn.Module):
         return torch.cat([stretched.flatten(2).transpose(1, 2), self.table[:, -3:]], 1), spans
 
 
+class ALiBi(nn.Module):
+    """Each head looks away from what is far, by a slope of its own times a learned scale.
+
+    Source: Press, Smith and Lewis 2022 (arXiv:2108.12409), section 3, whose slopes these are; on both sides of a token
+    and with learned scales as in data2vec 2.0 (Baevski et al. 2023, arXiv:2212.07525) for speech and its released code:
+    one scale for each head, at first 1, and never below 0.
+    Differs from both: where tokens lie on several axes the distance is the straight one, on grids of any size.
+    A class token has none, neither where it looks nor where it is looked at.
+
+    Args:
+        per_layer: scales of their own for each block.
+    """
+
+    def __init__(self, heads: int, depth: int, *, per_layer: bool = False) -> None:
+        super().__init__()
+        self.depth = depth
+        self.table = nn.Parameter(torch.ones(depth if per_layer else 1, heads))
+        self.slopes: Tensor
+        self.register_buffer("slopes", torch.tensor(_slopes(heads)), persistent=False)
+
+    def forward(self, coords: Tensor, tokens: Tokens, prefix: int) -> list[Tensor]:
+        """See the module."""
+        distance = (coords[:, :, None] - coords[:, None, :]).to(self.slopes.dtype).norm(dim=-1)
+        away = F.pad(-self.slopes[:, None, None] * distance[:, None], (prefix, 0, prefix, 0))
+        values = [scale[:, None, None] * away for scale in self.table.clamp_min(0)]
+        return values if len(values) == self.depth else values * self.depth
+
+
+def _slopes(heads: int) -> list[float]:
+    """2^(-8/heads), 2^(-16/heads), ..., 2^-8; where their number is no power of two, those of the next lower one, and
+    then every second of those of its double."""
+    lower = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * i / lower) for i in range(1, lower + 1)]
+    return slopes + [2 ** (-8 * i / (2 * lower)) for i in range(1, 2 * lower + 1, 2)][: heads - lower]
+
+
 class Gate(nn.Module):
     """How much of a head's bias a token takes, by its content.
 
@@ -150,7 +186,7 @@ class Gate(nn.Module):
         return update * (reset * self.scale - 1) + 2
 
 
-BIASES: dict[str, type[nn.Module]] = {"buckets": DistanceBuckets, "grid": GridTable}
+BIASES: dict[str, type[nn.Module]] = {"buckets": DistanceBuckets, "grid": GridTable, "alibi": ALiBi}
 
 
 def build_bias(settings: Mapping[str, Any], *, heads: int, depth: int) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -41,6 +41,10 @@ class Classify(nn.Module):
             tokens are left out, so that a step gets cheaper.
         multi_label: a clip has any number of classes, none too.
         freeze_encoder: train the head only; the encoder is in evaluation mode and gets no gradient.
+        freeze_updates: optimizer updates during which only the head is trained, with masks and dropout on.
+        class_weights: "balanced" weighs the loss of a clip by how rare its class is: by the clips of the training set
+            over the number of classes and the clips of that class, which is 1 in the mean over all clips.
+        class_counts: clips of each class in the training set, for these weights.
         head_norm, head_dropout, head_std: see `ClassifierHead`.
     """
 
@@ -59,6 +63,9 @@ class Classify(nn.Module):
         mask: Mapping[str, float] | None = None,
         multi_label: bool = False,
         freeze_encoder: bool = False,
+        freeze_updates: int = 0,
+        class_weights: Literal["balanced"] | None = None,
+        class_counts: Sequence[int] | None = None,
         head_norm: Literal["layer", "none"] = "layer",
         head_dropout: float = 0.0,
         head_std: float = 0.01,
@@ -79,6 +86,16 @@ class Classify(nn.Module):
                 f"objective.label_smoothing={label_smoothing:g}: there is no share to spread where each class is told "
                 "for itself (objective.multi_label=true); set it to 0"
             )
+        if class_weights is not None and (multi_label or class_counts is None):
+            raise ValueError(
+                f"objective.class_weights={class_weights}: weighs clips by their class, and here a clip has several "
+                "(objective.multi_label=true), or nothing is known of how many there are; leave it out"
+            )
+        if freeze_updates and freeze_encoder:
+            raise ValueError(
+                f"objective.freeze_updates={freeze_updates}: the encoder is never trained (objective.freeze_encoder="
+                "true); leave one of the two out"
+            )
         shares = dict(mask or {})
         axes = encoder.frontend.axes
         for axis, share in shares.items():
@@ -94,7 +111,15 @@ class Classify(nn.Module):
         self.label_smoothing = label_smoothing
         self.mixup = mixup
         self.freeze_encoder = freeze_encoder
-        self.skips_parameters = encoder.skips_parameters(self.hide)
+        self.freeze_updates = freeze_updates
+        self.skips_parameters = freeze_updates > 0 or encoder.skips_parameters(self.hide)
+        # saved where something depends on it, so that a run that is resumed goes on
+        self.updates: Tensor
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64), persistent=freeze_updates > 0)
+        self.weights: Tensor | None
+        counts = None if class_weights is None else torch.tensor(class_counts, dtype=torch.float64)
+        weights = None if counts is None else (counts.sum() / (n_classes * counts)).float()
+        self.register_buffer("weights", weights, persistent=False)
         self.pool: Callable[[Tensor, Tensor, int], Tensor]
         if pooling == "attention":
             self.pool = AttentionPool(encoder.dim, pool_heads)
@@ -148,17 +173,24 @@ class Classify(nn.Module):
         return self._logits(batch.raw)[0].float()
 
     def after_step(self, step: int) -> None:
-        """Nothing here changes with time."""
+        self.updates.fill_(step)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the encoder is not trained, or not yet."""
+        # the first tests spare runs without a frozen start a wait for the device at every step
+        return self.freeze_encoder or (self.freeze_updates > 0 and int(self.updates) < self.freeze_updates)
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(B,) cross-entropies."""
+        """(B,) cross-entropies, each with the weight of its class."""
         if self.multi_label:
             return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
-        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        return losses if self.weights is None else losses * self.weights[labels]
 
     def _logits(self, raw: Raw, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The logits, and how far the encoder's tokens lie apart; with seeds, what a training step sees."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             tokens = self.encoder.tokens(raw)
             if self.training and self.mask is not None and seeds is not None:
                 plan = axis_mask(tokens.lengths, grid=tokens.grid, ratios=self.mask, seeds=seeds)

@@ -23,8 +23,8 @@ class Data2Vec2(nn.Module):
     Source: Baevski et al. 2023 (arXiv:2212.07525), section 3; defaults of the image model, without its class loss. With
         `utterance_weight` 1, Chen et al. 2024, EAT (arXiv:2401.03497), section 3.3.
     Differs from the papers: every clip has exactly the share `mask_ratio` hidden (see `nn.block_masks`); the statistics
-        of the instance norm leave padding out; attention has no ALiBi, positions are what the encoder adds; the noise
-        in the place of hidden tokens comes from the clips' own seeds. The utterance loss is a mean over copies, as in
+        of the instance norm leave padding out; the noise in the place of hidden tokens comes from the clips' own seeds.
+        ALiBi is the Transformer's (`transformer.bias`). The utterance loss is a mean over copies, as in
         EAT's equation, where the released code takes their sum.
     Target: as for `Data2Vec`. One pass of the teacher over the whole clip serves all of its copies.
 

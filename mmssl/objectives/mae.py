@@ -168,8 +168,8 @@ class MAE(nn.Module):
             masked: (B, N) bool, True = hidden; drawn as in training by default.
 
         Returns:
-            "input", "masked" and "reconstruction", as `pictures` draws them: (B, C, H, W); and "note", what to print
-            with them.
+            "input", "masked" and "reconstruction", as `pictures` draws them: (B, C, H, W), or (B, C, T, H, W) with
+            "rate", frames a second; "sounds" with their "rate" where they can be heard; and "note", what to print.
 
         Raises:
             ValueError: this target cannot be drawn, or `masked` does not fit the batch.

@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -88,17 +88,22 @@ def train(
         evaluate: the number of the last update -> numbers for the log. Called on every process at the same time, with
             the objective in evaluation mode; the random numbers that it draws change nothing in training.
         export: writes what it takes to use the model, with `checkpoint.export_encoder`; called by all processes after
-            each checkpoint, as it takes all of them to put sharded weights together.
+            each checkpoint, or with `best` after each evaluation that is the best so far; it takes all of them to put
+            sharded weights together.
         recipe: text that is kept in the run folder and in its checkpoints.
 
     Returns:
-        "loss" and metrics of the last line of the log, and the last evaluation's numbers as "evaluation/name".
+        "loss" and metrics of the last line of the log, the last evaluation's numbers as "evaluation/name" and, with
+        `best`, the best one as "best/name" and its update as "best/step".
 
     Raises:
         FileExistsError: the folder holds another run, and `resume` is false.
         RunStopped: ten attempts in a row gave no update, or a verdict of `stop_on` was reached.
         OSError: the last checkpoint could not be saved, or not exported.
+        ValueError: `best` names what evaluations do not give.
     """
+    if settings.best is not None and evaluate is None:
+        raise ValueError(f"trainer.best={settings.best}: is told by evaluations, and there are none; set data.valid")
     device = distributed.setup(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -164,7 +169,7 @@ class _Run:
 
     def follow(self, batches: Iterator[Batch]) -> dict[str, float]:
         settings, place = self.settings, self.place
-        while place.step < settings.steps:
+        while place.step < settings.steps and not self.patient_enough:
             parts = []
             for _ in range(settings.accumulate):
                 # making an epoch's workers draws random numbers, at other times in a run that was resumed
@@ -190,7 +195,7 @@ class _Run:
                 if settings.save_every and place.step % settings.save_every == 0:
                     self.save()
             number = self.stop.number if self.world == 1 else self.told
-            if number is not None and place.step < settings.steps:
+            if number is not None and place.step < settings.steps and not self.patient_enough:
                 path = self.save()
                 self.check_saved()
                 self.log.note(
@@ -302,6 +307,37 @@ class _Run:
         row = finite({"step": self.place.step, "evaluation": scores})
         self.log.evaluation(row)
         self.place.final |= {f"evaluation/{name}": value for name, value in row["evaluation"].items()}
+        if self.settings.best is not None:
+            self.compare(self.settings.best, row["evaluation"])
+
+    @property
+    def patient_enough(self) -> bool:
+        """Whether so many evaluations in a row were no better that the run ends before its last update."""
+        return self.settings.patience is not None and self.place.waited >= self.settings.patience
+
+    def compare(self, name: str, scores: Mapping[str, float | None]) -> None:
+        """Export the weights where they are the best so far. The main process judges, so that all agree."""
+        place = self.place
+        if name not in scores:
+            raise ValueError(f"trainer.best={name}: evaluations give {', '.join(scores)}; choose one of these")
+        value = json.loads(distributed.broadcast_text(json.dumps(scores[name])))
+        sign = 1 if name == "accuracy" else -1
+        if value is not None and (place.best is None or sign * value > sign * place.best):
+            self.write_export()
+            # where it failed, some of the files may be new: the next evaluation writes them all again
+            place.best, place.best_step, place.waited = None if self.unexported else value, place.step, 0
+            place.final |= {f"best/{name}": value, "best/step": place.step}
+        else:
+            place.waited += 1
+            if self.patient_enough:
+                said = f"{name} was not finite in {place.waited} evaluations, so the run ends"
+                if place.best is not None:
+                    said = (
+                        f"{name} was best after update {place.best_step}, with {place.best:.5g}, and {place.waited} "
+                        "evaluations since then were no better, so the run ends"
+                    )
+                self.log.say(said)
+                self.log.write({"step": place.step, "note": said, "ended": True})
 
     def save(self) -> Path:
         """Save a checkpoint. A full disk is no reason to end a run: there may be room the next time."""
@@ -314,7 +350,7 @@ class _Run:
             for rank, state in enumerate(distributed.all_gather(own))
         }
         state = asdict(place) | {"recipe": self.recipe, "made_with": made_with(self.device, self.settings)}
-        unsaved = unexported = ""
+        unsaved = ""
         try:
             checkpoint.save(path.parent, self.objective, self.optimizer, rng=rng, state=state, keep=self.settings.keep)
         except OSError as error:
@@ -324,14 +360,25 @@ class _Run:
         self.unsaved = distributed.broadcast_text(unsaved)
         if not self.unsaved:
             self.saved = place.step
-            try:
-                if self.export is not None:
-                    self.export()
-            except OSError as error:
-                unexported = f"{error.filename or self.run}: could not be exported ({error.strerror or error})"
-                self.log.note(place.step, f"{unexported}; the checkpoint {path} is saved")
-        self.unexported = distributed.broadcast_text(unexported)
+            if place.best is None:
+                self.write_export()
         return path
+
+    def write_export(self) -> None:
+        """Write what it takes to use the model. A full disk is no reason to end a run here either."""
+        unexported = ""
+        try:
+            if self.export is not None:
+                self.export()
+        except OSError as error:
+            unexported = f"{error.filename or self.run}: could not be exported ({error.strerror or error})"
+            saved = (
+                "no checkpoint yet"
+                if self.saved < 0
+                else f"the checkpoint {self.run}/checkpoints/step_{self.saved} is saved"
+            )
+            self.log.note(self.place.step, f"{unexported}; {saved}")
+        self.unexported = distributed.broadcast_text(unexported)
 
     def check_saved(self) -> None:
         if self.unsaved:

@@ -34,6 +34,8 @@ def build_optimizer(
         weight_decay: not for biases, norms, positions and learned tokens.
         layer_decay: each layer learns this much slower than the one above it: the head has the full rate, block i of
             `depth` blocks has layer_decay ** (depth - i), and what comes before the blocks layer_decay ** (depth + 1).
+            What all blocks share, the bias of their attention, learns as the first of them, where BEiT's released code
+            gives it the full rate.
 
     Raises:
         ValueError: a setting outside its range, or nothing to train.
@@ -84,6 +86,8 @@ def layer_id(name: str, depth: int, *, post: bool = False) -> int:
     """
     if match := _BLOCK.match(name):
         return int(match[1]) + 1
+    if name.startswith("encoder.transformer.bias."):
+        return 1
     if name.startswith("encoder.transformer."):
         return 0 if post or ".input_norm." in name else depth + 1
     return 0 if name.startswith("encoder.") else depth + 1

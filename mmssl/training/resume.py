@@ -27,6 +27,8 @@ class Place:
     clips: that all processes together were given.
     seconds: that the run took, without the time between being cut off and going on.
     skipped: attempts in a row that gave no update.
+    best, best_step: the best value of an evaluation so far, and after which update; None where there is none.
+    waited: evaluations since then.
     final: what `train` returns if nothing follows; None for what is not finite.
     """
 
@@ -35,6 +37,9 @@ class Place:
     clips: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    best: float | None = None
+    best_step: int = 0
+    waited: int = 0
     final: dict[str, float | None] = field(default_factory=dict)
     epoch_start: tuple[int, int] = (0, 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from mmssl.modalities.filterbank import FLOOR
 from mmssl.modalities.modality import Target
 from mmssl.modalities.patches import moments, normalized, patches, width
 from mmssl.types import Raw, Tokens
+
+_HEARD, _SECONDS = 4, 5.0  # clips that can be heard, and of each so much
 
 
 def spectrogram(raw: Raw, tokens: Tokens) -> Tensor:
@@ -61,7 +64,8 @@ def spectrogram_pictures(
 
     Returns:
         "input", "masked" (hidden patches gray), "reconstruction": (B, 1, F, T) in [0, 1], from digital silence to the
-        clip's loudest value, 0 past a clip's end; "note": "".
+        clip's loudest value, 0 past a clip's end; "sounds", the first of them to be heard: name -> (clips, samples),
+        hidden patches silent, and "rate", samples a second, where frames overlap by a half or more; "note": "".
     """
     source = patches(tokens)
     silence = (math.log(FLOOR) - frontend.mean) / frontend.scale
@@ -76,7 +80,25 @@ def spectrogram_pictures(
 
     shown = draw(source)
     hidden = upright(masked[..., None].expand_as(source).to(source.dtype)) > 0
-    return {"input": shown, "masked": torch.where(hidden, 0.5, shown), "reconstruction": draw(values), "note": ""}
+    drawn = {"input": shown, "masked": torch.where(hidden, 0.5, shown), "reconstruction": draw(values), "note": ""}
+    if 2 * frontend.filterbank.hop > frontend.filterbank.width:
+        return drawn
+    silent = source.masked_fill(masked[..., None], silence)
+    sounds = {"input": source, "masked": silent, "reconstruction": values}
+    return drawn | {
+        "sounds": {name: _sound(frontend, tokens, x) for name, x in sounds.items()},
+        "rate": frontend.rate,
+    }
+
+
+def _sound(frontend: SpectrogramPatches, tokens: Tokens, values: Tensor) -> Tensor:
+    """(B, N, P) of which the first clips -> (clips, samples)."""
+    few = replace(tokens, x=tokens.x[:_HEARD], lengths=tokens.lengths[:_HEARD])
+    x = unpatch(values[:_HEARD], few, frontend)[:, : round(_SECONDS * frontend.rate / frontend.filterbank.hop)]
+    energies = (x * frontend.scale + frontend.mean).nan_to_num(math.log(FLOOR))
+    # where patches leave out the highest bands
+    rest = frontend.filterbank.bands - energies.shape[-1]
+    return frontend.filterbank.sound(F.pad(energies, (0, rest), value=math.log(FLOOR)))
 
 
 def normalized_spectrogram_pictures(

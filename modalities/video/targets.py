@@ -14,7 +14,6 @@ from mmssl.modalities.video.frontend import Tubes
 from mmssl.types import Raw, Tokens
 
 _EPS = 1e-6  # of the deviation, as Tong et al. have it
-_SHOWN = 4  # frames of a clip in a picture
 
 
 def pixels(raw: Raw, tokens: Tokens) -> Tensor:
@@ -51,7 +50,7 @@ def untube(values: Tensor, grid: Sequence[int], size: Sequence[int], channels: i
 
 
 def pixel_pictures(frontend: Tubes, tokens: Tokens, masked: Tensor, values: Tensor) -> dict[str, Any]:
-    """Pictures of a reconstruction of `pixels`: frames evenly spaced over the clip, one below the other.
+    """Clips of a reconstruction of `pixels`.
 
     Args:
         tokens: (B, N) of the input.
@@ -59,7 +58,8 @@ def pixel_pictures(frontend: Tubes, tokens: Tokens, masked: Tensor, values: Tens
         values: (B, N, P), predictions where hidden and the target elsewhere.
 
     Returns:
-        "input", "masked" (hidden tubes gray), "reconstruction": (B, C, frames x H, W) in [0, 1]; "note": "".
+        "input", "masked" (hidden tubes gray), "reconstruction": (B, C, T, H, W) in [0, 1]; "rate", frames a
+        second; "note": "".
     """
 
     def lay(tubes: Tensor) -> Tensor:
@@ -68,16 +68,13 @@ def pixel_pictures(frontend: Tubes, tokens: Tokens, masked: Tensor, values: Tens
     def draw(tubes: Tensor) -> Tensor:
         return (lay(tubes) * frontend.get_buffer("std") + frontend.get_buffer("mean")).clamp(0, 1)
 
-    def film(clip: Tensor) -> Tensor:
-        shown = torch.linspace(0, clip.shape[2] - 1, min(_SHOWN, clip.shape[2])).round().long()
-        return torch.cat([clip[:, :, frame] for frame in shown.tolist()], -2)
-
     source = draw(patches(tokens))
     hidden = lay(masked[..., None].expand_as(values))
     return {
-        "input": film(source),
-        "masked": film(torch.where(hidden, 0.5, source)),
-        "reconstruction": film(draw(values)),
+        "input": source,
+        "masked": torch.where(hidden, 0.5, source),
+        "reconstruction": draw(values),
+        "rate": frontend.rate,
         "note": "",
     }
 

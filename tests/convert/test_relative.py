@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,137 +11,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from theirs import LAYOUTS_OF, OWN_TABLES, PREPROCESSORS, RELATIVE, clips_of, given, run, write_json
 
 import mmssl
 from mmssl.build import build_encoder
 from mmssl.convert import LAYOUTS
-from mmssl.convert.folder import convert, open_encoder, read_weights
+from mmssl.convert.folder import convert, open_encoder
 from mmssl.nn.bias import DistanceBuckets
 from mmssl.training.checkpoint import export_encoder
 
 transformers = pytest.importorskip("transformers")
 
-_TRUNK: dict[str, Any] = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "attn_implementation": "eager",
-}
-# of 45 tokens: ranges of distances of all widths, and some beyond the last
-_SPEECH = _TRUNK | {
-    "conv_dim": [12, 12, 12],
-    "conv_kernel": [10, 3, 2],
-    "conv_stride": [5, 2, 2],
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 4,
-    "num_buckets": 16,
-    "max_bucket_distance": 30,
-    "vocab_size": 6,
-}
-_LARGE = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
-_IMAGE = _TRUNK | {"image_size": 16, "patch_size": 4}
-_OWN, _ONE = {"use_relative_position_bias": True}, {"use_shared_relative_position_bias": True}
-_PLAIN = {"use_absolute_position_embeddings": True, "use_mean_pooling": False, "use_mask_token": True}
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "wavlm base": ("WavLM", _SPEECH),
-    "wavlm large": ("WavLM", _SPEECH | _LARGE),
-    "beit, one table": ("Beit", _IMAGE | _ONE),
-    "beit, a table each": ("Beit", _IMAGE | _OWN | {"use_mean_pooling": False, "use_mask_token": True}),
-    "beit, both positions, no layer scale": ("Beit", _IMAGE | _OWN | _PLAIN | {"layer_scale_init_value": 0.0}),
-    "beit, no bias": ("Beit", _IMAGE | _PLAIN),
-    "data2vec vision, one table": ("Data2VecVision", _IMAGE | _ONE),
-    "data2vec vision, a table each": ("Data2VecVision", _IMAGE | _OWN | {"use_mean_pooling": False}),
-}
-SPEECH = [name for name in MODELS if "wavlm" in name]
-PREPROCESSORS: dict[str, dict[str, Any]] = {
-    "speech": {"do_normalize": True, "sampling_rate": 16_000},
-    "image": {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "do_resize": False},
-}
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def modality(name: str) -> str:
-    return "speech" if name in SPEECH else "image"
-
-
-def away_from_a_fresh_one(model: Any) -> Any:
-    """A model without zeros and ones, behind which a forgotten table or gate could hide."""
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter += (1.0 if "table" in key or "gru" in key or "rel_attn" in key else 0.1) * torch.randn_like(
-                parameter
-            )
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
-    """A model by its name, and the folder that it saved itself in."""
-    made: dict[str, tuple[Any, Path]] = {}
-
-    def save(name: str) -> tuple[Any, Path]:
-        if name not in made:
-            kind, settings = MODELS[name]
-            torch.manual_seed(0)
-            config = getattr(transformers, f"{kind}Config")(**settings)
-            model = away_from_a_fresh_one(getattr(transformers, f"{kind}Model")(config))
-            folder = tmp_path_factory.mktemp("theirs")
-            model.save_pretrained(folder)
-            write(folder / "preprocessor_config.json", PREPROCESSORS[modality(name)])
-            made[name] = model, folder
-        return made[name]
-
-    return save
-
-
-def clips_of(name: str) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    if modality(name) == "speech":
-        return [rng.standard_normal(n).astype(np.float32) / 50 for n in (900, 613)]
-    return [rng.random((3, 16, 16)).astype(np.float32) for _ in range(2)]
-
-
-def given(clip: np.ndarray, kind: str) -> Tensor:
-    """What their preprocessor makes of a clip."""
-    x, settings = torch.from_numpy(clip)[None], PREPROCESSORS[kind]
-    if kind == "speech":
-        return (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
-    mean, std = (torch.tensor(settings[f"image_{key}"])[:, None, None] for key in ("mean", "std"))
-    return (x - mean) / std
-
-
-def run(model: Any, clip: np.ndarray, kind: str) -> list[Tensor]:
-    """What transformers computes of one clip: (N, D) after each layer, and the output at the end."""
-    with torch.no_grad():
-        out = model(given(clip, kind), output_hidden_states=True)
-    return [layer[0] for layer in (*out.hidden_states[: model.config.num_hidden_layers], out.last_hidden_state)]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_layer_is_that_of_transformers(saved: Any, name: str) -> None:
-    model, folder = saved(name)
-    clips, kind = clips_of(name), modality(name)
-    embedder = mmssl.load(folder, device="cpu")
-    ours = [*range(embedder.depth), -1]
-    found = embedder.embed(clips, layer=ours, pool="mean")
-    prefix = embedder.encoder.n_prefix
-    for row, clip in enumerate(clips):
-        for mine, layer in zip(found, run(model, clip, kind), strict=True):
-            tokens = mine.tokens[row][mine.valid[row]]
-            assert torch.allclose(tokens, layer[prefix:], atol=1e-5), (tokens - layer[prefix:]).abs().max()
-            assert tokens.std() > 0.05
-        if prefix:
-            first = embedder.embed([clip], pool="class").scene[0]
-            assert torch.allclose(first, run(model, clip, kind)[-1][0], atol=1e-5)
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if "no bias" not in name])
+@pytest.mark.parametrize("name", [name for name in RELATIVE if "no bias" not in name])
 def test_the_bias_is_no_small_thing_in_these_models(saved: Any, name: str) -> None:
     # so that a wrong one could not hide within the tolerance
     _, folder = saved(name)
@@ -154,22 +35,6 @@ def test_the_bias_is_no_small_thing_in_these_models(saved: Any, name: str) -> No
     assert (embedder.embed(clips).scene - before).abs().max() > 1e-2
 
 
-# torch's, of what transformers gives to its attention
-@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
-def test_a_padded_batch_is_theirs_where_they_are_right(saved: Any) -> None:
-    # with a norm of each frame; a group norm of theirs hears the padding
-    model, folder = saved("wavlm large")
-    clips = clips_of("wavlm large")
-    extract = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    batch = extract(clips, sampling_rate=16_000, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        theirs = model(**batch).last_hidden_state
-    found = mmssl.load(folder, device="cpu").embed(clips)
-    for row in range(2):
-        real = found.valid[row]
-        assert torch.allclose(found.tokens[row][real], theirs[row, : int(real.sum())], atol=1e-5)
-
-
 def test_every_distance_lies_in_the_range_that_it_lies_in_there() -> None:
     from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
@@ -178,41 +43,6 @@ def test_every_distance_lies_in_the_range_that_it_lies_in_there() -> None:
         ahead = torch.arange(-2_000, 2_000)
         mine = DistanceBuckets(2, 1, buckets=buckets, furthest=furthest)._bucket(ahead)
         assert torch.equal(mine, theirs._relative_positions_bucket(ahead))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_what_is_written_opens_in_transformers_and_is_the_same_to_the_bit(
-    saved: Any, name: str, tmp_path: Path
-) -> None:
-    model, folder = saved(name)
-    kind = type(model).__name__
-    assert convert(folder, tmp_path / "back").startswith(f"transformers.{kind}.from_pretrained")
-    back, report = getattr(transformers, kind).from_pretrained(
-        tmp_path / "back", output_loading_info=True, attn_implementation="eager"
-    )
-    assert not {key for key in report["missing_keys"] if not key.startswith("pooler.")}
-    assert not report["unexpected_keys"]
-    assert not report["mismatched_keys"]
-    for clip in clips_of(name):
-        for before, after in zip(run(model, clip, modality(name)), run(back.eval(), clip, modality(name)), strict=True):
-            assert torch.equal(before, after)
-    first, second = open_encoder(folder), open_encoder(tmp_path / "back")
-    assert first.config == second.config
-    assert first.encoder.keys() == second.encoder.keys()
-    for key, tensor in first.encoder.items():
-        assert torch.equal(tensor, second.encoder[key]), key
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if "beit, both" not in name and "no bias" not in name])
-def test_there_and_back_gives_the_same_tensors_under_the_same_names(saved: Any, name: str, tmp_path: Path) -> None:
-    # where the class token has no position of its own, which is added to it once and for all
-    _, folder = saved(name)
-    convert(folder, tmp_path / "back")
-    after = read_weights(tmp_path / "back")
-    before = {key: tensor for key, tensor in read_weights(folder).items() if not key.startswith("pooler.")}
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert torch.equal(tensor, after[key]), key
 
 
 @pytest.mark.parametrize("name", ["beit, one table", "data2vec vision, a table each"])
@@ -252,7 +82,7 @@ def test_the_encoder_of_a_model_with_a_head_is_the_same(
     model = getattr(transformers, kind)(body.config)
     model.base_model.load_state_dict(body.state_dict(), strict=False)
     model.save_pretrained(tmp_path)
-    write(tmp_path / "preprocessor_config.json", PREPROCESSORS[modality(name)])
+    write_json(tmp_path / "preprocessor_config.json", PREPROCESSORS[LAYOUTS_OF[name].modality])
     with caplog.at_level(logging.WARNING):
         found = open_encoder(tmp_path)
     expected = open_encoder(folder)
@@ -279,7 +109,7 @@ def test_indices_of_old_files_are_no_weights(saved: Any, tmp_path: Path, caplog:
 
 def test_two_tables_at_once_are_refused(saved: Any, tmp_path: Path) -> None:
     _, folder = saved("beit, one table")
-    write(tmp_path / "config.json", json.loads((folder / "config.json").read_text()) | _OWN)
+    write_json(tmp_path / "config.json", json.loads((folder / "config.json").read_text()) | OWN_TABLES)
     save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="our blocks have tables of their own or share one"):
         open_encoder(tmp_path)

@@ -44,6 +44,23 @@ _VIDEO = _IMAGE | _DECODER | {"num_frames": 4, "tubelet_size": 2}
 AST_FRAMES, AST_BANDS = 59, 36
 _AUDIO = TRUNK | {"patch_size": 16, "max_length": AST_FRAMES, "num_mel_bins": AST_BANDS}
 
+# with a bias of relative positions. Of 45 tokens: ranges of distances of all widths, and some beyond the last
+_DEEP = {"num_hidden_layers": 3}
+_WAVLM = SPEECH | _DEEP | {"num_buckets": 16, "max_bucket_distance": 30}
+_GRID = _IMAGE | _DEEP
+OWN_TABLES, _ONE_TABLE = {"use_relative_position_bias": True}, {"use_shared_relative_position_bias": True}
+_PLAIN = {"use_absolute_position_embeddings": True, "use_mean_pooling": False, "use_mask_token": True}
+_BEIT, _D2V = ("BeitModel", "BeitConfig"), ("Data2VecVisionModel", "Data2VecVisionConfig")
+RELATIVE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "wavlm base": ("WavLMModel", "WavLMConfig", _WAVLM),
+    "wavlm large": ("WavLMModel", "WavLMConfig", _WAVLM | LARGE),
+    "beit, one table": (*_BEIT, _GRID | _ONE_TABLE),
+    "beit, a table each": (*_BEIT, _GRID | OWN_TABLES | {"use_mean_pooling": False, "use_mask_token": True}),
+    "beit, both positions, no layer scale": (*_BEIT, _GRID | OWN_TABLES | _PLAIN | {"layer_scale_init_value": 0.0}),
+    "beit, no bias": (*_BEIT, _GRID | _PLAIN),
+    "data2vec vision, one table": (*_D2V, _GRID | _ONE_TABLE),
+    "data2vec vision, a table each": (*_D2V, _GRID | OWN_TABLES | {"use_mean_pooling": False}),
+}
 # name -> class of the model, of its config, settings
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "wav2vec2 base": ("Wav2Vec2Model", "Wav2Vec2Config", SPEECH),
@@ -63,6 +80,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "videomae": ("VideoMAEModel", "VideoMAEConfig", _VIDEO | {"use_mean_pooling": False}),
     "videomae for its mean": ("VideoMAEModel", "VideoMAEConfig", _VIDEO),
     "ast": ("ASTModel", "ASTConfig", _AUDIO),
+    **RELATIVE,
 }
 # as published: mean and deviation of each channel, and nothing is resized, so that tiny pictures stay as they are
 PREPROCESSORS: dict[str, dict[str, Any]] = {
@@ -83,9 +101,10 @@ def build(name: str) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, kind)(getattr(transformers, config)(**settings)).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
+                far = 1.0 if any(part in key for part in ("table", "gru", "rel_attn")) else 0.1
+                parameter += far * torch.randn_like(parameter)
     if kind == "ViTMAEModel":  # whose table is zero in a fresh model, and not in a fresh part of it
         fresh = type(model.embeddings)(model.config)
         fresh.initialize_weights()
@@ -109,25 +128,30 @@ def clips_of(name: str) -> list[np.ndarray]:
     return [rng.random((3, *([4] if modality == "video" else []), *size)).astype(np.float32) for _ in range(2)]
 
 
+def given(clip: np.ndarray, modality: str) -> Tensor:
+    """What their preprocessor makes of a clip."""
+    settings = PREPROCESSORS[modality]
+    if modality in ("speech", "audio"):
+        extract = (
+            transformers.Wav2Vec2FeatureExtractor(do_normalize=True)
+            if modality == "speech"
+            else transformers.ASTFeatureExtractor(
+                num_mel_bins=AST_BANDS, max_length=AST_FRAMES, mean=settings["mean"], std=settings["std"]
+            )
+        )
+        return extract(clip, sampling_rate=16_000, return_tensors="pt").input_values
+    mean, std = (torch.tensor(settings[f"image_{key}"]) for key in ("mean", "std"))
+    return ((torch.from_numpy(clip).movedim(0, -1) - mean) / std).movedim(-1, -3)[None]
+
+
 def run(model: Any, clip: np.ndarray, modality: str) -> list[Tensor]:
     """What transformers computes of one clip: (N, D) after each layer, and the output at the end."""
-    settings = PREPROCESSORS[modality]
     model, more = getattr(model, "wav2vec2", model), {}
-    if modality == "speech":
-        extract = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)
-        given = extract(clip, sampling_rate=16_000, return_tensors="pt").input_values
-    elif modality == "audio":
-        extract = transformers.ASTFeatureExtractor(
-            num_mel_bins=AST_BANDS, max_length=AST_FRAMES, mean=settings["mean"], std=settings["std"]
-        )
-        given = extract(clip, sampling_rate=16_000, return_tensors="pt").input_values
-    else:
-        mean, std = (torch.tensor(settings[f"image_{key}"]) for key in ("mean", "std"))
-        given = ((torch.from_numpy(clip).movedim(0, -1) - mean) / std).movedim(-1, -3)[None]
+    x = given(clip, modality)
     if model.config.model_type == "vit_mae":  # which shuffles patches by this, also where it hides none
-        more["noise"] = torch.arange(given.shape[-2] * given.shape[-1] // 16)[None].float()
+        more["noise"] = torch.arange(x.shape[-2] * x.shape[-1] // 16)[None].float()
     with torch.no_grad():
-        out = model(given, output_hidden_states=True, **more)
+        out = model(x, output_hidden_states=True, **more)
         layers = [*out.hidden_states[: model.config.num_hidden_layers], out.last_hidden_state]
         if model.config.model_type == "clip_vision_model":
             # their norm at the end is for the class token alone

@@ -282,6 +282,7 @@ def test_esc10_leaves_out_one_fold_after_the_other(tmp_path: Path) -> None:
         [("rain/4-4004-A", "rain", "4")],
         [("rain/5-5005-A", "rain", "5")],
     ]
+    assert list(Manifest(tmp_path / "out" / "all.jsonl").values("fold")) == ["1", "2", "3", "4", "5"]
     train = Manifest(tmp_path / "out" / "fold2" / "train.jsonl")
     assert sorted(train.values("fold")) == ["1", "3", "4", "5"]
     soundfile.write(tmp_path / "in" / "rain" / "drops.wav", np.zeros(800), 8000)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mmssl.build import build_encoder
 from mmssl.nn import transformer as room
-from mmssl.nn.bias import DistanceBuckets, Gate, GridTable
+from mmssl.nn.bias import ALiBi, DistanceBuckets, Gate, GridTable, _slopes
 from mmssl.nn.masking import random_mask
 from mmssl.nn.transformer import Transformer
 from mmssl.recipe import RecipeError, load
@@ -19,6 +19,9 @@ BUCKETS = {"bias": {"name": "buckets", "buckets": 8, "furthest": 8}}
 KINDS = {
     "buckets": BUCKETS,
     "gated buckets": BUCKETS | {"gated_bias": True},
+    "alibi": {"bias": {"name": "alibi"}},
+    "alibi of each layer": {"bias": {"name": "alibi", "per_layer": True}},
+    "alibi on a grid": {"bias": {"name": "alibi"}},
     "grid": {"bias": {"name": "grid", "grid": [4, 2, 2]}},
     "one grid for all": {"bias": {"name": "grid", "grid": [4, 2, 2], "shared": True}},
 }
@@ -40,7 +43,10 @@ def encoder(kind, **transformer):
             "encoder": {"prefix": 1},
         }
     )
-    torch.nn.init.normal_(made.transformer.bias.table)
+    if "alibi" in kind:
+        torch.nn.init.uniform_(made.transformer.bias.table, 1, 9)
+    else:
+        torch.nn.init.normal_(made.transformer.bias.table)
     return made.eval()
 
 
@@ -93,6 +99,40 @@ def test_a_grids_value_is_that_of_the_two_differences():
             assert torch.equal(found[block][0, :, 0, i], table[15])
             assert torch.equal(found[block][0, :, i, 0], table[16])
         assert torch.equal(found[block][0, :, 0, 0], table[17])
+
+
+def test_alibi_looks_away_by_slope_times_scale_times_distance():
+    bias = ALiBi(heads=2, depth=3)
+    with torch.no_grad():
+        bias.table.copy_(torch.tensor([[2.0, -1.0]]))
+    tokens = tokens_on(7, axes=("t",))
+    # of masked copies the true places count: here those of tokens 0, 1 and 6
+    found = bias(torch.tensor([[[0], [1], [6]]]), tokens, 1)
+    assert len(found) == 3
+    assert all(torch.equal(one, found[0]) for one in found)
+    # slopes of two heads are 2^-4 and 2^-8; the first has twice its slope, and the second's scale ends at 0
+    away = -2 / 16 * torch.tensor([[0.0, 1, 6], [1, 0, 5], [6, 5, 0]])
+    assert torch.equal(found[0][0, 0], F.pad(away, (1, 0, 1, 0)))
+    assert torch.equal(found[0][0, 1], torch.zeros(4, 4))
+    own = ALiBi(heads=2, depth=2, per_layer=True)
+    with torch.no_grad():
+        own.table[1] = 3
+    first, second = own(tokens.coords, tokens, 0)
+    assert torch.equal(second, 3 * first)
+    assert first[0, 1, 2, 6] == -4 * 2**-8
+
+
+def test_alibi_on_a_grid_goes_by_the_straight_distance():
+    tokens = tokens_on(4, 5, axes=("h", "w"))
+    [found] = ALiBi(heads=1, depth=1)(tokens.coords, tokens, 0)
+    assert found[0, 0, 0, -1] == -5 / 256  # 3 down and 4 across
+
+
+def test_slopes_are_those_of_the_paper():
+    """Section 3: of 8 heads 1/2, 1/4, ..., 1/256; of 12, as released, four more between those of 16 heads."""
+    assert _slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert _slopes(12) == [*(2.0**-i for i in range(1, 9)), 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
+    assert _slopes(1) == [2**-8]
 
 
 def test_a_larger_picture_stretches_the_table_about_its_middle():
@@ -197,8 +237,9 @@ def test_in_bfloat16_it_is_the_same_to_its_precision():
     assert (expected.abs().mean(-1)[expected.abs().sum(-1) > 0] > 0.3).all()
 
 
-def test_a_token_that_sees_no_later_ones_hears_nothing_of_them_by_the_bias():
-    model, raw = encoder("gated buckets", causal=True), clips("gated buckets")
+@pytest.mark.parametrize("kind", ["gated buckets", "alibi"])
+def test_a_token_that_sees_no_later_ones_hears_nothing_of_them_by_the_bias(kind):
+    model, raw = encoder(kind, causal=True), clips(kind)
     tokens = model.tokens(raw)
     before = model(tokens).x
     tokens.x.data[:, 5:] += torch.randn(16)
@@ -210,7 +251,7 @@ def test_a_token_that_sees_no_later_ones_hears_nothing_of_them_by_the_bias():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bias": {"name": "bucket"}}, "name='bucket'; one of buckets, grid"),
+        ({"bias": {"name": "bucket"}}, "name='bucket'; one of buckets, grid, alibi"),
         ({"bias": {"name": "buckets", "buckets": 6}}, "buckets=6 and furthest=800; buckets divide by 4"),
         ({"bias": {"name": "buckets", "buckets": 8, "furthest": 2}}, "furthest=2"),
         ({"gated_bias": True}, "gated_bias=true: there is no bias to weigh"),

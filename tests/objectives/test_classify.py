@@ -327,3 +327,44 @@ def test_ids_are_not_mixed() -> None:
     raw = Raw(torch.tensor([[3, 4], [5, 6]]), torch.tensor([2, 2]), ["a", "b"])
     with pytest.raises(ValueError, match=r"objective.mixup=0.8: ids of tokens cannot be mixed"):
         mix(raw, torch.tensor([3, 4]), alpha=0.8)
+
+
+def test_the_frozen_start_trains_the_head_only_and_ends_by_updates() -> None:
+    objective, batch = image_classifier(freeze_updates=2), images()
+    assert objective.skips_parameters
+    for update in range(4):
+        objective.zero_grad()
+        objective(batch).total.backward()
+        trained = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.any()}
+        assert all(name.startswith("head.") for name in trained) == (update < 2)
+        assert trained
+        objective.after_step(update + 1)
+    other = image_classifier(freeze_updates=2)
+    other.load_state_dict(objective.state_dict())
+    assert not other.frozen
+    # a run without one is saved as ever
+    assert "updates" not in image_classifier().state_dict()
+
+
+def test_a_rare_class_weighs_as_much_as_a_common_one() -> None:
+    """6 clips, 3 classes, of 3, 2 and 1 clips: 6 / (3 x 3), 6 / (3 x 2) and 6 / (3 x 1)."""
+    plain, weighted = image_classifier(), image_classifier(class_weights="balanced", class_counts=[3, 2, 1])
+    assert weighted.weights is not None
+    torch.testing.assert_close(weighted.weights, torch.tensor([2 / 3, 1.0, 2.0]))
+    batch = images(6)
+    batch = part_of(batch, [0, 3, 0, 1, 4, 2])
+    logits = plain.eval().predict(batch)
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 0, 0, 1, 1, 2]), reduction="none")
+    found = weighted.eval()(batch)
+    expected = 2 / 3 * losses[:3].sum() + losses[3:5].sum() + 2 * losses[5]
+    torch.testing.assert_close(found.total, expected)
+    assert found.count == 6
+    assert plain.state_dict().keys() == weighted.state_dict().keys()
+
+
+def test_weights_and_a_frozen_start_that_make_no_sense_are_refused() -> None:
+    for settings in ({"multi_label": True, "class_counts": [1, 1, 1]}, {}):
+        with pytest.raises(ValueError, match=r"objective.class_weights=balanced: weighs clips by their class"):
+            image_classifier(class_weights="balanced", **settings)
+    with pytest.raises(ValueError, match=r"objective.freeze_updates=3: the encoder is never trained"):
+        image_classifier(freeze_updates=3, freeze_encoder=True)

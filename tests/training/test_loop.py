@@ -402,6 +402,88 @@ def test_evaluation_happens_in_time_and_in_evaluation_mode(tmp_path: Path) -> No
     assert [line["evaluation"] for line in lines(tmp_path) if "evaluation" in line][-1] == {"score": 0.5}
 
 
+def scored(folder: Path, scores: list[float], **options: Any) -> tuple[dict[str, float], Toy, list[int]]:
+    """A run whose evaluations after every second update give these, and the updates after which it exported."""
+    objective, exports = built(dropout=0.3), []
+
+    def evaluate(step: int) -> dict[str, float]:
+        return {"loss": 1.0, "accuracy": scores[step // 2 - 1]}
+
+    def export() -> None:
+        exports.append(int(json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"]))
+
+    settings: dict[str, Any] = {"steps": 12, "eval_every": 2, "save_every": 3, "log_every": 3, "best": "accuracy"}
+    settings["evaluate"] = evaluate
+    return run(folder, objective, **({"export": export} | settings | options)), objective, exports
+
+
+def test_the_best_weights_are_exported_and_a_run_that_gets_no_better_ends(tmp_path: Path) -> None:
+    # better after 2, 4 and 8; equal is no better
+    scores = [0.1, 0.5, 0.4, 0.6, 0.6, math.nan]
+    final, _, exports = scored(tmp_path / "whole", scores)
+    assert exports == [2, 4, 8]
+    assert (final["best/accuracy"], final["best/step"]) == (0.6, 8)
+    assert (tmp_path / "whole" / "checkpoints" / "latest").read_text() == "step_12\n"
+    final, _, exports = scored(tmp_path / "short", [0.1, 0.5, 0.4, 0.5, 0.9, 0.9], patience=2)
+    assert exports == [2, 4]
+    assert (tmp_path / "short" / "checkpoints" / "latest").read_text() == "step_8\n"
+    assert "accuracy was best after update 4, with 0.5, and 2 evaluations since then were no better" in notes(
+        tmp_path / "short"
+    )
+    assert [line["step"] for line in lines(tmp_path / "short") if line.get("ended")] == [8]
+
+
+@pytest.mark.parametrize("at", [3, 4, 5, 6, 7])
+def test_a_run_that_waits_for_better_scores_goes_on_to_the_bit(tmp_path: Path, at: int) -> None:
+    scores = [0.1, 0.5, 0.4, 0.3, 0.9, 0.9]
+    first, unbroken, exports = scored(tmp_path / "unbroken", scores, patience=2)
+
+    def killed(step: int) -> None:
+        if step == at:
+            raise KeyboardInterrupt
+
+    dies = built(dropout=0.3, then=killed)
+    settings = {"steps": 12, "eval_every": 2, "save_every": 3, "log_every": 3, "best": "accuracy", "patience": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", dies, evaluate=lambda step: {"accuracy": scores[step // 2 - 1]}, **settings)
+    again, resumed, more = scored(tmp_path / "cut", scores, patience=2, resume=True)
+    assert (again, exports) == (first, [2, 4])
+    assert same(weights(unbroken), weights(resumed))
+    # the checkpoint after update 3 knows of the best so far, and that after 6 that nothing was better
+    assert more == ([2, 4] if at == 3 else [4] if at < 7 else [])
+    # and a run that has ended stays so
+    assert scored(tmp_path / "cut", scores, patience=2, resume=True)[0] == first
+
+
+def test_a_score_that_is_never_finite_leaves_the_last_weights(tmp_path: Path) -> None:
+    _, _, exports = scored(tmp_path, [math.nan] * 6, steps=4)
+    assert exports[-1] == 4
+
+
+def test_weights_that_could_not_be_exported_are_not_the_best(tmp_path: Path) -> None:
+    tried = []
+
+    def export() -> None:
+        tried.append(len(tried))
+        if len(tried) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "encoder.safetensors")
+
+    scored(tmp_path, [0.9, 0.5, 0.4], steps=6, save_every=6, export=export)
+    assert tried == [0, 1]  # after the second evaluation again, though it is no better than what was lost
+    assert "could not be exported (No space left on device); no checkpoint yet" in notes(tmp_path)
+
+
+def test_the_least_loss_is_the_best_and_one_that_is_not_evaluated_is_refused(tmp_path: Path) -> None:
+    losses = [0.5, 0.2, 0.3]
+    final = run(tmp_path / "a", built(), steps=3, eval_every=1, best="loss",
+                evaluate=lambda step: {"loss": losses[step - 1]})  # fmt: skip
+    assert (final["best/loss"], final["best/step"]) == (0.2, 2)
+    with pytest.raises(ValueError, match=r"trainer.best=wer: evaluations give loss; choose one of these"):
+        run(tmp_path / "b", built(), steps=3, eval_every=1, best="wer", evaluate=lambda step: {"loss": 1.0})
+    with pytest.raises(ValueError, match=r"trainer.best=wer: is told by evaluations, and there are none"):
+        run(tmp_path / "c", built(), steps=3, eval_every=1, best="wer")
+
+
 def test_a_line_about_an_evaluation_says_so_and_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = {"loss": 0.51234, "feature_std": 1.0, "target_std": 1.0, "wer": math.nan, "accuracy": 0.25}
     run(tmp_path / "many", built(), steps=2, evaluate=lambda step: scores, eval_every=2)
@@ -440,6 +522,10 @@ def test_statistics_are_gone_when_the_update_is_over(tmp_path: Path) -> None:
         ({"steps": 1, "precision": "float16"}, r"trainer.precision=float16: must be float32 or bfloat16"),
         ({"steps": 1, "sharding": "half"}, r"trainer.sharding=half: must be none or full"),
         ({"steps": 1, "threads": 0}, r"trainer.threads=0"),
+        ({"steps": 1, "best": "loss"}, r"trainer.best=loss: is told by evaluations; set trainer.eval_every"),
+        ({"steps": 1, "best": "score", "eval_every": 1}, r"trainer.best=score: must be loss, wer, cer or accuracy"),
+        ({"steps": 1, "patience": 1}, r"trainer.patience=1: must be at least 1, and wait for something"),
+        ({"steps": 1, "best": "loss", "eval_every": 1, "patience": 0}, r"trainer.patience=0: must be at least 1"),
         ({"steps": 1, "stop_on": ["boredom"]}, r"no verdict is called 'boredom'; one of: dead_codebook"),
     ],
 )

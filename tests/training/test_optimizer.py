@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -119,21 +120,33 @@ TABLES = {
 }
 
 
+BIASES: dict[str, dict[str, Any]] = {
+    "buckets": {"name": "buckets", "buckets": 8, "furthest": 8},
+    "one grid": {"name": "grid", "grid": [2, 3], "shared": True},
+    "a grid each": {"name": "grid", "grid": [2, 3]},
+    "alibi": {"name": "alibi"},
+}
+
+
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize(
-    ("source", "positions"),
-    [(source, "sincos") for source in FRONTENDS]
-    + [("image/patches", "learned"), ("speech/logmel", "conv"), ("image/patches", "conv")]
-    + [("speech/logmel", "stacked_conv"), ("image/patches", "flat_sincos")],
+    ("source", "positions", "bias"),
+    [(source, "sincos", None) for source in FRONTENDS]
+    + [("image/patches", "learned", None), ("speech/logmel", "conv", None), ("image/patches", "conv", None)]
+    + [("speech/logmel", "stacked_conv", None), ("image/patches", "flat_sincos", None)]
+    + [("speech/logmel", "none", "buckets"), ("speech/logmel", "none", "alibi")]
+    + [("image/patches", "none", "one grid"), ("image/patches", "none", "a grid each")],
 )
-def test_a_parameter_s_layer_is_the_first_that_depends_on_it(source: str, positions: str, norm: str) -> None:
+def test_a_parameter_s_layer_is_the_first_that_depends_on_it(
+    source: str, positions: str, bias: str | None, norm: str
+) -> None:
     torch.manual_seed(0)
     modality, name = source.split("/")
     assert set(FRONTENDS) == {f"{m}/{f}" for m in MODALITIES for f in MODALITIES[m].frontends}
     assert set(TABLES) == set(POSITIONS)
     body = Encoder(
         MODALITIES[modality].frontends[name](dim=12, **FRONTENDS[source]),
-        Transformer(dim=12, depth=2, heads=2, norm=norm),
+        Transformer(dim=12, depth=2, heads=2, norm=norm, bias=None if bias is None else BIASES[bias]),
         POSITIONS[positions](12, **TABLES[positions]),
         prefix=2,
         mask_token=True,

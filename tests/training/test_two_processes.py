@@ -50,6 +50,9 @@ def test_two_processes_give_the_gradient_of_one_and_go_on_to_the_bit(tmp_path: P
         assert ranks[0]["final"]["full"][name] == pytest.approx(value, rel=1e-6)
     assert [own["resumed"] for own in ranks] == [[True, True]] * 2, "resumed with dropout, both equal the unbroken run"
 
+    # the first process judges for both, and both end after two evaluations that were no better
+    assert [own["best"] for own in ranks] == [[0.5, 1, 0.3], [0.5, 1, 0.3]]
+
     # of three micro-batches: each of four units (three blocks and the root) exchanges its gradients once; parameters
     # are put together once for the root, once a micro-batch for the last block, once a pass for the other two and for
     # the teacher's three, which have one pass; and once more for one of these, which torch fetches ahead in vain

@@ -89,3 +89,38 @@ def test_a_picture_that_shows_more_than_the_model_knows_says_so() -> None:
     assert honest["note"] == ""
     # nothing was predicted, yet each patch has its true mean: that is the leak
     assert leaking["reconstruction"][0].std() > 2 * honest["reconstruction"][0].std()
+
+
+@pytest.mark.parametrize("stride", [None, [8, 8]])
+def test_a_spectrogram_can_be_heard(stride) -> None:
+    """A tone stays at its pitch, about as loud as it was, and is heard where nothing is hidden."""
+    front = SpectrogramPatches(dim=4, bands=64, size=(8, 16), stride=stride, rate=8000)
+    wave = 0.3 * torch.sin(2 * math.pi * 1000 * torch.arange(8000) / 8000)
+    raw = Raw(wave[None], torch.tensor([8000]), ["tone"], 8000.0)
+    tokens = front(raw)
+    masked = tokens.coords[..., 0] >= tokens.grid[0] // 2
+    shown = spectrogram_pictures(front, tokens, masked, spectrogram(raw, tokens))
+    assert list(shown["sounds"]) == ["input", "masked", "reconstruction"]
+    assert shown["rate"] == 8000
+    heard = shown["sounds"]["reconstruction"][0]
+    assert len(heard) == 80 * 104  # 98 frames, and silence to the end of the last patch
+    torch.testing.assert_close(heard, shown["sounds"]["input"][0])
+    middle = heard[2000:6000]
+    assert abs(int(torch.fft.rfft(middle).abs().argmax()) * 2 - 1000) < 60  # of half a second; a band is that wide
+    assert 0.5 < float(middle.square().mean().sqrt() / wave.square().mean().sqrt()) < 2
+    first, second = shown["sounds"]["masked"][0].split(4000)[:2]
+    assert second[1000:].square().mean() < 1e-3 * first.square().mean()
+
+
+def test_one_frame_can_be_heard_and_frames_that_leave_gaps_cannot() -> None:
+    front = frontend(size=[1, 4])
+    raw = sounds((200,))
+    tokens = front(raw)
+    shown = spectrogram_pictures(front, tokens, tokens.valid, spectrogram(raw, tokens))
+    assert shown["sounds"]["input"].shape == (1, 80)
+    gaps = frontend(hop_ms=20.0)
+    tokens = gaps(raw)
+    shown = spectrogram_pictures(gaps, tokens, tokens.valid, spectrogram(raw, tokens))
+    assert "sounds" not in shown
+    with pytest.raises(ValueError, match="frames of 200 samples every 160 cannot be made sound of again"):
+        gaps.filterbank.sound(torch.zeros(1, 3, 12))

@@ -1,0 +1,89 @@
+"""Cross-validation over the values of a key."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mmssl
+from mmssl.cli import app
+from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.folds import cross_validate
+from mmssl.recipe import load
+
+RECIPE = """
+modality: image
+frontend: {name: patches, size: [4, 4]}
+positions: {name: sincos}
+transformer: {dim: 8, depth: 1, heads: 2}
+objective: {name: classify, class_weights: balanced}
+data: {batch_size: 4}
+optimizer: {lr: 0.02}
+schedule: {name: constant}
+trainer: {steps: 20, device: cpu, threads: 1}
+"""
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Dark and bright pictures in three folds; in the third of them the labels are the wrong way round."""
+    rows = []
+    for i in range(12):
+        fold, bright = i % 3, i // 3 % 2
+        shade = (40, 210)[bright] + i
+        Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(tmp_path / f"{i}.png")
+        label = ("dark", "bright")[bright if fold < 2 else 1 - bright]
+        rows.append({"id": f"clip {i}", "image": str(tmp_path / f"{i}.png"), "label": label, "fold": 10 * fold})
+    write_manifest(tmp_path / "all.jsonl", rows)
+    (tmp_path / "toy.yaml").write_text(RECIPE, encoding="utf-8")
+    return tmp_path / "all.jsonl"
+
+
+def test_each_fold_is_tested_by_a_run_that_never_saw_it(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["finetune", str(tmp_path / "toy.yaml"), f"data.train={manifest}", "--folds", "fold"]
+    with pytest.raises(SystemExit) as ended:
+        app([*command, "--out", str(tmp_path / "runs")])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    for number, fold in enumerate((0, 10, 20), start=1):
+        parts = {
+            side: Manifest(tmp_path / "runs" / "manifests" / f"{number}_{side}.jsonl") for side in ("train", "test")
+        }
+        assert {row["fold"] for row in parts["test"]} == {fold}
+        assert sorted(row["id"] for part in parts.values() for row in part) == sorted(
+            row["id"] for row in Manifest(manifest)
+        )
+        # what was trained can be asked at once
+        files = [row["image"] for row in parts["test"]]
+        assert set(mmssl.load(tmp_path / "runs" / str(number), device="cpu").predict(files)) <= {"dark", "bright"}
+        assert f"fold={fold}: classify: accuracy" in said
+    scores = json.loads((tmp_path / "runs" / "scores.json").read_text())
+    values = [scores[f"fold={fold}"]["accuracy"]["value"] for fold in (0, 10, 20)]
+    whole = scores["all"]["accuracy"]
+    assert whole["details"] == {"folds": dict(zip(("0", "10", "20"), values, strict=True))}
+    assert whole["value"] == pytest.approx(sum(values) / 3)
+    assert whole["deviation"] == pytest.approx(np.std(values, ddof=1))
+    assert whole["n"] == 12
+    assert values[2] == 0.0  # what is the wrong way round can only be told wrongly by the two others
+
+
+def test_folds_that_are_none_are_said_in_a_sentence(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(tmp_path / "toy.yaml", [f"data.train={manifest}"])
+    with pytest.raises(ValueError, match=r"all.jsonl:1: the row has no 'speaker', only fold, id, image, label"):
+        next(cross_validate(recipe, "speaker", tmp_path / "runs"))
+    rows = [{**row, "fold": 1} for row in Manifest(manifest)]
+    write_manifest(tmp_path / "one.jsonl", rows)
+    with pytest.raises(ValueError, match=r"folds=fold: all rows of .*one.jsonl have '1'; it takes two or more"):
+        next(cross_validate(load(tmp_path / "toy.yaml", [f"data.train={tmp_path / 'one.jsonl'}"]), "fold"))
+    unlabelled = [f"data.train={manifest}", "objective={name: mae, target: pixels}"]
+    with pytest.raises(ValueError, match="folds=fold: tests what a run says, so take ctc or classify"):
+        next(cross_validate(load(tmp_path / "toy.yaml", unlabelled), "fold"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="folds=fold: folds are trained one by one, in one process"):
+        next(cross_validate(recipe, "fold"))
