@@ -42,6 +42,7 @@ class CLIPLite(nn.Module):
     label: ClassVar[str | None] = None
     hide: ClassVar[Hide] = "none"
     pairs: ClassVar[bool] = True
+    contrasts: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class SigLIP(nn.Module):
     label: ClassVar[str | None] = None
     hide: ClassVar[Hide] = "none"
     pairs: ClassVar[bool] = True
+    contrasts: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class SLIP(nn.Module):
     label: ClassVar[str | None] = None
     hide: ClassVar[Hide] = "none"
     pairs: ClassVar[bool] = True
+    contrasts: ClassVar[bool] = True
 
     def __init__(
         self,
