@@ -63,13 +63,20 @@ def kind(recipe: Recipe) -> str:
     return modality if isinstance(modality, str) else next(name for name in modality if name not in ("text", "audio"))
 
 
+def data(recipe: Recipe, side: str, path: Path, manifests: dict[str, Path]) -> dict[str, Path]:
+    """The setting of a manifest, or of one for each modality where the objective takes them in turn."""
+    if recipe.get("objective.of") is None:
+        return {f"data.{side}": path}
+    return {f"data.{side}.{name}": manifests[name] / path.name for name in recipe.get("modality")}
+
+
 def toy(name: str, manifests: dict[str, Path]) -> Recipe:
     """The recipe with the sizes of a toy and nothing else changed."""
     written = load(name)
     folder = manifests[kind(written)]
     sizes = {
-        "data.train": folder / "train.jsonl",
-        "data.valid": folder / "test.jsonl",
+        **data(written, "train", folder / "train.jsonl", manifests),
+        **data(written, "valid", folder / "test.jsonl", manifests),
         "data.workers": 0,
         "transformer.dim": 16,
         "transformer.depth": 2,
@@ -109,6 +116,11 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
         per_name["tubes"] = {"frontend.size": [2, 56, 56], "data.batch_size": 2}
     for section in ("frontend", "positions", "objective"):
         sizes |= per_name.get(written.get(f"{section}.name"), {})
+    inner = per_name.get(written.get("objective.of.name"), {})
+    sizes |= {key.replace("objective", "objective.of"): value for key, value in inner.items()}
+    if written.get("modality.video.frontend") and not name.startswith("small/"):
+        sizes |= {f"modality.video.{key}" if "data" not in key else key: v for key, v in per_name["tubes"].items()}
+        sizes["modality.video.frontend.size"] = [written.get("modality.video.frontend.size.0"), 56, 56]
     if written.get("schedule.warmup") is not None:
         sizes["schedule.warmup"] = 1
     if written.get("objective.same") is not None:
@@ -122,7 +134,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
 
 def test_all_recipes_are_found() -> None:
     assert sorted(shipped()) == RECIPES
-    assert len(RECIPES) == 78
+    assert len(RECIPES) == 79
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -138,7 +150,8 @@ def test_a_recipe_is_one_page_that_says_how_to_run_it(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_builds_as_written(name: str, manifests: dict[str, Path]) -> None:
     train = manifests[kind(load(name))] / "train.jsonl"
-    recipe = resolve(load(name, [f"data.train={train}"]))
+    written = data(load(name), "train", train, manifests)
+    recipe = resolve(load(name, [f"{key}={path}" for key, path in written.items()]))
     config = export_config(recipe, Manifest(train))
     # the large ones without memory for their weights
     with torch.device("cpu" if name.startswith("small/") else "meta"):
