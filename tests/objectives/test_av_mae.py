@@ -193,6 +193,17 @@ def test_gradients_reach_what_is_said_and_twenty_steps_lower_the_loss(kind: type
     assert sum(values[-3:]) < 0.8 * sum(values[:3])
 
 
+@BOTH
+def test_in_bfloat16_it_is_nearly_the_same(kind: type[nn.Module]) -> None:
+    model = objective(kind)
+    exact = model(batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(batch())
+    half.total.backward()
+    assert half.total.dtype == torch.float32
+    assert abs(half.total.item() - exact.total.item()) < 0.02 * exact.total.item()
+
+
 def test_the_joint_block_has_norms_for_sound_for_frames_and_for_both() -> None:
     model = objective(CAVMAE)
     video, audio, both = (
