@@ -737,7 +737,7 @@ def main() -> None:
 
 def _done(run: Path) -> None:
     from mmssl import distributed
-    from mmssl.objectives import LABELLED, PAIRED
+    from mmssl.objectives import LABELLED, OBJECTIVES
     from mmssl.recipe import parse
 
     if distributed.is_main():
@@ -748,7 +748,7 @@ def _done(run: Path) -> None:
         test = valid or "HELD_OUT.jsonl"
         if isinstance(values["modality"], dict):
             print(f"{run}: done; what it is good for:")
-            if task in PAIRED:
+            if hasattr(OBJECTIVES[task], "joint"):  # a space that they share
                 print(f"  mmssl evaluate {run} --task retrieval --test {test}")
             for name in values["modality"]:
                 held_out = test.get(name) or "HELD_OUT.jsonl" if isinstance(test, dict) else test

@@ -123,6 +123,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
     sizes |= {key.replace("objective", "objective.of"): value for key, value in inner.items()}
     if written.get("modality.video.frontend") and not name.startswith("small/"):
         sizes |= {f"modality.video.{key}" if "data" not in key else key: v for key, v in per_name["tubes"].items()}
+        sizes["modality.video.frontend.size"] = [written.get("modality.video.frontend.size.0"), 56, 56]
     if written.get("schedule.warmup") is not None:
         sizes["schedule.warmup"] = 1
     if written.get("objective.same") is not None:

@@ -29,10 +29,11 @@ def join(parts: Sequence[Tensor], lengths: Sequence[Tensor]) -> tuple[Tensor, Te
     size = int(total.max())
     if all(int(length.min()) == part.shape[1] for part, length in zip(parts, lengths, strict=True)):
         return torch.cat(list(parts), 1), total
-    joined = parts[0].new_zeros(len(total) * size, parts[0].shape[2])
+    dtype = torch.float32 if len({part.dtype for part in parts}) > 1 else parts[0].dtype
+    joined = parts[0].new_zeros(len(total) * size, parts[0].shape[2], dtype=dtype)
     for part, length, there in zip(parts, lengths, _rows(lengths, size), strict=True):
         here = places(valid_mask(length, part.shape[1]), part.device)
-        joined = joined.index_copy(0, there.to(part.device), part.flatten(0, 1).index_select(0, here))
+        joined = joined.index_copy(0, there.to(part.device), part.flatten(0, 1).index_select(0, here).to(dtype))
     return joined.view(len(total), size, -1), total
 
 

@@ -99,7 +99,7 @@ class ViCMAE(nn.Module):
         nats of finding the other view.
 
         Raises:
-            ValueError: a clip that has no two views.
+            ValueError: a clip that has no two views, or views of several sizes.
         """
         both = _both(*self.views(batch.raw, self.encoder.frontend))
         tokens = self.encoder.tokens(both)
@@ -133,7 +133,14 @@ class ViCMAE(nn.Module):
 
 
 def _both(one: Raw, other: Raw) -> Raw:
-    """Both views of each clip, one after the other: 2B clips."""
+    """Both views of each clip, one after the other: 2B clips.
+
+    Raises:
+        ValueError: they are of several sizes.
+    """
+    if one.data.shape != other.data.shape or not torch.equal(one.lengths, other.lengths):
+        sizes = " and ".join(" x ".join(map(str, view.data.shape[1:])) for view in (one, other))
+        raise ValueError(f"views: those of a clip must be of one size, and these are {sizes}; choose other views")
     return replace(
         one,
         data=torch.stack([one.data, other.data], 1).flatten(0, 1),

@@ -32,6 +32,14 @@ def test_rows_are_laid_end_to_end_and_taken_apart_again(lengths: tuple[list[int]
     assert torch.equal(back[1], b)
 
 
+def test_rows_in_several_precisions_are_joined_in_the_finer() -> None:
+    for lengths in ([2, 2], [1, 2]):
+        joined, _ = join(
+            [torch.ones(2, 2, 3), torch.ones(2, 2, 3).bfloat16()], [torch.tensor([2, 2]), torch.tensor(lengths)]
+        )
+        assert joined.dtype == torch.float32
+
+
 def seen(lengths: list[int], seed: int) -> tuple[Encoded, Tokens, object]:
     x, n = padded(lengths, 8)
     coords = torch.arange(x.shape[1])[None, :, None].expand(len(x), -1, -1)

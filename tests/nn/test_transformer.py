@@ -79,6 +79,16 @@ def test_layer_zero_is_the_input_and_the_last_has_no_final_norm():
     assert torch.allclose(ours.norm(layers[3]), out)
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_it_may_stop_after_a_block_and_gives_what_that_block_gave(norm):
+    model, x, lengths = build(norm=norm).eval(), torch.randn(2, 7, 32), torch.tensor([7, 4])
+    for layer in range(4):
+        stopped, kept = model(x, lengths, layers=[0], until=layer)
+        _, layers = model(x, lengths, layers=[0, layer])
+        assert torch.equal(stopped, layers[layer])
+        assert torch.equal(kept[0], layers[0])
+
+
 def test_a_layer_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="layer=4: this Transformer has layers 0"):
         build()(torch.randn(1, 2, 32), layers=[4])

@@ -193,6 +193,32 @@ def test_gradients_reach_what_is_said_and_twenty_steps_lower_the_loss(kind: type
     assert sum(values[-3:]) < 0.8 * sum(values[:3])
 
 
+def test_pairs_find_each_other_after_forty_updates() -> None:
+    model = objective(CAVMAE, weight=1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    told = []
+    for _ in range(40):
+        loss = model(batch())
+        optimizer.zero_grad()
+        (loss.total / loss.count).backward()
+        optimizer.step()
+        told.append({name: float(loss.metrics[name][0]) / loss.metrics[name][1] for name in ("contrast", "accuracy")})
+    assert told[0]["contrast"] > 1
+    assert told[-1]["contrast"] < 0.3
+    assert told[-1]["accuracy"] == 1
+
+
+@BOTH
+def test_in_bfloat16_it_is_nearly_the_same(kind: type[nn.Module]) -> None:
+    model = objective(kind)
+    exact = model(batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(batch())
+    half.total.backward()
+    assert half.total.dtype == torch.float32
+    assert abs(half.total.item() - exact.total.item()) < 0.02 * exact.total.item()
+
+
 def test_the_joint_block_has_norms_for_sound_for_frames_and_for_both() -> None:
     model = objective(CAVMAE)
     video, audio, both = (

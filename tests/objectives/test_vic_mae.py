@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from mmssl.nn.masking import random_mask
 from mmssl.nn.positions import SinCos
 from mmssl.nn.transformer import Transformer
 from mmssl.objectives.vic_mae import ViCMAE
-from mmssl.types import Batch, Raw
+from mmssl.types import Batch, Frontend, Raw
 
 SMALL = {"hidden_dim": 16, "dim": 8, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 
@@ -100,6 +101,16 @@ def test_a_video_is_learned_from_two_of_its_frames() -> None:
     loss = objective(Batch({"video": raw}, torch.arange(2)))
     assert loss.count == 2
     assert loss.total.isfinite()
+
+
+def test_views_of_several_sizes_are_refused() -> None:
+    def cut(raw: Raw, frontend: Frontend) -> tuple[Raw, Raw]:
+        return raw, replace(raw, data=raw.data[..., :8])
+
+    with pytest.raises(
+        ValueError, match="views: those of a clip must be of one size, and these are 1 x 16 x 16 and 1 x"
+    ):
+        of_pictures(views=cut)(pictures())
 
 
 @pytest.mark.parametrize(
