@@ -29,6 +29,7 @@ bench: $(VENV)/.ok
 	$(BIN)/python benchmarks/clone_speed.py
 	$(BIN)/python benchmarks/units_speed.py
 	$(BIN)/python benchmarks/decode_speed.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/files_speed.py
 
 $(VENV)/.ok: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
