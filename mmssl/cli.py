@@ -180,8 +180,10 @@ def embed(
     from mmssl.embed import load
     from mmssl.store import write_embeddings
 
-    embedder = load(model, device=device, precision=precision)
+    # with Ray the devices are its workers'
+    embedder = load(model, device="cpu" if engine == "ray" else device, precision=precision)
     layers = list(range(embedder.of(modality).depth + 1)) if layer == "all" else _layers(layer)
+    place = index or out or Path("embeddings.npz")
     spread = None
     if engine == "ray":
         from mmssl.on_ray import on_ray
@@ -190,7 +192,7 @@ def embed(
     done = write_embeddings(
         embedder,
         inputs,
-        index or out or "embeddings.npz",
+        place,
         modality=modality,
         layers=layers,
         pool=pool,
@@ -206,7 +208,7 @@ def embed(
         spread=spread,
     )
     if done.path is None:
-        print(f"{index or out}: part {part} is done, and others are not yet")
+        print(f"{place}: part {part} is done, and others are not yet")
         return
     read = f"{done.clips - done.bad} clips, {done.bad} could not be read" if done.bad else f"{done.clips} clips"
     print(f"{done.path}: {read}, width {done.width}, layer {layer}")

@@ -296,7 +296,7 @@ def test_recipes_are_listed_and_printed() -> None:
     assert ok("recipes", "image/mae_base").startswith("# MAE")
 
 
-@pytest.mark.parametrize("name", ["pretrain", "finetune", "embed", "evaluate", "manifest", "recipes"])
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "embed", "search", "evaluate", "manifest", "recipes"])
 def test_each_command_teaches_by_an_example(name: str) -> None:
     assert f"Example: mmssl {name} " in " ".join(ok(name, "--help").split())
 

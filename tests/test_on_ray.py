@@ -32,18 +32,19 @@ SPEECH: dict[str, Any] = {
 }
 # a small cluster in this process alone, as a user of Ray has one; it ends with the process
 ON_A_CLUSTER = """
-import logging, sys
+import logging, tempfile
 import ray
 from mmssl.cli import app
 if __name__ == "__main__":
-    memory = 80 * 2**20
-    ray.init(num_cpus=1, object_store_memory=memory, include_dashboard=False, logging_level=logging.ERROR)
-    try:
-        app(ARGUMENTS)
-    except SystemExit as end:
-        assert end.code == 0
-    assert ray.is_initialized(), "a cluster that was there before must stay"
-    ray.shutdown()
+    quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
+    with tempfile.TemporaryDirectory(prefix="ray") as place:  # not pytest's: the names of sockets must be short
+        ray.init(num_cpus=1, object_store_memory=80 * 2**20, _temp_dir=place, **quiet)
+        try:
+            app(ARGUMENTS)
+        except SystemExit as end:
+            assert end.code == 0
+        assert ray.is_initialized(), "a cluster that was there before must stay"
+        ray.shutdown()
 """
 
 
