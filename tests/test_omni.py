@@ -131,6 +131,21 @@ def test_text_is_no_masked_autoencoders(settings: list) -> None:
         resolve(load("toy.yaml", [*settings, text, "data.train.text=a.jsonl", "tokenizer={name: byte_bpe}"]))
 
 
+def test_captions_learn_beside_what_has_other_captions(settings: list, heard: dict[str, Path]) -> None:
+    text = "modality={image: {frontend: {name: patches, size: [4, 4]}, positions: {name: sincos}}, "
+    text += "text: {frontend: {name: tokens, context: 3}, positions: {name: sincos}}}"
+    rows = ["data.batch_size=4", f"data.train.text={heard['train']}", "trainer.steps=3"]
+    tokenizer = "tokenizer={name: byte_bpe, entries: 258}"
+    run = train("toy.yaml", "run", [settings[0], DATA2VEC2, text, tokenizer, *rows])
+    assert (run / "tokenizer.json").is_file()
+    notes = [line for line in (run / "log.jsonl").read_text().splitlines() if "longer than frontend.context=3" in line]
+    # those of the pictures are read by nobody
+    assert notes
+    assert all(f"{heard['train']}: 12 of 12 captions" in note for note in notes)
+    assert not any(settings[0].partition("=")[2] in note for note in notes)
+    assert mmssl.load(run, device="cpu").embed("high", modality="text").scene.shape == (1, 16)
+
+
 @pytest.mark.parametrize("objective", [[], [DATA2VEC2]])
 def test_a_run_that_was_cut_off_goes_on_to_the_bit(settings: list, objective: list, monkeypatch) -> None:
     settings = [*settings, *objective, "trainer.accumulate=2", "trainer.save_every=4"]
