@@ -116,21 +116,18 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
     per_name |= dict.fromkeys(("av_mae", "cav_mae"), decoder | {"backbone.own_blocks": 1})
     per_name["slip"] = {"objective.ssl_hidden": 8, "objective.ssl_dim": 8, "data.batch_size": 2}
     if not name.startswith("small/"):  # 16 frames of 224 x 224 are 1,568 tokens otherwise
-        per_name["tubes"] = {"frontend.size": [2, 56, 56], "data.batch_size": 2}
+        per_name["tubes"] = {"frontend.size.1": 56, "frontend.size.2": 56, "data.batch_size": 2}
     for section in ("frontend", "positions", "objective"):
         sizes |= per_name.get(written.get(f"{section}.name"), {})
     inner = per_name.get(written.get("objective.of.name"), {})
     sizes |= {key.replace("objective", "objective.of"): value for key, value in inner.items()}
-    if written.get("modality.video.frontend") and not name.startswith("small/"):
-        sizes |= {f"modality.video.{key}" if "data" not in key else key: v for key, v in per_name["tubes"].items()}
-        sizes["modality.video.frontend.size"] = [written.get("modality.video.frontend.size.0"), 56, 56]
     if written.get("schedule.warmup") is not None:
         sizes["schedule.warmup"] = 1
     if written.get("objective.same") is not None:
         sizes["objective.same"] = "text"
     for modality, own in written.get("modality").items() if written.get("backbone") else ():
         narrow = per_name.get(own["frontend"]["name"], {}) | per_name.get(own["positions"]["name"], {})
-        sizes |= {f"modality.{modality}.{key}": value for key, value in narrow.items()}
+        sizes |= {key if key.startswith("data.") else f"modality.{modality}.{key}": v for key, v in narrow.items()}
         if "transformer" in own:
             small = {key: sizes.pop(key, value) for key, value in zip(TRUNK, (16, 2, 2), strict=True)}
             sizes |= {f"modality.{modality}.{key}": value for key, value in small.items()}
