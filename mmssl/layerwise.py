@@ -70,6 +70,8 @@ def measure_layers(
     """
     if not embedder.depth:
         raise ValueError(f"task=layers: {embedder.name} has no layers to compare; leave the baseline out")
+    if train is None and any(given is not None for given in (valid, by, strength, labels_per_class, label_share)):
+        raise ValueError("task=layers: valid, by, strength and few labels are of probes, which take train; give it")
     manifest = manifest_of(test)
     layers = [-1, *range(embedder.depth + 1)]
     has_labels = len(manifest) > 0 and label in manifest[0]

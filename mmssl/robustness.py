@@ -95,6 +95,8 @@ def measure_robustness(
     read = torch.isfinite(clean).all(1)
     truth = numbers[read]
     missed = int((fitted[layer].predict(clean[read]) != truth).sum())
+    # adapted too, for adaptation also mends what clean test clips differ in from training, such as a new speaker
+    missed_adapted = int((adapt(clean[read])(clean[read]) != truth).sum())
     wrong: dict[str, np.ndarray] = {}
     adapted: dict[str, np.ndarray] = {}
     for kind, spoil in kinds.items():
@@ -125,7 +127,13 @@ def measure_robustness(
             against=theirs,
         ),
     }
-    extra = {"layer": layer, "pool": pool, "encoder": embedder.name}
+    extra = {
+        "clean": missed / n,
+        "clean_adapted": missed_adapted / n,
+        "layer": layer,
+        "pool": pool,
+        "encoder": embedder.name,
+    }
     return {name: replace(score, details={**score.details, **extra}) for name, score in scores.items()}
 
 

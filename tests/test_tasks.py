@@ -13,10 +13,11 @@ from mmssl.build import build_encoder, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.text import Classes
 from mmssl.embed import load, read_weighting
-from mmssl.evaluation import superb
+from mmssl.evaluation import attentive, superb
 from mmssl.evaluation.geometry import rank_me, spread
 from mmssl.evaluation.score import average_precisions
 from mmssl.modalities import MODALITIES
+from mmssl.store import write_embeddings
 from mmssl.tasks import LogMel, as_baseline, evaluate, labelled
 from mmssl.training.checkpoint import export_encoder
 from mmssl.types import Raw
@@ -144,7 +145,10 @@ def test_frozen_features_are_measured_as_they_are(heard: dict[str, Path], tmp_pa
     assert json.loads(words["min_dcf_0.01"].to_json())["details"]["layer"] == -1
 
 
-def test_an_attentive_probe_looks_at_all_tokens_of_the_output(heard: dict[str, Path], tmp_path: Path) -> None:
+def test_an_attentive_probe_looks_at_all_tokens_of_the_output(
+    heard: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attentive, "LEAST_UPDATES", 40)
     given: dict[str, Any] = {"train": heard["train"], "test": heard["test"], "task": "attentive"}
     run = exported(tmp_path / "run", SPEECH)
     score = evaluate(run, baseline="logmel", **given)["accuracy"]
@@ -172,6 +176,7 @@ def test_errors_on_spoiled_clips_are_those_of_a_probe_of_clean_ones(
     assert scores["mce"].value == pytest.approx((sum(errors["quiet"]) / 5 + 0.2) / 2)
     # 6 decibels move every log energy by the same: standardized on the quiet clips none is told wrongly
     assert scores["mce_adapted"].details["errors"]["quiet"][0] == 0.0
+    assert (scores["mce"].details["clean"], scores["mce"].details["clean_adapted"]) == (0.0, 0.0)
     assert "re-estimated on each kind and severity of test clips, without labels" in scores["mce_adapted"].protocol
     assert "re-estimated" not in scores["mce"].protocol
     again = evaluate(run, task="corruption", batch_size=1, **given)
@@ -208,6 +213,9 @@ def test_superb_weighs_layers_and_its_weights_are_a_layer_to_embed(
         "layer sum of 3 by weights" in evaluate(run, task="verify", test=heard["train"], layer=weights)["eer"].protocol
     )
     assert evaluate(run, train=heard["train"], test=heard["test"], layer=weights, strength=1.0)["accuracy"].n == 4
+    for _ in range(2):  # and once more where nothing is left to do
+        write_embeddings(embedder, [str(heard["test"])], tmp_path / "w.npz", layers=[tuple(weights.items())])
+        assert np.load(tmp_path / "w.npz")["scene"] == pytest.approx(one.scene.numpy(), abs=1e-5)
     words = evaluate(run, task="superb-verify", **given)
     assert "0 of 2 classes are not among those of train" in words["eer"].protocol
     assert words["eer"].task == "superb-verify"
@@ -410,6 +418,9 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
         ({"task": "linear", "against": "other.json"}, "is for task corruption only; leave against out"),
         ({"task": "corruption", "label_share": 0.1}, "corruption takes no few labels"),
         ({"task": "layers", "layer": 1}, "measures all of them; leave layer out"),
+        ({"task": "layers", "train": None, "label_share": 0.1}, "are of probes, which take train; give it"),
+        ({"task": "superb", "baseline": "pixels"}, "has no layers to weight; leave the baseline out"),
+        ({"task": "superb-verify", "labels_per_class": 1}, "superb-verify takes no few labels"),
         ({"task": "layers"}, "5 folds take at least 10 clips, got 4"),
         ({"task": "ood"}, "give their manifest as ood"),
         ({"task": "rank"}, "leaves out each of 10 groups of clips for its interval, got 4 clips"),
