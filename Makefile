@@ -27,6 +27,7 @@ bench: $(VENV)/.ok
 	$(BIN)/python benchmarks/fbank_speed.py
 	$(BIN)/python benchmarks/mask_speed.py
 	$(BIN)/python benchmarks/clone_speed.py
+	$(BIN)/python benchmarks/omni_speed.py
 	$(BIN)/python benchmarks/units_speed.py
 	$(BIN)/python benchmarks/decode_speed.py
 

@@ -17,6 +17,7 @@ from mmssl.data.batching import Loader, one_pass
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import CharVocabulary, Classes
 from mmssl.data.turns import Turns
+from mmssl.encoder import Encoders
 from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, cut_captions, label_of
 from mmssl.modalities import MODALITIES
 from mmssl.objectives import CODERS, LABELLED, OBJECTIVES, PAIRED
@@ -90,17 +91,18 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     loaders, passes, texts = {}, [], None
     for name, one in alone.items():
         data, own = one.values["data"], {**config, "objective": one.values["objective"]}
+        body = encoder[name] if isinstance(objective, Omni) and isinstance(encoder, Encoders) else encoder
         loaders[name] = Loader(
-            build_dataset(one, own, encoder, manifests[name], side="train"),
+            build_dataset(one, own, body, manifests[name], side="train"),
             build_plan(one, manifests[name], side="train"),
             workers=data["workers"],
-            note=cut_captions(manifests[name], encoder),
+            note=cut_captions(manifests[name], body),
             **ranks,
         )
         if data["valid"] is None:
             continue
         valid = Manifest(data["valid"])
-        held_out = build_dataset(one, own, encoder, valid, side="eval")
+        held_out = build_dataset(one, own, body, valid, side="eval")
         if config["vocabulary"] is not None:
             texts = {row["id"]: row["text"] for row in valid if "text" in row}
             held_out.label = partial(_spelled, CharVocabulary(config["vocabulary"]))

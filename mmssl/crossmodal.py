@@ -162,13 +162,17 @@ def read_prompts(path: str | Path) -> dict[str, list[str]]:
 
 
 def several(embedder: Embedder, task: str) -> None:
-    """Raises ValueError where an encoder is of one modality only."""
+    """Raises ValueError where an encoder is of one modality only, or of several that share no space."""
     if len(embedder.modalities) < 2:
         raise ValueError(
             f"task={task}: {embedder.name} is of {embedder.modalities[0]} alone; give a run on several modalities"
         )
+    if not embedder.shares_space:
+        raise ValueError(
+            f"task={task}: the modalities of {embedder.name} share no space, in which one is found by another; give a "
+            "run on pairs, such as one of clip or cav_mae"
+        )
 
 
 def _embedded(embedder: Embedder, rows: Manifest, modality: str, settings: Mapping[str, Any]) -> Tensor:
-    # by name, so that a run without such a space says so
-    return embedder.embed(rows, modality=modality, tokens=False, **{"pool": "joint", **settings}).scene
+    return embedder.embed(rows, modality=modality, tokens=False, **settings).scene

@@ -156,6 +156,11 @@ class Embedder:
     def modalities(self) -> list[str]:
         return list(members(self.config))
 
+    @property
+    def shares_space(self) -> bool:
+        """Whether several modalities share a space: some objectives make none, and some export no weights for it."""
+        return len(self.modalities) > 1 and bool(self._head) and hasattr(self.objective, "joint")
+
     def of(self, modality: str | None = None) -> Embedder:
         """The encoder of one modality, which may be left out where there is one only.
 
@@ -171,9 +176,8 @@ class Embedder:
             return self
         assert modality is not None
         config = {**own[modality], "objective": None, "classes": None, "vocabulary": None}
-        # some bring modalities together without a space that they share, and some are exported without their weights
-        shares = getattr(self.objective, "joint", None) if self._head else None
-        device, joint = str(self.device), None if shares is None else partial(shares, modality)
+        joint = partial(self.objective.joint, modality) if self.shares_space else None
+        device = str(self.device)
         return Embedder(
             self.encoder[modality], config, device=device, precision=self.precision, name=self.name, joint=joint
         )

@@ -31,7 +31,7 @@ Span = Callable[..., tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The section `data` of a recipe.
+    """The section `data` of a recipe; where modalities learn in turn, that of one of them.
 
     Args:
         train, valid: manifests; without `valid` nothing is evaluated while training.

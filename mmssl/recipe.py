@@ -63,7 +63,7 @@ def by_modality(value: Any, names: Iterable[str]) -> bool:
     return isinstance(value, Mapping) and bool(value) and value.keys() <= set(names)
 
 
-def share(section: Mapping[str, Any], name: str, names: Iterable[str]) -> dict[str, Any]:
+def settings_of(section: Mapping[str, Any], name: str, names: Iterable[str]) -> dict[str, Any]:
     """The settings of a section for one modality: of those that are by modality its own, where it has one."""
     names = list(names)
     chosen = {key: value for key, value in section.items() if not by_modality(value, names) or name in value}
@@ -228,7 +228,7 @@ def apart(recipe: Recipe) -> dict[str, Recipe]:
     found, own = {}, members(values)
     for name, sections in own.items():
         alone = {**values, **sections, "objective": values["objective"]["of"][name]}
-        alone["data"] = share(values["data"], name, own)
+        alone["data"] = settings_of(values["data"], name, own)
         prefix = f"modality.{name}."
         places = {key.removeprefix(prefix): place for key, place in recipe.places.items() if key.startswith(prefix)}
         found[name] = replace(recipe, values=alone, places={**recipe.places, **places})

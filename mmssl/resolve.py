@@ -21,7 +21,7 @@ from mmssl.nn.positions import POSITIONS
 from mmssl.nn.transformer import Transformer
 from mmssl.nn.trunk import twin
 from mmssl.objectives import CONTRASTING, LABELLED, OBJECTIVES, PAIRED, SEVERAL
-from mmssl.recipe import OWN, SECTIONS, Recipe, by_modality, members, share
+from mmssl.recipe import OWN, SECTIONS, Recipe, by_modality, members, settings_of
 from mmssl.training import checkpoint
 from mmssl.training.optimizer import build_optimizer
 from mmssl.training.schedule import SCHEDULES
@@ -168,12 +168,12 @@ def _omni(recipe: Recipe, given: Sequence[str]) -> dict[str, Any]:
     of = {}
     for name in names:
         modality = MODALITIES[name]
-        section = share(written, name, names).get("of")
+        section = settings_of(written, name, names).get("of")
         if not isinstance(section, Mapping):
             raise recipe.error(
                 "objective.of", f"'objective.of' should be the section of an objective for {name} (got {section!r})"
             )
-        one = replace(recipe, values={"objective": {"of": share(section, name, names)}})
+        one = replace(recipe, values={"objective": {"of": settings_of(section, name, names)}})
         one.choice("objective.of.name", OBJECTIVES)
         inner = str(one.get("objective.of.name"))
         if inner in LABELLED or inner in SEVERAL:
@@ -193,7 +193,7 @@ def _data_by_modality(recipe: Recipe) -> dict[str, Any]:
     written = recipe.get("data") or {}
     each = {}
     for name in names:
-        section = share(written, name, names)
+        section = settings_of(written, name, names)
         if "train" not in section:
             raise recipe.error("data", f"data.train: there is none of {name}; write it as data.train.{name}=FILE")
         each[name] = replace(recipe, values={"data": section}).settings("data", DataSettings)

@@ -28,6 +28,7 @@ ARROWS = {
     "assemble": [
         "recipe",
         "types",
+        "encoder",
         "objectives",
         "modalities",
         "data",

@@ -19,6 +19,7 @@ class Known:
 
     name = "known"
     modalities = ("image", "text")
+    shares_space = True
 
     def __init__(self, places: dict[str, float]) -> None:
         self.places = places
@@ -108,7 +109,7 @@ def test_other_encoders_and_rows_are_refused(rows: Manifest, tmp_path: Path) -> 
     write_manifest(tmp_path / "b.jsonl", [{"text": "zero"}])
     with pytest.raises(ValueError, match=r"b.jsonl: no row has two of image, text"):
         retrieval(Known(PLACES), Manifest(tmp_path / "b.jsonl"))
-    two = SimpleNamespace(modalities=["image", "speech"], name="two")
+    two = SimpleNamespace(modalities=["image", "speech"], name="two", shares_space=True)
     with pytest.raises(ValueError, match="task=zero-shot: two is of image and speech, and classes are told by text"):
         zero_shot(two, rows, classes="names.yaml")
 

@@ -10,6 +10,7 @@ import mmssl
 from mmssl.assemble import export_config, train
 from mmssl.build import build_encoders
 from mmssl.cli import _done
+from mmssl.crossmodal import retrieval
 from mmssl.data.manifest import Manifest
 from mmssl.encoder import Encoder
 from mmssl.objectives.omni import Omni
@@ -130,6 +131,21 @@ def test_text_is_no_masked_autoencoders(settings: list) -> None:
         resolve(load("toy.yaml", [*settings, text, "data.train.text=a.jsonl", "tokenizer={name: byte_bpe}"]))
 
 
+def test_captions_learn_beside_what_has_other_captions(settings: list, heard: dict[str, Path]) -> None:
+    text = "modality={image: {frontend: {name: patches, size: [4, 4]}, positions: {name: sincos}}, "
+    text += "text: {frontend: {name: tokens, context: 3}, positions: {name: sincos}}}"
+    rows = ["data.batch_size=4", f"data.train.text={heard['train']}", "trainer.steps=3"]
+    tokenizer = "tokenizer={name: byte_bpe, entries: 258}"
+    run = train("toy.yaml", "run", [settings[0], DATA2VEC2, text, tokenizer, *rows])
+    assert (run / "tokenizer.json").is_file()
+    notes = [line for line in (run / "log.jsonl").read_text().splitlines() if "longer than frontend.context=3" in line]
+    # those of the pictures are read by nobody
+    assert notes
+    assert all(f"{heard['train']}: 12 of 12 captions" in note for note in notes)
+    assert not any(settings[0].partition("=")[2] in note for note in notes)
+    assert mmssl.load(run, device="cpu").embed("high", modality="text").scene.shape == (1, 16)
+
+
 @pytest.mark.parametrize("objective", [[], [DATA2VEC2]])
 def test_a_run_that_was_cut_off_goes_on_to_the_bit(settings: list, objective: list, monkeypatch) -> None:
     settings = [*settings, *objective, "trainer.accumulate=2", "trainer.save_every=4"]
@@ -193,6 +209,8 @@ def test_a_run_gives_the_encoder_of_each_modality(
     assert not torch.allclose(out.scene.norm(dim=1), torch.ones(4), atol=1e-2)
     with pytest.raises(ValueError, match="say which, by modality"):
         encoder.embed(seen["test"])
+    with pytest.raises(ValueError, match="the modalities of run share no space"):
+        retrieval(encoder, Manifest(seen["test"]))
     # what it is validated on may change, and the run goes on
     assert train("toy.yaml", "run", [one for one in settings if "valid.speech" not in one]) == run
     with pytest.raises(RecipeError, match="holds another run, in which data.batch_size.audio is 2 and not 3"):

@@ -203,3 +203,17 @@ def test_every_verdict_can_stop_a_run() -> None:
         "free_targets",
         "not_finite",
     }
+
+
+def test_of_modalities_in_turn_each_is_judged_by_its_own_lines() -> None:
+    # a dead codebook of speech, which only every other line tells of
+    names = {"speech/code_perplexity": 1.2, "speech/codes": 320.0, "image/accuracy": 0.9, "image/chance_accuracy": 0.1}
+    lines = history(16, **names)
+    for line in lines[::2]:
+        del line["metrics"]["speech/code_perplexity"]
+        del line["metrics"]["speech/codes"]
+    assert list(diagnose(lines)) == ["dead_codebook"]
+    assert diagnose(lines)["dead_codebook"].startswith("speech: only 1.2 of 320 codewords are in use")
+    assert diagnose(history(16, **names | {"speech/code_perplexity": 90.0})) == {}
+    # what is of all of them is said once, and of none
+    assert diagnose(history(16, weight_size=lambda i: 1e-3, **names))["high_rate"].startswith("the rate is")

@@ -41,6 +41,9 @@ def test_without_a_terminal_a_line_is_printed(tmp_path: Path, capsys: pytest.Cap
         log.line(row(4), rate=12.34, left=3725.0)
     printed = capsys.readouterr().err
     assert "update 4/10  loss 1.5  accuracy 0.25  grad_norm 2  12.3 clips/s  1:02:05 left" in printed
+    with RunLog(tmp_path / "turns", steps=10) as log:
+        log.line(row(4, metrics={"image/loss": 0.5, "image/target_std": 1.0}), rate=12.34, left=3725.0)
+    assert "update 4/10  loss 1.5  grad_norm 2  image/loss 0.5  12.3 clips/s" in capsys.readouterr().err
 
 
 def test_other_processes_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
