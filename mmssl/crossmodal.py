@@ -169,11 +169,10 @@ def several(embedder: Embedder, task: str) -> None:
         )
     if not embedder.shares_space:
         raise ValueError(
-            f"task={task}: the modalities of {embedder.name} have learned side by side and share no space; give a run "
-            "on pairs, such as one of clip"
+            f"task={task}: the modalities of {embedder.name} share no space, in which one is found by another; give a "
+            "run on pairs, such as one of clip or cav_mae"
         )
 
 
 def _embedded(embedder: Embedder, rows: Manifest, modality: str, settings: Mapping[str, Any]) -> Tensor:
-    # by name, so that a run without such a space says so
-    return embedder.embed(rows, modality=modality, tokens=False, **{"pool": "joint", **settings}).scene
+    return embedder.embed(rows, modality=modality, tokens=False, **settings).scene

@@ -84,7 +84,7 @@ def test_a_run_of_av_mae_has_encoders_and_no_space_of_both(folder: Path) -> None
         encoder.embed("0.png", modality="image", pool="joint")
     done = CliRunner().invoke(app, ["evaluate", "run", "--task", "retrieval", "--test", "train.jsonl"])
     assert done.exit_code == 2
-    assert "shares no space" in " ".join(done.output.replace("│", " ").split())
+    assert "share no space" in " ".join(done.output.replace("│", " ").split())
 
 
 def test_a_resolved_recipe_is_resolved_to_itself(folder: Path) -> None:
