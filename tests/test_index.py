@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import mmssl
 from mmssl import index as room
 from mmssl.assemble import train
 from mmssl.cli import app
-from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.data.manifest import Manifest, read_slice, write_manifest
 from mmssl.index import Index
 from mmssl.store import write_embeddings
 from mmssl.types import BadClip
@@ -267,6 +268,20 @@ def test_an_encoder_of_pictures_alone_finds_like_by_like(folder: Path) -> None:
     assert cli("search", "alone.index", "a cat")[1] == (
         f"mmssl: a cat: no such file, and {folder / 'alone'} has no encoder of text that would read it as a sentence\n"
     )
+
+
+def test_what_is_found_in_a_shard_can_be_read_where_it_lies(folder: Path) -> None:
+    with tarfile.open("shard.tar", "w") as shard:
+        for n in (0, 1, 2):
+            shard.add(f"{n}.png")
+    write_embeddings(mmssl.load("run", device="cpu"), "shard.tar", "tarred", modality="image", index=True)
+    [hit] = Index("tarred", device="cpu").search("1.png", k=1)
+    assert hit.row["id"] == "shard.tar#1.png"
+    place = hit.row["image"]
+    assert read_slice(place["path"], place["offset"], place["size"]).read() == Path("1.png").read_bytes()
+    # and the manifest of an index is one like any other
+    assert cli("embed", "run", "tarred/clips.jsonl", "--modality", "image", "--index", "again")[0] == 0
+    assert Index("again", device="cpu").search("1.png", k=1)[0].score == pytest.approx(1)
 
 
 def test_from_a_folder_with_captions_to_a_search_as_the_readme_says(
