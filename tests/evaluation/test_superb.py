@@ -109,8 +109,8 @@ def test_a_clip_is_spelled_alone_as_beside_longer_ones() -> None:
 
 
 def test_characters_are_learned_and_the_rate_is_the_one_with_the_fewest_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(superb, "LEAST_UPDATES", 150)
-    (clips, texts), (held, truth) = spelled(48), spelled(24, seed=1)
+    monkeypatch.setattr(superb, "LEAST_UPDATES", 80)
+    (clips, texts), (held, truth) = spelled(32), spelled(24, seed=1)
     texts[0] = [1] * 20  # too long for its clip: left out, and no infinite loss
 
     def errors(said: list[list[int]]) -> float:
