@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from mmssl.assemble import train
     from mmssl.embed import load
     from mmssl.encoder import Encoder
-    from mmssl.tasks import evaluate
+    from mmssl.tasks.evaluate import evaluate
 
 __all__ = ["Encoder", "__version__", "evaluate", "load", "train"]
 
 _HOMES = {
     "Encoder": "mmssl.encoder",
-    "evaluate": "mmssl.tasks",
+    "evaluate": "mmssl.tasks.evaluate",
     "load": "mmssl.embed",
     "train": "mmssl.assemble",
 }

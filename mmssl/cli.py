@@ -342,7 +342,7 @@ def evaluate(
     Every score comes with its interval and with one line that says how it was measured.
     """
     from mmssl.evaluation.layers import layer_table
-    from mmssl.tasks import evaluate
+    from mmssl.tasks.evaluate import evaluate
 
     neighbors = [_number("--k", part, int) for part in k.split(",")]
     scores = evaluate(

@@ -16,7 +16,7 @@ from mmssl.evaluation.score import Score, student
 from mmssl.objectives import LABELLED
 from mmssl.recipe import Recipe
 from mmssl.resolve import resolve
-from mmssl.tasks import evaluate
+from mmssl.tasks.evaluate import evaluate
 
 
 def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterator[tuple[str, dict[str, Score]]]:

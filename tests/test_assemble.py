@@ -22,7 +22,7 @@ from mmssl.loading import build_augment, build_plan
 from mmssl.objectives.mae import MAE
 from mmssl.recipe import Recipe, RecipeError, load, parse
 from mmssl.resolve import resolve
-from mmssl.tasks import evaluate
+from mmssl.tasks.evaluate import evaluate
 from mmssl.training.checkpoint import read_encoder, read_tensors
 from mmssl.types import BadClip, Batch, Loss
 from mmssl.validation import Validation

@@ -301,7 +301,7 @@ def test_from_a_folder_with_captions_to_a_search_as_the_readme_says(
     Image.fromarray(picture).save("pictures/untold.png")
     Image.fromarray(np.full((16, 16, 3), colors["red"], np.uint8)).save("drawing.png")
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    lines = readme.partition("\n## Search\n")[2].partition("```\n")[2].partition("```")[0].splitlines()
+    lines = readme.partition("\n## Several modalities\n")[2].partition("```\n")[2].partition("```")[0].splitlines()
     smaller = ["modality.image.frontend.size=[8, 8]", "transformer.dim=48", "transformer.depth=1"]
     smaller += ["tokenizer.entries=300", "trainer.steps=30", "trainer.precision=float32"]
     smaller += ["trainer.eval_every=30", "trainer.device=cpu", "trainer.threads=1", "trainer.log_every=30"]

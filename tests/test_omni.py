@@ -10,12 +10,12 @@ import mmssl
 from mmssl.assemble import export_config, train
 from mmssl.build import build_encoders
 from mmssl.cli import _done
-from mmssl.crossmodal import retrieval
 from mmssl.data.manifest import Manifest
 from mmssl.encoder import Encoder
 from mmssl.objectives.omni import Omni
 from mmssl.recipe import RecipeError, apart, load
 from mmssl.resolve import resolve
+from mmssl.tasks.crossmodal import retrieval
 from mmssl.training.checkpoint import read_tensors
 
 RECIPE = """# toy

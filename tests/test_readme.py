@@ -70,10 +70,9 @@ def test_the_tree_leaves_no_room_out() -> None:
             name = f"{folder}/{path.name}/" if path.is_dir() else f"{folder}/{path.name}"
             if path.name not in ("__pycache__", "__main__.py") and (path.is_dir() or folder != "recipes"):
                 assert path.suffix == ".typed" or name in listed, name
-    modules = {
-        path.stem for room in ("data", "training", "evaluation") for path in (ROOT / "mmssl" / room).glob("*.py")
-    }
-    said = " ".join(tree()[f"mmssl/{room}/"] for room in ("data", "training", "evaluation"))
+    rooms = ("data", "training", "evaluation", "tasks")
+    modules = {path.stem for room in rooms for path in (ROOT / "mmssl" / room).glob("*.py")}
+    said = " ".join(tree()[f"mmssl/{room}/"] for room in rooms)
     assert modules - {"__init__"} == set(said.replace(",", "").split())
 
 

@@ -14,7 +14,6 @@ import soundfile
 import torch
 from PIL import Image
 
-from mmssl.crossmodal import read_prompts
 from mmssl.data.dataset import ManifestDataset
 from mmssl.data.manifest import Manifest, read_slice, write_manifest
 from mmssl.data.scan import read_table
@@ -22,6 +21,7 @@ from mmssl.modalities.image.reader import read as read_image
 from mmssl.modalities.speech.reader import probe
 from mmssl.modalities.speech.reader import read as read_speech
 from mmssl.modalities.video.reader import read as read_video
+from mmssl.tasks.crossmodal import read_prompts
 
 FOLDER = Path(__file__).parents[2] / "data_manifests"
 

@@ -24,9 +24,9 @@ from mmssl.evaluation.layers import (
 from mmssl.evaluation.probe import STRENGTHS, fit_linear
 from mmssl.evaluation.protocol import Split
 from mmssl.evaluation.score import Score
-from mmssl.labelled import Clips, fitting_of, labelled, manifest_of, numbers_of
 from mmssl.modalities import MODALITIES
 from mmssl.nn.pooling import Pool
+from mmssl.tasks.labelled import Clips, fitting_of, labelled, manifest_of, numbers_of
 from mmssl.types import Encoded, Raw, Tokens
 
 MOST_TOKENS = 5_000  # that are compared with what was measured, drawn evenly from all clips

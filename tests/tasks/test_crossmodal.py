@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 from mmssl.cli import app
-from mmssl.crossmodal import read_prompts, retrieval, zero_shot
 from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.tasks.crossmodal import read_prompts, retrieval, zero_shot
 from mmssl.types import Embeddings
 
 

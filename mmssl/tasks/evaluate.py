@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.build import build_encoder
-from mmssl.crossmodal import retrieval, zero_shot
 from mmssl.data.manifest import Manifest
 from mmssl.data.text import Classes
 from mmssl.embed import Embedder, Layer, Precision, load
@@ -29,11 +28,12 @@ from mmssl.evaluation.protocol import Fit, Split, measure
 from mmssl.evaluation.score import Score, average_precisions, student, wilson
 from mmssl.evaluation.speech import error_rates
 from mmssl.evaluation.verification import all_pairs, read_trials, verify
-from mmssl.labelled import Clips, fitting_of, labelled, labelled_tokens, manifest_of
-from mmssl.layerwise import measure_layers
 from mmssl.modalities import MODALITIES
-from mmssl.robustness import measure_robustness
-from mmssl.superb import measure_superb
+from mmssl.tasks.crossmodal import retrieval, zero_shot
+from mmssl.tasks.labelled import Clips, fitting_of, labelled, labelled_tokens, manifest_of
+from mmssl.tasks.layerwise import measure_layers
+from mmssl.tasks.robustness import measure_robustness
+from mmssl.tasks.superb import measure_superb
 from mmssl.types import Encoded, Raw, Tokens
 
 Task = Literal[
@@ -97,14 +97,14 @@ def evaluate(
 
     "linear" and "knn" fit a logistic regression or a nearest-neighbor classifier on frozen features of `train`, and
     "attentive" a query that looks at all tokens of a clip; layer and settings are chosen on `valid`, and `test` is
-    touched once. "classify" and "ctc" measure what a fine-tuned run
-    says of the clips of `test`, and fit nothing. "retrieval" and "zero-shot" measure a run on several modalities, see
-    `mmssl.crossmodal`, and fit nothing either. The others measure the frozen features of `test` themselves, of one
-    layer, and choose nothing: "cluster", how far k-means finds the classes; "verify", how well pairs of one class are
-    told from pairs of two; "rank", of how many directions features make use, without labels; "ood", how well clips of
-    another kind are told by their distance from `train`. "layers" measures what each layer holds, see `measure_layers`;
-    "superb", "superb-verify" and "superb-ctc" are SUPERB's protocol, see `measure_superb`;
-    "corruption" what a linear probe of clean clips gets wrong of spoiled ones, see `measure_robustness`.
+    touched once. "classify" and "ctc" measure what a fine-tuned run says of the clips of `test`, and fit nothing.
+    "retrieval" and "zero-shot" measure a run on several modalities, see `crossmodal`, and fit nothing either. The
+    others measure the frozen features of `test` themselves, of one layer, and choose nothing: "cluster", how far
+    k-means finds the classes; "verify", how well pairs of one class are told from pairs of two; "rank", of how many
+    directions features make use, without labels; "ood", how well clips of another kind are told by their distance from
+    `train`. "layers" measures what each layer holds, see `measure_layers`; "superb", "superb-verify" and "superb-ctc"
+    are SUPERB's protocol, see `measure_superb`; "corruption" what a linear probe of clean clips gets wrong of spoiled
+    ones, see `measure_robustness`.
 
     Args:
         run: see `mmssl.load`; or an `Embedder`.
@@ -112,7 +112,7 @@ def evaluate(
             clips is set aside for it, drawn by class; once chosen, what is fitted sees them too, unless `train` is to
             be used with few labels.
         modality: see `Embedder.embed`.
-        classes: of "zero-shot", see `mmssl.crossmodal.read_prompts`.
+        classes: of "zero-shot", see `crossmodal.read_prompts`.
         layer: see `Embedder.embed`; "select" chooses among all of them, the output after the final norm included; where
             nothing is chosen, and for "attentive", which keeps all tokens in memory, it is that output. A mapping
             {layer: weight} is one layer.

@@ -18,7 +18,7 @@ from mmssl.evaluation.geometry import rank_me, spread
 from mmssl.evaluation.score import average_precisions
 from mmssl.modalities import MODALITIES
 from mmssl.store import write_embeddings
-from mmssl.tasks import LogMel, as_baseline, evaluate, labelled
+from mmssl.tasks.evaluate import LogMel, as_baseline, evaluate, labelled
 from mmssl.training.checkpoint import export_encoder
 from mmssl.types import Raw
 
@@ -481,7 +481,9 @@ def test_spans_are_read_from_the_beginning_to_the_end_and_averaged(heard: dict[s
     truth = [AUDIO["classes"].index(name) for name in Manifest(tmp_path / "test.jsonl").values("label")]
     assert score["accuracy"].value == sum(map(int.__eq__, said, truth)) / 4
     assert "mean over 3 spans of each clip" in score["accuracy"].protocol
-    with pytest.raises(ValueError, match=r"no step that reads a part of each clip, such as center_crop; leave spans"):
+    with pytest.raises(
+        ValueError, match="no step that reads a part of each clip, such as center_crop or center_span; leave"
+    ):
         whole.probabilities(waves, spans=2)
     with pytest.raises(ValueError, match="crops=3: audio has no frame to crop; leave crops out"):
         embedder.probabilities(waves, crops=3)

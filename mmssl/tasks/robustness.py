@@ -21,9 +21,9 @@ from mmssl.evaluation.probe import STRENGTHS, fit_linear
 from mmssl.evaluation.protocol import Split, choose
 from mmssl.evaluation.robustness import SEVERITIES, corruption_score
 from mmssl.evaluation.score import Score, wilson
-from mmssl.labelled import Clips, fitting_of, labelled, manifest_of, numbers_of
 from mmssl.modalities import MODALITIES
 from mmssl.nn.seeds import seed_of
+from mmssl.tasks.labelled import Clips, fitting_of, labelled, manifest_of, numbers_of
 
 
 def measure_robustness(

@@ -19,7 +19,7 @@ from mmssl.evaluation.score import Score
 from mmssl.evaluation.speech import error_rates
 from mmssl.evaluation.superb import fit_spelling, fit_superb, n_updates
 from mmssl.evaluation.verification import all_pairs, verify
-from mmssl.labelled import Clips, fitting_of, labelled, manifest_of
+from mmssl.tasks.labelled import Clips, fitting_of, labelled, manifest_of
 from mmssl.types import Encoded, Raw, Tokens
 
 Part = Literal["superb", "superb-verify", "superb-ctc"]
