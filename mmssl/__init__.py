@@ -22,6 +22,8 @@ _HOMES = {
     "load": "mmssl.embed",
     "train": "mmssl.assemble",
 }
+# whose names are public too
+_ROOMS = ("embed", "hear", "index")
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +31,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("mmssl")
+    if name in _ROOMS:
+        return import_module(f"mmssl.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'mmssl' has no attribute '{name}'; public names: {', '.join(__all__)}")

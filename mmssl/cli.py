@@ -241,7 +241,7 @@ def search(
 
     hits = Index(index, model=model, device=device).search(query, modality=modality, k=k)
     if as_json:
-        print(json.dumps([{"score": round(hit.score, 6), **hit.row} for hit in hits], indent=2))
+        print(json.dumps([{**hit.row, "score": round(hit.score, 6)} for hit in hits], indent=2))
         return
     for hit in hits:
         said = [str(hit.row[key]) for key in ("text", "label") if key in hit.row and hit.row[key] != hit.row["id"]]
@@ -290,9 +290,9 @@ def evaluate(
     classes: Annotated[
         Path | None, typer.Option(help="zero-shot: a file with the names of classes and templates.", show_default=False)
     ] = None,
-    layer: Annotated[str, typer.Option(help="select tries all on --valid; or one as for embed, or several: 4,6.")] = (
-        "select"
-    ),
+    layer: Annotated[
+        str, typer.Option(help="select (or all) tries all on --valid; or one as for embed, or several: 4,6.")
+    ] = ("select"),
     pool: Annotated[str, typer.Option(help="mean, class, last, slices:4, grid:2x2; +std adds deviations.")] = "mean",
     label: Annotated[str, typer.Option(help="Key of a row that holds its class.")] = "label",
     by: Annotated[
@@ -353,7 +353,7 @@ def evaluate(
         valid=valid,
         modality=modality,
         classes=classes,
-        layer="select" if layer == "select" else _layers(layer),
+        layer="select" if layer in ("select", "all") else _layers(layer),
         pool=pool,
         label=label,
         by=by,

@@ -156,12 +156,14 @@ class Index:
                 f"that {self.about['modality']} shares with {modality}; search with {self.about['modality']}, or embed "
                 "the clips with --pool joint by a run on both"
             )
-        window = {} if self.about["window"] is None else {key: self.about[key] for key in ("window", "overlap")}
+        reader = self.embedder.of(modality)
+        timed = self.about["window"] is not None and reader.encoder.frontend.reader_settings.get("rate") is not None
+        window = {key: self.about[key] for key in ("window", "overlap")} if timed else {}
         layer = self.about["layer"]
         if isinstance(layer, list):  # weights of several
             layer = tuple((int(i), float(weight)) for i, weight in layer)
         settings: dict[str, Any] = {"layers": [layer], "pool": self.about["pool"], **window}
-        [[found], *more] = self.embedder.of(modality).stream([query], on_bad_clip="skip", **settings)
+        [[found], *more] = reader.stream([query], on_bad_clip="skip", **settings)
         for name, reason in found.bad.items():
             raise BadClip(name, reason)
         if more or len(found.ids) != 1:

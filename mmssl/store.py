@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from mmssl.clips import Clips, Input, find_clips
 from mmssl.data.manifest import Row
@@ -252,9 +253,11 @@ def _write_part(path: Path, found: Sequence[Embeddings], layers: Sequence[Layer]
     """The rows of good clips only, and tokens end to end."""
     ids = found[0].ids
     # no width where no clip of them is good; a name may come twice, good once and bad once
-    good = found[0].scene.isfinite().all(1).numpy() & (found[0].scene.shape[1] > 0)
-    errors = ["" if fine else found[0].bad[name] for name, fine in zip(ids, good, strict=True)]
-    valid = found[0].valid.numpy()
+    finite = torch.stack([one.scene.isfinite().all(1) for one in found]).all(0)
+    good = finite.numpy() & (found[0].scene.shape[1] > 0)
+    overflowed = "its vector is not finite"
+    errors = ["" if fine else found[0].bad.get(name, overflowed) for name, fine in zip(ids, good, strict=True)]
+    valid = found[0].valid.numpy() & good[:, None]
     arrays: dict[str, Any] = {"ids": np.array(ids, np.str_), "errors": np.array(errors, np.str_)}
     for layer, one in zip(layers, found, strict=True):
         arrays[f"scene_{layer}"] = one.scene.numpy()[good]

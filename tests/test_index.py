@@ -94,6 +94,15 @@ def test_a_sentence_finds_what_lies_nearest_in_the_joint_space(folder: Path) -> 
     assert len(Index("i", device="cpu").search("a boat", k=100)) == 6
 
 
+def test_windows_of_the_clips_are_none_for_a_query_without_time(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree("i", tmp_path / "i")
+    about = json.loads((tmp_path / "i" / "index.json").read_text())
+    (tmp_path / "i" / "index.json").write_text(json.dumps({**about, "window": 1.0, "overlap": 0.2}))
+    assert [hit.row["id"] for hit in Index(tmp_path / "i").search("red heart", k=2)] == [
+        hit.row["id"] for hit in Index("i").search("red heart", k=2)
+    ]
+
+
 def test_an_index_is_plain_files(folder: Path) -> None:
     assert sorted(path.name for path in (folder / "i").iterdir()) == [
         "bad.jsonl",

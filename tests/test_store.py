@@ -57,6 +57,15 @@ def arrays(path: Path | None) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+def test_a_clip_whose_vector_overflows_in_any_layer_is_a_bad_clip(manifest: Path, tmp_path: Path) -> None:
+    broken = embedder()
+    broken.encoder.transformer.blocks[1].mlp.down.weight.mul_(torch.inf)  # the second layer alone
+    good = [str(Manifest(manifest)[place]["audio"]) for place in (2, 3)]
+    told: dict[str, str] = {}
+    with pytest.raises(ValueError, match="none of the 2 clips can be read; .*its vector is not finite"):
+        write_embeddings(broken, good, tmp_path / "e", tell=told.__setitem__, **KEPT)
+
+
 def test_a_file_holds_what_embed_gives(manifest: Path, tmp_path: Path) -> None:
     first, last = embedder().embed(manifest, layer=[0, 2], on_bad_clip="skip")
     told: dict[str, str] = {}

@@ -163,13 +163,22 @@ def correlation_with_labels(scenes: Mapping[int, Tensor], labels: Tensor) -> Sco
         labels: (B,) int64 classes.
     """
     _, numbers = labels.unique(return_inverse=True)
-    targets, places = one_hot(numbers).double(), torch.arange(len(labels))
+    targets, places = one_hot(numbers).double(), rank_within(numbers)
     values = {layer: held_out_cca(x, targets, places) for layer, x in scenes.items()}
     protocol = (
         f"canonical correlation with {targets.shape[1]} one-hot labels, weighted by the part of them that each pair "
         f"stands for; directions and ridge from the other of {FOLDS} folds of clips, interval over folds"
     )
     return over_layers("labels", "CCA with labels", values, len(labels), protocol, percent=False)
+
+
+def rank_within(numbers: Tensor) -> Tensor:
+    """(B,) int64, how many clips of its class come before each: what deals all classes out over folds."""
+    order = numbers.argsort(stable=True)
+    counts = numbers.bincount()
+    ranks = torch.empty_like(numbers)
+    ranks[order] = torch.arange(len(numbers)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return ranks
 
 
 def information_by_layer(scenes: Mapping[int, Tensor], labels: Tensor) -> Score:

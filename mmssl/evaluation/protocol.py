@@ -219,7 +219,10 @@ def measure(
     for seed in range(n_draws):
         part = train.pick(draw_labels(train.labels, per_class=per_class, share=share, seed=seed)) if few else train
         best, fitted = choose(fit, part, valid)
-        by_layer = {layer: found.valid_accuracy for layer, found in fitted.items()}
+        # of layers that are weighed the name is no number, and no key of JSON either
+        by_layer = {
+            layer if isinstance(layer, int) else "weighted": found.valid_accuracy for layer, found in fitted.items()
+        }
         values.append(accuracy(fitted[best].predict(test.layers[best]), test.labels))
         details.append({**fitted[best].details, "layer": best, "valid": by_layer, "n_train": len(part)})
         protocol = fitted[best].protocol

@@ -208,6 +208,7 @@ def evaluate(
             **settings,
         )
         if plot is not None:
+            Path(plot).parent.mkdir(parents=True, exist_ok=True)
             Path(plot).write_text(layer_plot(scores), encoding="utf-8")
         return scores
     if task in ("cluster", "verify", "rank", "ood"):

@@ -89,7 +89,8 @@ def measure_robustness(
 
     def features(change: Callable[[Tensor, str], Tensor] | None) -> Tensor:
         given = clips if change is None else clips.changed(change)
-        return embedder.embed(given, layer=layer, pool=pool, tokens=False, **settings).scene
+        [found] = embedder.embed(given, layer=[layer], pool=pool, tokens=False, **settings)
+        return found.scene
 
     clean = features(None)
     read = torch.isfinite(clean).all(1)

@@ -14,6 +14,7 @@ from mmssl.evaluation.layers import (
     layer_plot,
     layer_table,
     probe_by_layer,
+    rank_within,
 )
 from mmssl.evaluation.probe import fit_linear
 from mmssl.evaluation.protocol import Split
@@ -21,6 +22,14 @@ from mmssl.evaluation.protocol import Split
 
 def noise(rows: int, width: int, seed: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(size=(rows, width)))
+
+
+def test_labels_in_turn_are_dealt_out_like_any_others() -> None:
+    # dealt out by place, no fold of five would know the classes of the others
+    labels = torch.arange(100) % 10
+    scenes = {0: torch.eye(10)[labels] + 0.01 * torch.randn(100, 10, generator=torch.Generator().manual_seed(0))}
+    assert correlation_with_labels(scenes, labels).value > 0.95
+    assert rank_within(torch.tensor([2, 0, 2, 2, 0])).tolist() == [0, 0, 1, 2, 1]
 
 
 def test_correlations_are_scikit_learns() -> None:

@@ -212,7 +212,11 @@ def test_superb_weighs_layers_and_its_weights_are_a_layer_to_embed(
     assert (
         "layer sum of 3 by weights" in evaluate(run, task="verify", test=heard["train"], layer=weights)["eer"].protocol
     )
-    assert evaluate(run, train=heard["train"], test=heard["test"], layer=weights, strength=1.0)["accuracy"].n == 4
+    settings: dict[str, Any] = {"train": heard["train"], "test": heard["test"], "layer": weights, "strength": 1.0}
+    probed = evaluate(run, **settings)["accuracy"]
+    assert probed.n == 4
+    assert list(json.loads(json.dumps(asdict(probed)))["details"]["valid"]) == ["weighted"]
+    assert evaluate(run, task="corruption", **settings)["clean"].n == 4
     for _ in range(2):  # and once more where nothing is left to do
         write_embeddings(embedder, [str(heard["test"])], tmp_path / "w.npz", layers=[tuple(weights.items())])
         assert np.load(tmp_path / "w.npz")["scene"] == pytest.approx(one.scene.numpy(), abs=1e-5)
