@@ -81,6 +81,9 @@ def resolve(recipe: Recipe) -> Recipe:
             "a micro-batch apart, so several would have another loss than one; set it to 1, and data.batch_size as "
             "high as memory goes, or higher with objective.chunk, or use more processes",
         )
+    best, name = values["trainer"]["best"], values["objective"]["name"]
+    if (best in ("wer", "cer") and name != "ctc") or (best == "accuracy" and name == "omni"):
+        raise recipe.error("trainer.best", f"trainer.best={best}: evaluations of {name} give none; choose loss")
     values["init"] = None if init is None else str(init)
     return replace(recipe, values={name: values[name] for name in SECTIONS if name in values})
 

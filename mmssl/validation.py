@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from mmssl.data.text import CharVocabulary
 from mmssl.evaluation.speech import error_rates
 from mmssl.training.pictures import write_sheet, write_sounds
 from mmssl.types import Batch, Loss
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,12 @@ class Validation:
 
     def _draw(self, shown: dict[str, Any], name: str) -> None:
         """Write what `MAE.reconstruct` gives."""
+        try:
+            self._write(shown, name)
+        except OSError as error:  # such as a full disk: no reason to end a run
+            log.warning("pictures of this evaluation were not written: %s", error)
+
+    def _write(self, shown: dict[str, Any], name: str) -> None:
         note, sounds, rate = shown.pop("note"), shown.pop("sounds", None), shown.pop("rate", None)
         write_sheet(self.pictures / name, shown, note=note, rate=rate if sounds is None else None)
         if sounds is not None:

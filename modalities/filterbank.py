@@ -153,7 +153,11 @@ class Filterbank(nn.Module):
         for i, (bins, columns) in enumerate(zip(self.blocks, weights.split(_BLOCK, 1), strict=True)):
             columns[bins] = getattr(self, f"bank{i}")
         weights = weights[::2]  # each bin stands twice
-        density = (energies.exp() - FLOOR).clamp_min(0) / weights.sum(0).clamp_min(1e-3)
+        # what an encoder predicts may be any number
+        loudest = 60.0
+        density = (energies.clamp(max=loudest).nan_to_num(math.log(FLOOR)).exp() - FLOOR).clamp_min(0) / weights.sum(
+            0
+        ).clamp_min(1e-3)
         power = density @ weights.T / weights.sum(1).clamp_min(1e-3)
         turn = torch.arange(self.fft // 2 + 1, device=energies.device) * (2 * math.pi / self.fft)
         emphasis = torch.polar(torch.full_like(turn, -self.preemphasis), -turn) + 1

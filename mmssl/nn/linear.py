@@ -17,15 +17,18 @@ class Linear(nn.Linear):
     the results agree to rounding.
     """
 
-    _packed: tuple[Tensor, int] | None = None
+    # oneDNN's copy, what it is a copy of, and its version then
+    _packed: tuple[Tensor, Tensor, int] | None = None
 
     def pack(self) -> None:
-        """Keep the weight a second time as oneDNN reads it on the CPU, until it changes or is to be trained.
+        """Keep the weight a second time as oneDNN reads it on the CPU, for calls without gradients.
 
-        Each call would else bring it into that order, which takes a tenth of the time where rows are few.
+        Each call would else bring it into that order, which takes a tenth of the time where rows are few. It is kept
+        until the weight is exchanged, changed or to be trained; a change through `.data` cannot be seen.
         """
-        if _HAS_ONEDNN and self.weight.device.type == "cpu" and not self.weight.requires_grad:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None), self.weight._version
+        weight = self.weight
+        if _HAS_ONEDNN and weight.device.type == "cpu" and not weight.requires_grad and not weight.is_inference():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None), weight, weight._version
 
     def __getstate__(self) -> dict[str, Any]:
         # of a copy: a packed weight cannot be copied
@@ -33,11 +36,11 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._packed is not None:
-            packed, version = self._packed
+            packed, weight, version = self._packed
             # an update by a fused optimizer leaves no trace in the version
-            if self.weight.requires_grad or version != self.weight._version or packed.dtype is not self.weight.dtype:
+            if weight is not self.weight or weight.requires_grad or version != weight._version:
                 self._packed = None
-            elif not input.requires_grad and _reaches_onednn(input) and _precision(input) is packed.dtype:
+            elif not torch.is_grad_enabled() and _reaches_onednn(input) and _precision(input) is packed.dtype:
                 return _product(input.to(packed.dtype), packed, self.bias)
         if _is_plain(input):
             return _OneDNN.apply(input, self.weight, self.bias)

@@ -61,7 +61,9 @@ class Omni(nn.Module):
         if self.training:
             self.latest = name
         loss: Loss = self.of[name](batch)
-        return Loss(loss.total, loss.count, {f"{name}/{metric}": value for metric, value in loss.metrics.items()})
+        updates = self.updates[list(self.encoder).index(name)].float()
+        metrics = {**loss.metrics, "updates": (updates, 1.0)}
+        return Loss(loss.total, loss.count, {f"{name}/{metric}": value for metric, value in metrics.items()})
 
     def after_step(self, step: int) -> None:
         """Tell the objective that learned, with the number of its own updates."""

@@ -240,7 +240,8 @@ def _of(part: str, history: Sequence[Line]) -> list[Line]:
             if name.startswith(f"{part}/")
         }
         if own:
-            lines.append({"step": line["step"], "metrics": own})
+            # a modality is as old as its own updates
+            lines.append({"step": own.pop("updates", line["step"]), "metrics": own})
     return lines
 
 

@@ -177,8 +177,9 @@ class _Run:
                     with undisturbed(self.device):
                         parts.append(next(batches))
                 except Exception:
-                    # a clip that cannot be read costs no update that was made before it
-                    if place.step and self.saved != place.step:
+                    # a clip that cannot be read costs no update that was made before it; a process by itself cannot
+                    # save what all hold together
+                    if self.world == 1 and place.step and self.saved != place.step:
                         self.save()
                     raise
             if self.update(parts):
@@ -190,7 +191,8 @@ class _Run:
                         self.score()
                     except Exception:
                         # whatever is wrong with the validation clips, the updates so far are not lost for it
-                        self.save()
+                        if self.world == 1:
+                            self.save()
                         raise
                 if settings.save_every and place.step % settings.save_every == 0:
                     self.save()
@@ -319,8 +321,8 @@ class _Run:
         """Export the weights where they are the best so far. The main process judges, so that all agree."""
         place = self.place
         if name not in scores:
-            raise ValueError(f"trainer.best={name}: evaluations give {', '.join(scores)}; choose one of these")
-        value = json.loads(distributed.broadcast_text(json.dumps(scores[name])))
+            self.log.say(f"trainer.best={name}: this evaluation has none, but {', '.join(scores)}")
+        value = json.loads(distributed.broadcast_text(json.dumps(scores.get(name))))
         sign = 1 if name == "accuracy" else -1
         if value is not None and (place.best is None or sign * value > sign * place.best):
             self.write_export()

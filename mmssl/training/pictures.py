@@ -83,7 +83,8 @@ def sound_file(wave: Tensor, rate: float) -> bytes:
     import soundfile
     import soxr
 
-    samples = wave.detach().float().cpu().numpy()
+    # the encoder of MP3 ends the whole process where it is given what is no number
+    samples = wave.detach().float().nan_to_num(0.0, 1.0, -1.0).cpu().numpy()
     if rate not in HEARD:
         samples, rate = soxr.resample(samples, rate, HEARD[-1]), HEARD[-1]
     file = io.BytesIO()

@@ -76,15 +76,25 @@ def test_a_packed_weight_is_the_same_map(dtype):
     assert torch.equal(copy.deepcopy(layer)(x.to(dtype)), before)
 
 
-def test_gradients_reach_the_input_of_a_packed_layer():
+def test_a_layer_made_for_inference_is_not_packed():
+    with torch.inference_mode():
+        layer = Linear(24, 40).requires_grad_(False)
+        layer.pack()
+        assert layer(torch.randn(5, 24)).shape == (5, 40)
+
+
+def test_gradients_reach_the_input_and_the_bias_of_a_packed_layer():
     torch.manual_seed(0)
     layer, x = Linear(24, 40).requires_grad_(False), torch.randn(5, 24, requires_grad=True)
+    layer.bias.requires_grad_()
     layer.pack()
+    assert layer._packed is not None
     layer(x).sum().backward()
+    assert layer.bias.grad.tolist() == [5.0] * 40
     assert torch.allclose(x.grad, layer.weight.sum(0).expand(5, 24), atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["in place", "loaded", "trained", "moved"])
+@pytest.mark.parametrize("change", ["in place", "loaded", "assigned", "exchanged", "called", "trained", "moved"])
 def test_a_weight_that_changed_is_not_read_as_it_was_packed(change):
     torch.manual_seed(0)
     layer, x = Linear(24, 40).requires_grad_(False), torch.randn(5, 24)
@@ -95,6 +105,16 @@ def test_a_weight_that_changed_is_not_read_as_it_was_packed(change):
             layer.weight.mul_(2)
     elif change == "loaded":
         layer.load_state_dict(Linear(24, 40).state_dict())
+    elif change == "assigned":
+        layer.load_state_dict(Linear(24, 40).state_dict(), assign=True)
+        layer.requires_grad_(False)
+    elif change == "exchanged":
+        layer.weight = Linear(24, 40).requires_grad_(False).weight
+    elif change == "called":
+        others = dict(Linear(24, 40).requires_grad_(False).named_parameters())
+        with torch.no_grad():
+            expected = torch.nn.functional.linear(x, **others)
+            assert torch.allclose(torch.func.functional_call(layer, others, (x,)), expected, atol=1e-6)
     elif change == "trained":
         optimizer = torch.optim.AdamW(layer.requires_grad_().parameters(), lr=0.1, fused=True)
         layer(x).sum().backward()
