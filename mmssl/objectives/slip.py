@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mmssl import distributed
 from mmssl.encoder import Encoders
 from mmssl.nn import joint
-from mmssl.nn.partners import both_ways, info_nce
+from mmssl.nn.heads import POOLS
+from mmssl.nn.partners import Projector, both_ways, info_nce
 from mmssl.types import Batch, Encoded, Frontend, Hide, Loss, Raw
 
 _LARGEST = math.log(100.0)  # of the learned scale
@@ -24,9 +25,9 @@ class SLIP(nn.Module):
 
     Source: Mu et al. 2021 (SLIP, arXiv:2112.12750), section 3 and algorithm 1; SimCLR: Chen et al. 2020
         (arXiv:2002.05709), section 2.1 and algorithm 1.
-    Differs from the paper: the norms within the head are layer norms, because a batch norm's statistics, and with them
-        the loss, depend on how a batch is dealt out. The views are of the picture that CLIP sees, which is a crop, and
-        not of the whole one. Beyond that as in `CLIP`; pairs that are the `same` are no negatives here either.
+    Differs from the paper: the norms within the head are LayerNorms (see `Projector`). The views are of the picture
+        that CLIP sees, which is a crop, and not of the whole one. Beyond that as in `CLIP`; pairs that are the `same`
+        are no negatives here either.
     Target: the batch itself, as in `CLIP`: in both losses that of all processes, with the gradient of one process.
 
     Args:
@@ -77,7 +78,9 @@ class SLIP(nn.Module):
         self.skips_parameters = len(encoder) > 2 or any(encoder[name].skips_parameters(self.hide) for name in encoder)
         self.dim = dim
         self.project = joint.projections({name: encoder[name].dim for name in encoder}, dim)
-        self.heads = nn.ModuleDict({name: _head(encoder[name].dim, ssl_hidden, ssl_dim) for name in self.views})
+        self.heads = nn.ModuleDict(
+            {name: Projector(encoder[name].dim, hidden_dim=ssl_hidden, out_dim=ssl_dim) for name in self.views}
+        )
         self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
 
     def joint(self, modality: str, encoded: Encoded) -> Tensor:
@@ -141,16 +144,5 @@ class SLIP(nn.Module):
         encoder, head = self.encoder[modality], self.heads[modality]
         views = self.views[modality](raw, encoder.frontend)
         encoded = [encoder(encoder.tokens(view)) for view in views]
-        return torch.cat([joint.unit_vectors(self.pool[modality], head, own) for own in encoded], 1)
-
-
-def _head(width: int, hidden: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, hidden, bias=False),
-        nn.LayerNorm(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden, bias=False),
-        nn.LayerNorm(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, dim, bias=False),
-    )
+        pool = POOLS[self.pool[modality]]
+        return torch.cat([head(pool(own.x, own.lengths, own.n_prefix)) for own in encoded], 1)
