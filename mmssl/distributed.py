@@ -101,9 +101,15 @@ def gather(tensor: Tensor) -> Tensor:
     return _Gather.apply(tensor) if _together() else tensor
 
 
-def rows_before(count: int) -> int:
-    """How many rows the ranks before this one have, which has `count`: where its own begin in what `gather` gives."""
-    return sum(int(part) for part in all_gather(torch.tensor([count]))[: rank()])
+def everyone(*rows: Tensor, exchange: bool) -> tuple[Tensor, ...]:
+    """`gather` of each of some tensors; these themselves where ranks exchange nothing, as while evaluating."""
+    return tuple(gather(each) for each in rows) if exchange else rows
+
+
+def places(count: int, *, exchange: bool) -> Tensor:
+    """(count,) int64, where the rows of this rank, which has so many, are in what `everyone` gives."""
+    before = sum(int(part) for part in all_gather(torch.tensor([count]))[: rank()]) if exchange else 0
+    return torch.arange(before, before + count)
 
 
 def against_all(term: Callable[..., Tensor], own: Tensor, *parameters: Tensor, beside: Sequence[Tensor] = ()) -> Tensor:

@@ -1,10 +1,9 @@
-"""One space for the clips of several modalities: how they get there, in parts too, and who is told from whom."""
+"""One space for the clips of several modalities: how they get there, in parts too, and which are the same."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import combinations
 from typing import Literal
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmssl.nn.heads import POOLS
+from mmssl.nn.partners import Metrics
 from mmssl.nn.spread import spread
 from mmssl.types import Batch, Encoded, Raw
 
 Pooling = Literal["mean", "class", "last"]
-Metrics = dict[str, tuple[float | Tensor, float]]
 
 
 def refuse_pools(pool: Mapping[str, str], prefixes: Mapping[str, int]) -> None:
@@ -125,73 +124,17 @@ def embedded(
     return torch.stack(vectors, 1), torch.stack(present, 1)
 
 
-def labels_of(batch: Batch, same: str | None, device: torch.device, objective: str) -> Tensor | None:
-    """(B,) equal where two clips belong to the same; None where each is its own.
+def labels_of(batch: Batch, same: str | None, own: Tensor, objective: str) -> Tensor:
+    """(B,) int64, equal where two clips belong to the same; `own`, which of all each clip is, where each is its own.
 
     Raises:
         ValueError: a batch without the key that says so.
     """
     if same is None:
-        return None
+        return own
     if batch.labels is None:
         raise ValueError(f"{objective}: every clip needs its {same!r}, by which pairs are the same (objective.same)")
-    return batch.labels.to(device)
-
-
-def equals(labels: Tensor | None, everyones: Tensor | None, own: Tensor, size: int) -> Tensor:
-    """(B, A) bool, which of all A clips are the same as which of these: those with its label, or else itself alone."""
-    if labels is None or everyones is None:
-        return own[:, None] == torch.arange(size, device=own.device)
-    return labels[:, None] == everyones
-
-
-def info_nce(
-    vectors: Tensor,
-    present: Tensor,
-    equal: Tensor,
-    everyone: Tensor,
-    everywhere: Tensor,
-    own: Tensor,
-    scale: Tensor,
-) -> tuple[Tensor, float, Metrics]:
-    """Tell the partner of each member of a pair from the members of other pairs, for each two of M modalities.
-
-    Source: Radford et al. 2021 (arXiv:2103.00020), figure 3.
-
-    Args:
-        vectors: (B, M, J) float32; `everyone` (A, M, J), among them those.
-        present: (B, M) bool, whether a clip has a modality; `everywhere` (A, M).
-        equal: (B, A) bool, which are no negatives of which; each clip of itself at least.
-        own: (B,) int64, which of all each clip is.
-        scale: (1,) that similarities are multiplied by.
-
-    Returns:
-        the sum over pairs of the cross-entropies in nats, the mean of both directions; how many pairs; "accuracy", the
-        share of members whose partner is nearer than all negatives, and that of chance.
-    """
-    itself = equals(None, None, own, len(everyone))
-    total = right = chance = vectors.new_zeros(())
-    count = 0
-    everywhere = everywhere.to(vectors.device)
-    for a, b in combinations(range(vectors.shape[1]), 2):
-        has = present[:, a] & present[:, b]
-        count += int(has.sum())
-        both = has.to(vectors.device)
-        # of clips that lack a member, the place is kept and never told apart from anything
-        among = (everywhere[:, a] & everywhere[:, b] & ~equal) | itself
-        for here, there in ((a, b), (b, a)):
-            logits = ((scale * vectors[:, here]) @ everyone[:, there].T).masked_fill(~among, -torch.inf)
-            losses = F.cross_entropy(logits, own, reduction="none")
-            total = total + (losses * both).sum() / 2
-            right = right + (told(logits.detach(), own) & both).sum() / 2
-            chance = chance + (both / among.sum(1)).sum() / 2
-    return total, count, {"accuracy": (right, count), "chance_accuracy": (chance, count)}
-
-
-def told(logits: Tensor, own: Tensor) -> Tensor:
-    """(B, A) -> (B,) bool: whether the partner's logit is above that of each negative, where there is one."""
-    partner = logits.gather(1, own[:, None])
-    return ((logits >= partner).sum(1) == 1) & ((logits > -torch.inf).sum(1) > 1)
+    return batch.labels.to(own.device)
 
 
 def spreads(names: Iterable[str], vectors: Tensor, present: Tensor) -> Metrics:

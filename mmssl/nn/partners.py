@@ -1,12 +1,16 @@
-"""Whole clips told apart: the space in which that is done, and what it costs to be wrong."""
+"""Whole clips told apart: an MLP to the space in which that is done, and what it costs to be wrong."""
 
 from __future__ import annotations
+
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.nn.linear import Linear
+
+Metrics = dict[str, tuple[float | Tensor, float]]
 
 
 class Projector(nn.Module):
@@ -39,60 +43,91 @@ class Projector(nn.Module):
         return F.normalize(self.layers(pooled).float(), dim=1)
 
 
-def tell_partners(
-    here: Tensor, everyone: Tensor, partner: Tensor, *, scale: Tensor | float, itself: Tensor | None = None
-) -> tuple[Tensor, dict[str, tuple[float | Tensor, float]]]:
-    """Cross-entropy, in nats, of telling the partner of each vector from all others.
+def both_ways(
+    pairs: Tensor,
+    everyone: Tensor,
+    own: Tensor,
+    *,
+    scale: Tensor | float,
+    within: bool = False,
+    present: Tensor | None = None,
+    negatives: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Cross-entropy, in nats, of telling the partner of each member of a pair from the members of other pairs.
 
-    Source: van den Oord et al. 2018 (InfoNCE, arXiv:1807.03748), section 2.3; with `itself` among the others but left
-        out, NT-Xent of Chen et al. 2020 (SimCLR, arXiv:2002.05709), section 2.1.
+    Source: van den Oord et al. 2018 (InfoNCE, arXiv:1807.03748), section 2.3, both ways as in Radford et al. 2021
+        (CLIP, arXiv:2103.00020), figure 3; `within` the own kind as well, NT-Xent of Chen et al. 2020 (SimCLR,
+        arXiv:2002.05709), section 2.1.
 
     Args:
-        here: (B, J) of length 1.
-        everyone: (G, J) of length 1, of all processes.
-        partner: (B,) int64, the place of each one's partner among everyone.
+        pairs: (B, 2, J) of length 1; `everyone` (A, 2, J), those of all processes.
+        own: (B,) int64, which of all each pair is.
         scale: one over the temperature.
-        itself: (B,) int64, the place of each one itself among everyone, where it is there.
+        within: whether a member is told from the members of its own kind too, and not only from those of the other.
+        present: (B,) bool on the CPU, which pairs count; all of them where it is not given.
+        negatives: (B, A) bool, which of all each pair is told from, where that is not every other one. What it says of
+            a pair and itself is not read.
 
     Returns:
-        (B,) float32; and name -> (sum, count) for the log: "accuracy" is the share whose partner is nearer than all
-        others, "chance_accuracy" that of equal guesses.
+        (B,) float32, the mean of both ways, 0 for pairs that do not count; and name -> (sum, count) for the log:
+        "accuracy" is the share of members whose partner is nearer than all negatives, "chance_accuracy" that of equal
+        guesses.
     """
-    with torch.autocast(here.device.type, enabled=False):
-        logits = scale * (here.float() @ everyone.float().T)
-        if itself is not None:
-            logits = logits.scatter(1, itself[:, None], -torch.inf)
-        losses = F.cross_entropy(logits, partner, reduction="none")
-    known = logits.detach()
-    count, others = len(known), (known > -torch.inf).sum(1) - 1
-    # where there is no other, nothing was told
-    right = ((known >= known.gather(1, partner[:, None])).sum(1) == 1) & (others > 0)
-    chance = (others > 0).div(others + 1)
-    return losses, {"accuracy": (right.sum(), count), "chance_accuracy": (chance.sum(), count)}
+    itself = own[:, None] == torch.arange(len(everyone), device=own.device)
+    others = ~itself if negatives is None else negatives & ~itself
+    # first those of the other kind, where the partner is, whom nobody lacks: a pair that does not count has it as well
+    among = torch.cat([others | itself, others], 1) if within else others | itself
+    here = torch.ones(len(pairs), dtype=torch.bool) if present is None else present
+    counts, count = here.to(pairs.device), int(here.sum())
+    choices = among.sum(1)
+    losses, right = pairs.new_zeros(len(pairs), dtype=torch.float32), pairs.new_zeros(())
+    with torch.autocast(pairs.device.type, enabled=False):
+        for side in (0, 1):
+            kinds = [everyone[:, 1 - side], everyone[:, side]] if within else [everyone[:, 1 - side]]
+            logits = ((scale * pairs[:, side].float()) @ torch.cat(kinds).float().T).masked_fill(~among, -torch.inf)
+            losses = losses + F.cross_entropy(logits, own, reduction="none") / 2
+            found = logits.detach()
+            nearest = (found >= found.gather(1, own[:, None])).sum(1) == 1
+            # where there is no other, nothing was told
+            right = right + (nearest & (choices > 1) & counts).sum() / 2
+    chance = ((choices > 1) & counts).div(choices).sum()
+    return losses * counts, {"accuracy": (right, count), "chance_accuracy": (chance, count)}
 
 
-def both_ways(
-    pairs: Tensor, everyone: Tensor, first: int, *, scale: Tensor | float, within: bool
-) -> tuple[Tensor, dict[str, tuple[float | Tensor, float]]]:
-    """`tell_partners` of both members of each pair, the mean of the two: (B,).
+def info_nce(
+    vectors: Tensor,
+    everyone: Tensor,
+    own: Tensor,
+    *,
+    scale: Tensor | float,
+    present: Tensor,
+    everywhere: Tensor,
+    different: Tensor,
+) -> tuple[Tensor, float, Metrics]:
+    """`both_ways` of each two of M modalities, of which a clip may lack some.
 
     Args:
-        pairs: (B, 2, J) of length 1.
-        everyone: (G, 2, J), those of all processes.
-        first: the place of the first of `pairs` among everyone.
-        within: whether a member is told from the members of its own kind as well, as in SimCLR, and not only from those
-            of the other, as in CLIP.
+        vectors: (B, M, J) of length 1; `everyone` (A, M, J), those of all processes.
+        own, scale: see `both_ways`.
+        present: (B, M) bool on the CPU, whether a clip has a modality; `everywhere` (A, M).
+        different: (B, A) bool, which clips may be told from which.
+
+    Returns:
+        the sum over pairs; how many pairs there are; and the metrics of `both_ways`.
     """
-    own = torch.arange(first, first + len(pairs), device=pairs.device)
-    sides = []
-    for side in (0, 1):
-        if within:
-            among = torch.cat([everyone[:, 1 - side], everyone[:, side]])
-            itself = own + len(everyone)
-        else:
-            among, itself = everyone[:, 1 - side], None
-        sides.append(tell_partners(pairs[:, side], among, own, scale=scale, itself=itself))
-    (one, said), (other, said_too) = sides
-    return (one + other) / 2, {
-        name: (said[name][0] + said_too[name][0], said[name][1] + said_too[name][1]) for name in said
-    }
+    total = right = chance = vectors.new_zeros(())
+    count = 0.0
+    everywhere = everywhere.to(vectors.device)
+    for pair in map(list, combinations(range(vectors.shape[1]), 2)):
+        losses, told = both_ways(
+            vectors[:, pair],
+            everyone[:, pair],
+            own,
+            scale=scale,
+            present=present[:, pair].all(1),
+            negatives=different & everywhere[:, pair].all(1),
+        )
+        total = total + losses.sum()
+        right, chance = right + told["accuracy"][0], chance + told["chance_accuracy"][0]
+        count += told["accuracy"][1]
+    return total, count, {"accuracy": (right, count), "chance_accuracy": (chance, count)}

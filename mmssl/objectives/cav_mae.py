@@ -14,6 +14,7 @@ from mmssl import distributed
 from mmssl.encoder import Encoders
 from mmssl.nn.heads import mean_pool
 from mmssl.nn.joined import JointPredictor, encode_jointly
+from mmssl.nn.joint import labels_of
 from mmssl.nn.partners import both_ways
 from mmssl.nn.reconstruction import Reconstructed
 from mmssl.nn.spread import spread
@@ -31,7 +32,8 @@ class CAVMAE(nn.Module):
     Differs from the paper: the contrast goes both ways, and the negatives are those of all processes, where the
         released code has one way and those of one GPU; a recipe starts from new weights, where theirs are an image
         MAE's; the error of a modality is the mean over each clip's hidden tokens, so that clips of any length count the
-        same. Vectors that say of an encoder's tokens which modality they are would only add to what projects them.
+        same; pairs that agree in a key of their rows need not be negatives of each other (`same`). Vectors that say of
+        an encoder's tokens which modality they are would only add to what projects them.
     Target: `targets`, values that each modality computes from its raw input, never learned ones; and the batch itself.
         In training it is that of all processes, and the gradient is that of one process on all of it; while
         evaluating, it is a micro-batch.
@@ -42,6 +44,8 @@ class CAVMAE(nn.Module):
         mask_ratio: modality -> share of its tokens to hide, for both losses.
         weight: of the contrast, beside 1 for the error of each modality.
         temperature: of the contrast, constant.
+        same: key of a row, such as "text": pairs with the same value are no negatives of each other. None where all
+            others are.
         decoder_dim, decoder_depth, decoder_heads, decoder_mlp_dim, decoder_eps: of the JointPredictor.
     """
 
@@ -58,6 +62,7 @@ class CAVMAE(nn.Module):
         mask_ratio: Mapping[str, float],
         weight: float = 0.01,
         temperature: float = 0.05,
+        same: str | None = None,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
@@ -72,7 +77,7 @@ class CAVMAE(nn.Module):
             raise ValueError(f"objective.temperature={temperature:g}: must be above 0")
         self.encoder = encoder
         self.targets, self.mask_ratio = dict(targets), dict(mask_ratio)
-        self.weight, self.temperature = weight, temperature
+        self.weight, self.temperature, self.same = weight, temperature, same
         self.fusion = encoder.joint()
         self.dim = self.fusion.dim
         self.skips_parameters = any(encoder[name].skips_parameters(self.hide) for name in encoder)
@@ -105,10 +110,10 @@ class CAVMAE(nn.Module):
         fused = encode_jointly(self.fusion, below)
         errors, metrics = reconstruction(self.predictor, fused, tokens, plans, batch, self.targets)
         pairs = torch.stack([self.joint(name, each) for name, each in encoded.items()], 1)
-        everyone, first = pairs, 0
-        if self.training:
-            everyone, first = distributed.gather(pairs), distributed.rows_before(len(pairs))
-        losses, told = both_ways(pairs, everyone, first, scale=1 / self.temperature, within=False)
+        places = distributed.places(len(batch), exchange=self.training).to(pairs.device)
+        labels = labels_of(batch, self.same, places, "CAV-MAE")
+        everyone, ids = distributed.everyone(pairs, labels, exchange=self.training)
+        losses, told = both_ways(pairs, everyone, places, scale=1 / self.temperature, negatives=labels[:, None] != ids)
         contrast, count = losses.sum(), len(batch)
         total = torch.stack(list(errors.values())).sum() + self.weight * contrast
         spreads = {

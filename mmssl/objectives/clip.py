@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmssl import distributed
 from mmssl.encoder import Encoders
 from mmssl.nn import joint
+from mmssl.nn.partners import info_nce
 from mmssl.types import Batch, Encoded, Hide, Loss, Raw
 
 _LARGEST = math.log(100.0)  # of the learned scale; Radford et al., section 2.5
@@ -78,20 +79,20 @@ class CLIP(nn.Module):
         The metric "accuracy" is the share of members whose partner is nearer than all negatives, in both directions.
         """
         vectors, present = self._embedded(batch)
-        labels = joint.labels_of(batch, self.same, vectors.device, "CLIP")
-        everyone, everywhere, ids, start = vectors, present, labels, 0
-        if self.training:
-            parts = distributed.all_gather(present)
-            start = sum(len(part) for part in parts[: distributed.rank()])
-            everywhere = torch.cat(parts)
-            # one gather for all modalities, so that all ranks exchange the same in the same order
-            everyone = distributed.gather(vectors)
-            ids = None if labels is None else torch.cat(distributed.all_gather(labels))
-        own = torch.arange(start, start + len(batch), device=vectors.device)
-        equal = joint.equals(labels, ids, own, len(everyone))
-        with torch.autocast(vectors.device.type, enabled=False):
-            scale = self.log_scale.exp()
-            total, count, told = joint.info_nce(vectors, present, equal, everyone, everywhere, own, scale)
+        own = distributed.places(len(batch), exchange=self.training).to(vectors.device)
+        labels = joint.labels_of(batch, self.same, own, "CLIP")
+        # one gather for all modalities, so that all ranks exchange the same in the same order
+        everyone, everywhere, ids = distributed.everyone(vectors, present, labels, exchange=self.training)
+        scale = self.log_scale.exp()
+        total, count, told = info_nce(
+            vectors,
+            everyone,
+            own,
+            scale=scale,
+            present=present,
+            everywhere=everywhere,
+            different=labels[:, None] != ids,
+        )
         metrics = {"loss": (total.detach(), count), **told, "scale": (scale.detach()[0] * count, count)}
         return Loss(total, count, metrics | joint.spreads(self.encoder, vectors, present))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmssl import distributed
 from mmssl.encoder import Encoders
 from mmssl.nn import joint
+from mmssl.nn.partners import Metrics
 from mmssl.types import Batch, Encoded, Hide, Loss, Raw
 
 _LARGEST = math.log(100.0)  # of the learned scale
@@ -76,16 +77,11 @@ class CLIPLite(nn.Module):
         The metric "accuracy" is the share of them that are nearer than their negative.
         """
         vectors, present = self._embedded(batch)
-        labels = joint.labels_of(batch, self.same, torch.device("cpu"), "CLIP-Lite")
-        everyone, everywhere, ids, seeds, start = vectors, present, labels, batch.seeds, 0
-        if self.training:
-            parts = distributed.all_gather(present)
-            start = sum(len(part) for part in parts[: distributed.rank()])
-            everywhere = torch.cat(parts)
-            everyone = distributed.gather(vectors)
-            seeds = torch.cat(distributed.all_gather(seeds))
-            ids = None if labels is None else torch.cat(distributed.all_gather(labels))
-        own = torch.arange(start, start + len(batch))
+        own = distributed.places(len(batch), exchange=self.training)
+        labels = joint.labels_of(batch, self.same, own, "CLIP-Lite")
+        everyone, everywhere, ids, seeds = distributed.everyone(
+            vectors, present, labels, batch.seeds, exchange=self.training
+        )
         total = (everyone.sum() + self.log_scale.sum()) * 0  # on each process, whatever it has, all are exchanged
         right, count = vectors.new_zeros(()), 0
         with torch.autocast(vectors.device.type, enabled=False):
@@ -98,7 +94,7 @@ class CLIPLite(nn.Module):
                 total = total + (F.softplus(-yes) + F.softplus(no)).sum()
                 right = right + (yes > no).sum()
                 count += len(mine)
-        metrics: joint.Metrics = {
+        metrics: Metrics = {
             "loss": (total.detach(), count),
             "accuracy": (right, count),
             "scale": (scale.detach()[0] * count, count),
@@ -120,14 +116,14 @@ class CLIPLite(nn.Module):
         return self.joint(modality, encoder(encoder.tokens(raw)))
 
 
-def next_other(own: Tensor, seeds: Tensor, has: Tensor, ids: Tensor | None) -> Tensor:
+def next_other(own: Tensor, seeds: Tensor, has: Tensor, ids: Tensor) -> Tensor:
     """For each clip the one whose seed comes next, around the corner too, that is not the same.
 
     Args:
         own: (B,) int64 clips, all of which have the modality.
         seeds: (A,) int64 of all clips.
         has: (A,) bool, which of them have the modality.
-        ids: (A,) equal where two are the same; None where each is its own.
+        ids: (A,) equal where two are the same.
 
     Returns:
         (2, M) int64: the clips that have such a one, in the order of `own`, and that one.
@@ -142,6 +138,6 @@ def next_other(own: Tensor, seeds: Tensor, has: Tensor, ids: Tensor | None) -> T
         if not len(left):
             break
         candidate = order[(place[own[left]] + step) % len(order)]
-        good = torch.ones_like(left, dtype=torch.bool) if ids is None else ids[candidate] != ids[own[left]]
+        good = ids[candidate] != ids[own[left]]
         found[left[good]] = candidate[good]
     return torch.stack([own, found])[:, found >= 0]

@@ -129,14 +129,13 @@ class CrossVideoMAE(nn.Module):
         pooled = [mean_pool(each.x, each.lengths, each.n_prefix) for each in (*seen, shown)]
         pooled.append(_of_step(seen[0], plans[0], step, places))
         vectors = torch.stack([self.projector(each) for each in pooled], 1)
-        everyone, first = vectors, 0
-        if self.training:
-            everyone, first = distributed.gather(vectors), distributed.rows_before(count)
+        own = distributed.places(len(batch), exchange=self.training).to(vectors.device)
+        (everyone,) = distributed.everyone(vectors, exchange=self.training)
         metrics: dict[str, tuple[float | Tensor, float]] = {}
         contrast = vectors.new_zeros(())
         for name, pair, within in (("views", [0, 1], True), ("clip", [0, 2], False), ("frame", [3, 2], False)):
             losses, told = both_ways(
-                vectors[:, pair], everyone[:, pair], first, scale=1 / self.temperature, within=within
+                vectors[:, pair], everyone[:, pair], own, scale=1 / self.temperature, within=within
             )
             contrast = contrast + losses.sum()
             metrics[name] = losses.detach().sum(), count

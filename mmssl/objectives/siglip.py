@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmssl import distributed
 from mmssl.encoder import Encoders
 from mmssl.nn import joint
+from mmssl.nn.partners import Metrics, info_nce
 from mmssl.types import Batch, Encoded, Hide, Loss, Raw
 
 
@@ -83,8 +84,9 @@ class SigLIP(nn.Module):
         both directions.
         """
         vectors, present = self._embedded(batch)
-        labels = joint.labels_of(batch, self.same, vectors.device, "SigLIP")
-        beside = [present.to(vectors.device)] if labels is None else [present.to(vectors.device), labels]
+        own = distributed.places(len(batch), exchange=self.training).to(vectors.device)
+        labels = joint.labels_of(batch, self.same, own, "SigLIP")
+        beside = [present.to(vectors.device), labels]
         with torch.autocast(vectors.device.type, enabled=False):
             answers = partial(_answers, beside)
             if self.training:
@@ -93,10 +95,16 @@ class SigLIP(nn.Module):
                 total = answers(vectors, vectors, beside, True, self.log_scale, self.bias)
             with torch.no_grad():
                 scale, seen = self.log_scale.exp(), vectors.detach()
-                own = torch.arange(len(batch), device=vectors.device)
-                equal = joint.equals(labels, labels, own, len(batch))
-                _, count, told = joint.info_nce(seen, present, equal, seen, present, own, scale)
-        metrics: joint.Metrics = {
+                _, count, told = info_nce(
+                    seen,
+                    seen,
+                    distributed.places(len(batch), exchange=False).to(seen.device),
+                    scale=scale,
+                    present=present,
+                    everywhere=present,
+                    different=labels[:, None] != labels,
+                )
+        metrics: Metrics = {
             "loss": (total.detach(), count),
             **told,
             "scale": (scale[0] * count, count),
@@ -131,13 +139,13 @@ def _answers(
 
     Args:
         vectors, theirs: (B, M, J) and (A, M, J).
-        beside, beside_theirs: of each clip which modalities it has, (B, M) bool, and, where some are the same, its
-            label (B,).
+        beside, beside_theirs: of each clip which modalities it has, (B, M) bool, and its label, (B,): of clips with one
+            label none is a negative.
         own: whether theirs are these very clips: then each is its own positive.
     """
-    (present, *labels), (everywhere, *ids) = beside, beside_theirs
+    (present, labels), (everywhere, ids) = beside, beside_theirs
     positive = torch.eye(len(vectors), len(theirs), dtype=torch.bool, device=vectors.device) & own
-    told = positive | ~(labels[0][:, None] == ids[0]) if labels else torch.ones_like(positive)
+    told = positive | (labels[:, None] != ids)
     total = vectors.new_zeros(())
     for a, b in combinations(range(vectors.shape[1]), 2):
         logits = (log_scale.exp() * vectors[:, a]) @ theirs[:, b].T + bias

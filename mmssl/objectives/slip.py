@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl import distributed
 from mmssl.encoder import Encoders
 from mmssl.nn import joint
+from mmssl.nn.heads import POOLS
+from mmssl.nn.partners import Projector, both_ways, info_nce
 from mmssl.types import Batch, Encoded, Frontend, Hide, Loss, Raw
 
 _LARGEST = math.log(100.0)  # of the learned scale
@@ -24,9 +25,9 @@ class SLIP(nn.Module):
 
     Source: Mu et al. 2021 (SLIP, arXiv:2112.12750), section 3 and algorithm 1; SimCLR: Chen et al. 2020
         (arXiv:2002.05709), section 2.1 and algorithm 1.
-    Differs from the paper: the norms within the head are layer norms, because a batch norm's statistics, and with them
-        the loss, depend on how a batch is dealt out. The views are of the picture that CLIP sees, which is a crop, and
-        not of the whole one. Beyond that as in `CLIP`; pairs that are the `same` are no negatives here either.
+    Differs from the paper: the norms within the head are LayerNorms (see `Projector`). The views are of the picture
+        that CLIP sees, which is a crop, and not of the whole one. Beyond that as in `CLIP`; pairs that are the `same`
+        are no negatives here either.
     Target: the batch itself, as in `CLIP`: in both losses that of all processes, with the gradient of one process.
 
     Args:
@@ -77,7 +78,9 @@ class SLIP(nn.Module):
         self.skips_parameters = len(encoder) > 2 or any(encoder[name].skips_parameters(self.hide) for name in encoder)
         self.dim = dim
         self.project = joint.projections({name: encoder[name].dim for name in encoder}, dim)
-        self.heads = nn.ModuleDict({name: _head(encoder[name].dim, ssl_hidden, ssl_dim) for name in self.views})
+        self.heads = nn.ModuleDict(
+            {name: Projector(encoder[name].dim, hidden_dim=ssl_hidden, out_dim=ssl_dim) for name in self.views}
+        )
         self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
 
     def joint(self, modality: str, encoded: Encoded) -> Tensor:
@@ -91,29 +94,30 @@ class SLIP(nn.Module):
         than all negatives.
         """
         vectors, present, views = self._embedded(batch)
-        labels = joint.labels_of(batch, self.same, vectors.device, "SLIP")
-        everyone, everywhere, ids, all_views, start = vectors, present, labels, views, 0
-        if self.training:
-            parts = distributed.all_gather(present)
-            start = sum(len(part) for part in parts[: distributed.rank()])
-            everywhere = torch.cat(parts)
-            everyone, all_views = distributed.gather(vectors), distributed.gather(views)
-            ids = None if labels is None else torch.cat(distributed.all_gather(labels))
-        own = torch.arange(start, start + len(batch), device=vectors.device)
-        equal = joint.equals(labels, ids, own, len(everyone))
-        with torch.autocast(vectors.device.type, enabled=False):
-            scale = self.log_scale.exp()
-            total, count, metrics = joint.info_nce(vectors, present, equal, everyone, everywhere, own, scale)
-            metrics |= {"clip_loss": (total.detach(), count), "scale": (scale.detach()[0] * count, count)}
-            for place, name in enumerate(self.views):
-                which = list(self.encoder).index(name)
-                here, there = (mask[:, which].to(vectors.device) for mask in (present, everywhere))
-                loss, right = nt_xent(
-                    views[:, place], here, equal, all_views[:, place], there, own, self.ssl_temperature
-                )
-                total = total + self.ssl_weight * loss
-                clips = int(present[:, which].sum())
-                metrics |= {"view_loss": (loss.detach(), clips), "view_accuracy": (right, clips)}
+        own = distributed.places(len(batch), exchange=self.training).to(vectors.device)
+        labels = joint.labels_of(batch, self.same, own, "SLIP")
+        everyone, all_views, everywhere, ids = distributed.everyone(
+            vectors, views, present, labels, exchange=self.training
+        )
+        different, scale = labels[:, None] != ids, self.log_scale.exp()
+        total, count, metrics = info_nce(
+            vectors, everyone, own, scale=scale, present=present, everywhere=everywhere, different=different
+        )
+        metrics |= {"clip_loss": (total.detach(), count), "scale": (scale.detach()[0] * count, count)}
+        for place, name in enumerate(self.views):
+            which = list(self.encoder).index(name)
+            losses, told = both_ways(
+                views[:, place],
+                all_views[:, place],
+                own,
+                scale=1 / self.ssl_temperature,
+                within=True,
+                present=present[:, which],
+                negatives=different & everywhere[:, which].to(vectors.device),
+            )
+            loss = losses.sum()
+            total = total + self.ssl_weight * loss
+            metrics |= {"view_loss": (loss.detach(), told["accuracy"][1]), "view_accuracy": told["accuracy"]}
         metrics["loss"] = total.detach(), count
         return Loss(total, count, metrics | joint.spreads(self.encoder, vectors, present))
 
@@ -140,48 +144,5 @@ class SLIP(nn.Module):
         encoder, head = self.encoder[modality], self.heads[modality]
         views = self.views[modality](raw, encoder.frontend)
         encoded = [encoder(encoder.tokens(view)) for view in views]
-        return torch.cat([joint.unit_vectors(self.pool[modality], head, own) for own in encoded], 1)
-
-
-def nt_xent(
-    views: Tensor,
-    present: Tensor,
-    equal: Tensor,
-    everyone: Tensor,
-    everywhere: Tensor,
-    own: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """Tell the other view of a clip from both views of all other clips.
-
-    Args:
-        views: (B, 2, P) unit vectors; `everyone` (A, 2, P), among them those.
-        present, everywhere: (B,) and (A,) bool, which of them there are.
-        equal: (B, A) bool, which are no negatives of which; each clip of itself at least.
-        own: (B,) int64, which of all each clip is.
-
-    Returns:
-        the sum over clips of the cross-entropies in nats, the mean over both views; and how many were right.
-    """
-    itself = joint.equals(None, None, own, len(everyone))
-    others = everywhere & ~equal
-    among = torch.cat([others | itself, others], 1)  # the other view of each clip, and the same one
-    total = right = views.new_zeros(())
-    for here, there in ((0, 1), (1, 0)):
-        logits = views[:, here] @ torch.cat([everyone[:, there], everyone[:, here]]).T / temperature
-        logits = logits.masked_fill(~among, -torch.inf)
-        total = total + (F.cross_entropy(logits, own, reduction="none") * present).sum() / 2
-        right = right + (joint.told(logits.detach(), own) & present).sum() / 2
-    return total, right
-
-
-def _head(width: int, hidden: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, hidden, bias=False),
-        nn.LayerNorm(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden, bias=False),
-        nn.LayerNorm(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, dim, bias=False),
-    )
+        pool = POOLS[self.pool[modality]]
+        return torch.cat([head(pool(own.x, own.lengths, own.n_prefix)) for own in encoded], 1)

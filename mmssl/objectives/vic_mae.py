@@ -110,10 +110,9 @@ class ViCMAE(nn.Module):
         errors, spreads = token_errors(self.predictor(encoded, tokens, plan), self.target, both, tokens, plan.masked)
         reconstruction = clip_errors(errors, plan.masked) / 2
         pairs = self.projector(mean_pool(encoded.x, encoded.lengths, encoded.n_prefix)).view(len(batch), 2, -1)
-        everyone, first = pairs, 0
-        if self.training:
-            everyone, first = distributed.gather(pairs), distributed.rows_before(len(pairs))
-        losses, told = both_ways(pairs, everyone, first, scale=1 / self.temperature, within=True)
+        own = distributed.places(len(batch), exchange=self.training).to(pairs.device)
+        (everyone,) = distributed.everyone(pairs, exchange=self.training)
+        losses, told = both_ways(pairs, everyone, own, scale=1 / self.temperature, within=True)
         contrast = losses.sum()
         total, count = (1 - self.weight) * reconstruction + self.weight * contrast, len(batch)
         metrics: dict[str, tuple[float | Tensor, float]] = {

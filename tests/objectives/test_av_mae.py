@@ -134,6 +134,22 @@ def test_cav_mae_adds_the_contrast_of_each_modality_alone() -> None:
     assert float(even(batch()).metrics["contrast"][0]) / 4 == pytest.approx(float(torch.tensor(4.0).log()), rel=1e-5)
 
 
+def test_clips_that_are_the_same_are_no_negatives_of_each_other() -> None:
+    model = objective(CAVMAE, weight=0.2, temperature=0.1, same="label")
+    loss = model(replace(batch(), labels=torch.tensor([7, 9, 7, 8])))
+    errors, means = zip(*(plainly(model, row) for row in range(4)), strict=True)
+    video, audio = (torch.stack([each[name] for each in means]) for name in ("video", "audio"))
+    contrast = torch.zeros(())
+    for scores in (video @ audio.T / 0.1, audio @ video.T / 0.1):
+        for row, others in enumerate([[0, 1, 3], [0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3]]):
+            contrast = contrast + (scores[row, others].logsumexp(0) - scores[row, row]) / 2
+    torch.testing.assert_close(loss.metrics["contrast"][0], contrast.detach(), rtol=1e-5, atol=1e-5)
+    expected = sum(each["video"] + each["audio"] for each in errors) + 0.2 * contrast
+    torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="CAV-MAE: every clip needs its 'label'"):
+        model(batch())
+
+
 @BOTH
 def test_each_modality_is_told_by_the_other(kind: type[nn.Module]) -> None:
     model = objective(kind).eval()

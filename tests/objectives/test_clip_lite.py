@@ -34,11 +34,11 @@ def test_the_negative_is_the_next_that_is_another() -> None:
     seeds, has = torch.tensor([30, 10, 50, 20, 40]), torch.tensor([True, True, True, False, True])
     own = torch.tensor([0, 1, 2, 4])
     # in the order of seeds, of those that have it: 1, 0, 4, 2
-    assert next_other(own, seeds, has, None).tolist() == [[0, 1, 2, 4], [4, 0, 1, 2]]
+    assert next_other(own, seeds, has, torch.arange(5)).tolist() == [[0, 1, 2, 4], [4, 0, 1, 2]]
     ids = torch.tensor([7, 7, 8, 7, 7])
     assert next_other(own, seeds, has, ids).tolist() == [[0, 1, 2, 4], [2, 2, 1, 2]]
     assert next_other(own, seeds, has, torch.full((5,), 7)).tolist() == [[], []]
-    assert next_other(torch.tensor([2]), seeds, torch.arange(5) == 2, None).tolist() == [[], []]
+    assert next_other(torch.tensor([2]), seeds, torch.arange(5) == 2, torch.arange(5)).tolist() == [[], []]
 
 
 def test_pairs_that_have_no_other_are_not_counted() -> None:

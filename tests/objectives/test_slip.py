@@ -7,8 +7,9 @@ import torch
 from pairs import POOL, batch, encoders
 
 from mmssl.modalities.image.views import distortions
+from mmssl.nn.partners import both_ways
 from mmssl.objectives.clip import CLIP
-from mmssl.objectives.slip import SLIP, nt_xent
+from mmssl.objectives.slip import SLIP
 
 VIEWS = {"self_supervised": {"image": "distortions"}, "view_makers": {"image": distortions}}
 BODY = {"dim": 8, "pool": {name: POOL[name] for name in ("image", "text")}}
@@ -35,26 +36,29 @@ def by_hand(views, negatives, temperature):
 
 def test_two_views_of_three_pictures_by_hand() -> None:
     views = [[(1.0, 0.0), (0.6, 0.8)], [(0.0, 1.0), (-0.6, 0.8)], [(-1.0, 0.0), (0.8, -0.6)]]
-    own, here = torch.arange(3), torch.ones(3, dtype=torch.bool)
+    own = torch.arange(3)
     for equal, negatives in (
         (torch.eye(3).bool(), [[1, 2], [0, 2], [0, 1]]),
         (torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool(), [[2], [2], [0, 1]]),
     ):
         found = torch.tensor(views)
-        total, right = nt_xent(found, here, equal, found, here, own, 0.5)
-        assert total.item() == pytest.approx(by_hand(views, negatives, 0.5), rel=1e-5)
+        losses, told = both_ways(found, found, own, scale=2.0, within=True, negatives=~equal)
+        assert losses.sum().item() == pytest.approx(by_hand(views, negatives, 0.5), rel=1e-5)
     # where 0 and 1 are the same: (1, 0) has .6 with its partner and .8 with a view of 2, the other three of them are
     # right, and both views of 2 have -.8 with each other; each counts half
-    assert right.item() == 1.5
+    assert told["accuracy"][0].item() == 1.5
 
 
 def test_pictures_that_are_not_there_are_told_from_nothing() -> None:
     views = torch.nn.functional.normalize(torch.randn(4, 2, 5), dim=2)
     own, here = torch.arange(4), torch.tensor([True, False, True, True])
-    total, _ = nt_xent(views, here, torch.eye(4).bool(), views, here, own, 0.1)
+    negatives = here.expand(4, 4)
+    losses, told = both_ways(views, views, own, scale=10.0, within=True, present=here, negatives=negatives)
     some = views[here]
-    expected, _ = nt_xent(some, here[here], torch.eye(3).bool(), some, here[here], torch.arange(3), 0.1)
-    assert torch.allclose(total, expected)
+    expected, told_some = both_ways(some, some, torch.arange(3), scale=10.0, within=True)
+    assert losses[1] == 0
+    assert torch.allclose(losses[here], expected)
+    assert told == told_some
 
 
 def test_without_views_it_is_clip() -> None:
