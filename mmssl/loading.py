@@ -192,6 +192,15 @@ def build_dataset(
         max_bad_share=data.max_bad_share,
         cache=data.cache,
     )
+    timed = [name for name in own if dataset.rates[name] is not None]
+    whole = [name for name in timed if name not in dataset.spans]
+    if whole and len(whole) < len(timed):
+        place = "augment" if len(own) == 1 else f"modality.{whole[0]}.augment"
+        raise recipe.error(
+            place,
+            f"{place}.{side}: all of {whole[0]} is read, and of {' and '.join(set(timed) - set(whole))} a span, so they "
+            "would not be of the same time; begin it with random_span or center_span",
+        )
     if dataset.units:
         _check_units(recipe, dataset)
     for name, frontend in frontends.items():

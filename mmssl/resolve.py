@@ -81,6 +81,13 @@ def resolve(recipe: Recipe) -> Recipe:
             "a micro-batch apart, so several would have another loss than one; set it to 1, and data.batch_size as "
             "high as memory goes, or higher with objective.chunk, or use more processes",
         )
+    some_lack = values["objective"]["name"] in PAIRED and len(values["modality"]) > 2
+    if some_lack and values["trainer"]["sharding"] == "full":
+        raise recipe.error(
+            "trainer.sharding",
+            "trainer.sharding=full: a batch of one process may lack a modality that another's has, and processes "
+            "wait for each other at each block; leave it out for three or more modalities",
+        )
     best, name = values["trainer"]["best"], values["objective"]["name"]
     if (best in ("wer", "cer") and name != "ctc") or (best == "accuracy" and name == "omni"):
         raise recipe.error("trainer.best", f"trainer.best={best}: evaluations of {name} give none; choose loss")

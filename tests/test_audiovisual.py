@@ -11,9 +11,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mmssl
-from mmssl.assemble import train
+from mmssl.assemble import export_config, train
+from mmssl.build import build_encoders
 from mmssl.cli import app
-from mmssl.data.manifest import write_manifest
+from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.loading import build_dataset
 from mmssl.recipe import RecipeError, load
 from mmssl.resolve import resolve
 
@@ -106,6 +108,18 @@ def test_a_resolved_recipe_is_resolved_to_itself(folder: Path) -> None:
 def test_what_makes_no_sense_is_one_sentence(folder: Path, settings: list[str], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
         resolve(load("toy.yaml", settings))
+
+
+def test_a_span_of_one_goes_with_a_span_of_the_other(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "video": "a.mp4", "audio": "a.mp4"}\n')
+    settings = [f"data.train={tmp_path / 'rows.jsonl'}", "modality.audio.augment={}"]
+    recipe = resolve(load("small/av_mae_video", settings))
+    manifest = Manifest(tmp_path / "rows.jsonl")
+    config = export_config(recipe, manifest)
+    with pytest.raises(
+        RecipeError, match="all of audio is read, and of video a span, so they would not be of the same"
+    ):
+        build_dataset(recipe, config, build_encoders(config), manifest, side="train")
 
 
 @pytest.mark.parametrize(

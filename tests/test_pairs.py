@@ -173,6 +173,19 @@ def test_what_makes_no_sense_is_one_sentence(folder: Path, settings: list[str], 
         resolve(load("toy.yaml", settings))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "setting", "sentence"),
+    [
+        ("small/clip_digits", "trainer.sharding=full", "leave it out for three or more modalities"),
+        ("small/clip_emoji", "trainer.best=wer", "trainer.best=wer: evaluations of clip give none; choose loss"),
+        ("small/mae_image", "trainer.best=cer", "trainer.best=cer: evaluations of mae give none; choose loss"),
+    ],
+)
+def test_what_a_run_would_find_out_too_late_is_said_before(recipe: str, setting: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        resolve(load(recipe, ["data.train=rows.jsonl", setting]))
+
+
 def test_two_modalities_that_read_the_same_key_are_no_pair(folder: Path) -> None:
     text = RECIPE.replace("  text:\n", "  audio:\n").replace("  image:\n", "  speech:\n")
     Path("toy.yaml").write_text(text, encoding="utf-8")

@@ -117,7 +117,10 @@ class SLIP(nn.Module):
             )
             loss = losses.sum()
             total = total + self.ssl_weight * loss
-            metrics |= {"view_loss": (loss.detach(), told["accuracy"][1]), "view_accuracy": told["accuracy"]}
+            right, clips = told["accuracy"]
+            for metric, value in (("view_loss", loss.detach()), ("view_accuracy", right)):
+                before = metrics.get(metric, (0.0, 0.0))
+                metrics[metric] = before[0] + value, before[1] + clips
         metrics["loss"] = total.detach(), count
         return Loss(total, count, metrics | joint.spreads(self.encoder, vectors, present))
 

@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_the_modality_alone_and_its_metrics_are_named_after_
         whole, alone = model(batch(name)), model.of[name](batch(name))
         assert torch.equal(whole.total, alone.total)
         assert whole.count == alone.count
-        assert list(whole.metrics) == [f"{name}/{metric}" for metric in alone.metrics]
+        assert list(whole.metrics) == [f"{name}/{metric}" for metric in (*alone.metrics, "updates")]
     both = Batch(dict(batch("image").inputs) | dict(batch("speech").inputs), torch.arange(4))
     with pytest.raises(ValueError, match="a batch is of one modality, and this one has image and speech"):
         model(both)

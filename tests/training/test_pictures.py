@@ -52,6 +52,12 @@ def test_clips_that_move_are_a_sheet_that_moves(tmp_path: Path) -> None:
     assert shades == [(0, 255), (255, 0)]
 
 
+def test_what_is_no_sound_does_not_end_the_process() -> None:
+    wave = torch.full((8_000,), torch.nan)
+    wave[::2], wave[::3] = torch.inf, -torch.inf
+    assert soundfile.read(io.BytesIO(sound_file(wave, 8_000)))[1] == 8_000
+
+
 @pytest.mark.parametrize("rate", [8_000, 10_000, 44_100])
 def test_sound_is_the_same_as_mp3(tmp_path: Path, rate: int) -> None:
     wave = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(rate) / rate)

@@ -118,6 +118,8 @@ def test_one_frame_can_be_heard_and_frames_that_leave_gaps_cannot() -> None:
     tokens = front(raw)
     shown = spectrogram_pictures(front, tokens, tokens.valid, spectrogram(raw, tokens))
     assert shown["sounds"]["input"].shape == (1, 80)
+    wild = front.filterbank.sound(torch.tensor([[500.0, torch.nan, -torch.inf] * 4]).expand(1, 3, 12))
+    assert wild.isfinite().all()
     gaps = frontend(hop_ms=20.0)
     tokens = gaps(raw)
     shown = spectrogram_pictures(gaps, tokens, tokens.valid, spectrogram(raw, tokens))
