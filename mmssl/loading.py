@@ -198,8 +198,8 @@ def build_dataset(
         place = "augment" if len(own) == 1 else f"modality.{whole[0]}.augment"
         raise recipe.error(
             place,
-            f"{place}.{side}: all of {whole[0]} is read, and of {' and '.join(set(timed) - set(whole))} a span, so they "
-            "would not be of the same time; begin it with random_span or center_span",
+            f"{place}.{side}: all of {whole[0]} is read, and of {' and '.join(set(timed) - set(whole))} a span, so "
+            "they would not be of the same time; begin it with random_span or center_span",
         )
     if dataset.units:
         _check_units(recipe, dataset)
