@@ -460,8 +460,10 @@ def _layerwise(scenes: Mapping[int, Tensor], labels: Sequence[str | None]) -> st
     if len(names) < 2 or None in labels or len(labels) < 2 * FOLDS:
         return None
     numbers = torch.tensor([names.index(name) for name in labels if name is not None])
-    # evenly from all, so that a manifest in the order of its labels has all of them in each
-    fold = torch.arange(len(numbers)) % FOLDS
+    # by the place of a clip among those of its label: each fold has all labels, whatever order they come in
+    fold = torch.empty_like(numbers)
+    for number in range(len(names)):
+        fold[numbers == number] = torch.arange(int((numbers == number).sum())) % FOLDS
     right = {}
     for layer, features in scenes.items():
         said = torch.empty_like(numbers)

@@ -294,6 +294,14 @@ def test_the_plot_of_layers_is_of_folds_that_never_see_their_own_clips() -> None
     assert _layerwise({0: told}, [None, *labels[1:]]) is None
 
 
+def test_labels_in_turn_are_told_by_others_of_the_same() -> None:
+    numbers = torch.arange(40) % 10
+    told = torch.eye(10)[numbers]
+    drawn = _layerwise({-1: told, 0: told}, [str(number) for number in numbers.tolist()])
+    assert drawn is not None
+    assert "norm, 1.000." in drawn
+
+
 def test_a_row_of_the_confusion_is_what_a_clip_is() -> None:
     drawn = _confusion(["a", "a", "b"], ["a", "b", "b"])
     assert "2 of 3 right" in drawn

@@ -63,6 +63,7 @@ class _Clip:
     member: str = ""  # its name inside a tar
     beside: dict[str, _Place] = field(default_factory=dict)  # suffix -> the file of its name that says more of it
     known: Row = field(default_factory=dict)  # what a table says of it
+    id: str = ""  # where its name is that of another too
 
 
 def scan(
@@ -84,6 +85,7 @@ def scan(
 
     What lies beside a clip under its name says more of it, in a folder and in a tar, as WebDataset lays them out:
     `0001.txt` its text, `0001.cls` its label, and `0001.json` whatever of its keys means text, label, split or speaker.
+    A clip's id is its name below the folder; where two tars have one name, that of the tar stands before it.
 
     Args:
         media: the key that names a row's file: "audio", "image", "video", "codes".
@@ -116,6 +118,10 @@ def scan(
         clips = [clip for path in inside for clip in _members(path, inside[path], frozenset(suffixes), result)]
     else:
         clips = list(_walk(root, frozenset(suffixes), result))
+    names = Counter(clip.name for clip in clips)
+    for clip in clips:
+        if clip.member and names[clip.name] > 1:
+            clip.id = f"{os.path.basename(clip.path)}/{clip.name}"
     if tsv is not None:
         clips = _listed(clips, root, Path(tsv), dict(columns or {}), result)
     if not clips and not result.bad:
@@ -164,16 +170,20 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
         result.bad += one.bad
         result.remarks += one.remarks
         for row in one.rows:
-            folder, base = posixpath.split(row["id"])
-            shard, stem = (row[media], base.partition(".")[0]) if "offset" in row else ("", os.path.splitext(base)[0])
+            shard = row[media] if "offset" in row else ""
+            # one media may have a name in several tars, and another in this one only
+            folder, base = posixpath.split(row["id"].removeprefix(f"{os.path.basename(shard)}/"))
+            stem = base.partition(".")[0] if shard else os.path.splitext(base)[0]
             group = groups[shard, posixpath.join(folder, stem)]
             if media in group:
                 result.bad.append((row["id"], f"bears the name of {group[media]['id']}, and a pair has one {media}"))
             else:
                 group[media] = row
     wanted = [*found, *(["text"] if text else [])]
-    for (_, name), group in sorted(groups.items()):
-        merged = {key: value for row in reversed(group.values()) for key, value in row.items()} | {"id": name}
+    names = Counter(name for _, name in groups)
+    for (shard, name), group in sorted(groups.items()):
+        merged = {key: value for row in reversed(group.values()) for key, value in row.items()}
+        merged["id"] = f"{os.path.basename(shard)}/{name}" if shard and names[name] > 1 else name
         seconds = [row["seconds"] for row in group.values() if "seconds" in row]
         merged |= {"seconds": max(seconds)} if seconds else {}
         for media, row in group.items():
@@ -344,7 +354,7 @@ def _probe(
     levels: Mapping[str, int | None],
     columns: Mapping[str, str],
 ) -> Row | tuple[str, str]:
-    row: Row = {"id": clip.name, media: clip.path}
+    row: Row = {"id": clip.id or clip.name, media: clip.path}
     place = clip.path
     try:
         if clip.offset is None:
