@@ -104,7 +104,7 @@ def scan(
 
     Raises:
         NoClips: nothing in it to look at.
-        ValueError: no such folder, or a table that cannot be read.
+        ValueError: no such folder, a table that cannot be read, or columns of neither a table nor any .json.
     """
     root = os.path.abspath(folder)
     if not os.path.isdir(root):
@@ -129,6 +129,12 @@ def scan(
         raise NoClips(
             f"{folder}: no {media} file here ({' '.join(sorted(suffixes))}); found {others or 'nothing'}",
             result.ignored,
+        )
+    if columns and tsv is None and not any(".json" in clip.beside for clip in clips):
+        written = ", ".join(f"{key}={column}" for key, column in columns.items())
+        raise ValueError(
+            f"columns {written}: name what a table or .json files say, and {folder} has no .json beside a clip; give a "
+            "table (--tsv), or leave the columns out"
         )
     levels = {"label": label_from, "split": split_from, "text": text_from}
 
@@ -336,7 +342,13 @@ def _read_json(text: str, columns: Mapping[str, str]) -> Row:
         if column not in values:
             raise ValueError(f"has no {column!r} for {key!r}; its keys are {', '.join(values) or 'none'}")
     guessed = _guess(values, {key: column for key, column in columns.items() if key != "file"})
-    return {key: values[column] for key, column in guessed.items() if key != "file" and values[column] is not None}
+    found = {key: values[column] for key, column in guessed.items() if key != "file" and values[column] is not None}
+    if "text" in found and not isinstance(found["text"], str):
+        if isinstance(found["text"], bool) or not isinstance(found["text"], int | float):
+            told = json.dumps(found["text"], ensure_ascii=False)
+            raise ValueError(f"has {told[:60]} for its {guessed['text']!r}, and a text is one string")
+        found["text"] = str(found["text"])  # a caption such as 1984
+    return found
 
 
 # what lies beside a clip under its name -> the keys of a row that it gives

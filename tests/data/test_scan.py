@@ -261,6 +261,23 @@ def test_a_note_that_cannot_be_read_leaves_its_clip_out(tmp_path: Path) -> None:
     ]
 
 
+def test_a_caption_is_a_text_whatever_json_makes_of_it(tmp_path: Path) -> None:
+    for name, caption in (("1", "1984"), ("2", '["a dog", "a cat"]'), ("3", "true")):
+        make(tmp_path, {f"{name}.wav": "1", f"{name}.json": f'{{"caption": {caption}}}'})
+    result = look(tmp_path)
+    assert [row["text"] for row in result.rows] == ["1984"]
+    assert [reason for _, reason in result.bad] == [
+        """2.json beside it has ["a dog", "a cat"] for its 'caption', and a text is one string""",
+        "3.json beside it has true for its 'caption', and a text is one string",
+    ]
+
+
+def test_columns_of_nothing_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, {"1.wav": "1", "1.txt": "a dog"})
+    with pytest.raises(ValueError, match="columns text=sentence: .* has no .json beside a clip; give a table"):
+        look(tmp_path, columns={"text": "sentence"})
+
+
 def test_shards_may_be_named_one_by_one_and_a_torn_one_gives_what_it_has(tmp_path: Path) -> None:
     for n in range(3):
         shard(tmp_path / f"{n}.tar", {f"{n}a.wav": "1", f"{n}a.txt": f"clip {n}", f"{n}b.wav": "1"})
