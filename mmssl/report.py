@@ -24,11 +24,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmssl.clips import find_clips
+from mmssl.clips import find_clips, rows_of
 from mmssl.data.manifest import Manifest
 from mmssl.embed import Embedder, load
 from mmssl.evaluation.knn import knn_predict
-from mmssl.modalities import MODALITIES
 from mmssl.recipe import parse
 from mmssl.thumbnails import MOST_BYTES, SECONDS, Thumbnail, data_url, thumbnails
 from mmssl.training.health import diagnose
@@ -104,8 +103,8 @@ def write_report(
         else:
             asked = [embedder.of(name) for name in (embedder.modalities if modality is None else [modality])]
             parts = [manifest] * len(asked)
-            if len(embedder.modalities) > 1:  # without pairs, a row has one of them only
-                parts = [manifest.having([MODALITIES[one.modality].media]) for one in asked]
+            if len(embedder.modalities) > 1:
+                parts = [rows_of(manifest, one.modality) for one in asked]
             if not any(map(len, parts)):
                 found["Embeddings"] = (
                     f'<p class="bad">No row of {escape(str(manifest.path))} has what '
