@@ -506,6 +506,8 @@ def manifest(
         print(f"left out: {len(found.unlisted)} files that {tsv} does not name", file=sys.stderr)
     place = folder if out is None else out
     if shares is not None or all("split" in row for row in found.rows):
+        if place.suffix == ".jsonl":
+            raise ValueError(f"--out {place}: the rows have splits, with a file for each; give a folder")
         parts = split_rows(found.rows, shares=shares, by=by)
         files = {place / f"{name}.jsonl": rows for name, rows in sorted(parts.items())}
     else:

@@ -128,6 +128,11 @@ def find_clips(
     return clips
 
 
+def rows_of(manifest: Manifest, modality: str) -> Manifest:
+    """The rows that have what a modality reads; without pairs each has that of one modality only."""
+    return manifest.having([MODALITIES[modality].media])
+
+
 def spread_out(config: Mapping[str, Any], *, spans: int, crops: int) -> list[dict[str, Any]]:
     """The configs that read so many parts of each clip in place of its middle.
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mmssl.assemble import finetune
-from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.data.manifest import MEDIA, Manifest, write_manifest
 from mmssl.data.text import Classes
 from mmssl.evaluation.score import Score, student
 from mmssl.objectives import LABELLED
@@ -23,7 +25,8 @@ def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterato
     """Fine-tune on the rows of `data.train` without those of one value of a key, test on those, for each value in turn.
 
     Nothing is chosen on the rows that are tested on: early stopping takes `data.valid`, clips of its own. Each run has
-    the recipe's seed. The same call goes on where it was cut off.
+    the recipe's seed. The same call goes on where it was cut off. Clips that cannot be read follow `data.on_bad_clip`
+    in the test too.
 
     Args:
         key: of the rows of `data.train`, in which clips that belong together agree: a fold, a speaker.
@@ -35,7 +38,8 @@ def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterato
         the other.
 
     Raises:
-        ValueError: a row without the key, fewer than two values, or several processes.
+        ValueError: a row without the key, fewer than two values, several processes, a `data.valid` with clips of
+            `data.train` where `trainer.best` chooses by it, or folds of other rows in `out`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"folds={key}: folds are trained one by one, in one process; start it without torchrun")
@@ -48,18 +52,64 @@ def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterato
     names = Classes.from_labels(values.tolist()).names  # in the order of numbers, where they are some
     if len(names) < 2:
         raise ValueError(f"folds={key}: all rows of {manifest.path} have {names[0]!r}; it takes two or more values")
+    if recipe.get("trainer.best") is not None and recipe.get("data.valid") is not None:
+        shared = len(_clips(recipe.get("data.train")) & _clips(recipe.get("data.valid")))
+        if shared:
+            raise recipe.error(
+                "data.valid",
+                f"folds={key}: {shared} of its clips are in data.train, and trainer.best would choose by clips that "
+                "are tested on; give clips that are not, or leave trainer.best out",
+            )
     out = Path("runs", recipe.name) if out is None else out
-    found: list[dict[str, Score]] = []
+    parts: list[dict[str, Path]] = []
     for number, name in enumerate(names, start=1):
-        parts = {side: out / "manifests" / f"{number}_{side}.jsonl" for side in ("train", "test")}
-        for side, path in parts.items():
-            write_manifest(path, manifest.select(np.flatnonzero((values == name) == (side == "test"))))
-        data = {**recipe.values["data"], "train": str(parts["train"])}
+        parts.append({side: out / "manifests" / f"{number}_{side}.jsonl" for side in ("train", "test")})
+        for side, path in parts[-1].items():
+            _write_part(path, manifest.select(np.flatnonzero((values == name) == (side == "test"))), key)
+    found: list[dict[str, Score]] = []
+    for number, (name, part) in enumerate(zip(names, parts, strict=True), start=1):
+        data = {**recipe.values["data"], "train": str(part["train"])}
         run = finetune(replace(recipe, values={**recipe.values, "data": data}), out / str(number))
-        scores = evaluate(run, task=task, test=parts["test"], device=recipe.get("trainer.device"))
+        scores = evaluate(
+            run,
+            task=task,
+            test=part["test"],
+            device=recipe.get("trainer.device"),
+            on_bad_clip=recipe.get("data.on_bad_clip"),
+        )
         found.append(scores)
         yield f"{key}={name}", scores
     yield "", {metric: _over([scores[metric] for scores in found], key, names) for metric in found[0]}
+
+
+def _clips(path: str | Path) -> set[str]:
+    """What tells the clips of a manifest apart: where each lies, as two folders may both have a 1.wav; else its id."""
+    found = set()
+    for row in Manifest(os.path.abspath(path)):
+        place = {key: row[key] for key in MEDIA if key in row}
+        place |= {key: row[key] for key in ("offset", "start") if place and key in row}
+        found.add(json.dumps(place or row["id"]))
+    return found
+
+
+def _write_part(path: Path, rows: Iterable[Mapping[str, Any]], key: str) -> None:
+    """Write a manifest of some folds, or see that it is there: a run beside it was trained on what it says.
+
+    Raises:
+        ValueError: it is there with other rows.
+    """
+    new = path.with_name(path.name + ".new")
+    write_manifest(new, rows)
+    if not path.exists():
+        os.replace(new, path)
+        return
+    same = path.read_bytes() == new.read_bytes()
+    new.unlink()
+    if not same:
+        raise ValueError(
+            f"{path}: holds folds of other clips, or of another key than {key}, and runs beside it may have learned "
+            "from what is to be tested now; choose another --out"
+        )
 
 
 def _over(scores: list[Score], key: str, names: list[str]) -> Score:

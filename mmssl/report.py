@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from html import escape
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmssl.clips import find_clips
+from mmssl.clips import find_clips, rows_of
 from mmssl.data.manifest import Manifest
 from mmssl.embed import Embedder, load
 from mmssl.evaluation.knn import knn_predict
@@ -35,6 +36,7 @@ MOST_CLIPS = 1_000  # of a manifest, evenly from it: a page of so many thumbnail
 MOST_SHEETS, MOST_SHEET_BYTES = 8, 8_000_000  # of pictures, the last one among them
 MOST_BAD = 100  # bad clips by name
 NEIGHBORS, GALLERY = 5, 12
+MOST_CLASSES, MOST_CONFUSED = 50, 50  # of a table, and of the list in its place: 1,000 classes have a million cells
 FOLDS = 5
 WIDTH, HEIGHT, MARGIN = 480, 220, 62
 MAP = 560
@@ -99,9 +101,20 @@ def write_report(
         except ValueError as error:
             found["Embeddings"] = f'<p class="bad">No encoder to embed with: {escape(str(error))}</p>'
         else:
-            for name in embedder.modalities if modality is None else [modality]:
-                one = embedder.of(name)
-                own, sections = _embedded(one, manifest, label, pool, batch_size, progress, before=len(clips))
+            asked = [embedder.of(name) for name in (embedder.modalities if modality is None else [modality])]
+            parts = [manifest] * len(asked)
+            if len(embedder.modalities) > 1:
+                parts = [rows_of(manifest, one.modality) for one in asked]
+            if not any(map(len, parts)):
+                found["Embeddings"] = (
+                    f'<p class="bad">No row of {escape(str(manifest.path))} has what '
+                    f"{' or '.join(one.modality for one in asked)} reads.</p>"
+                )
+            for one, part in zip(asked, parts, strict=True):
+                if not len(part):
+                    continue
+                name = one.modality
+                own, sections = _embedded(one, part, label, pool, batch_size, progress, before=len(clips))
                 several = f" ({name})" if len(embedder.modalities) > 1 else ""
                 clips += own
                 found |= {f"{heading}{several}": text for heading, text in sections.items()}
@@ -335,9 +348,18 @@ def _embedded(
     if len(manifest) > MOST_CLIPS:
         manifest = manifest.select(np.linspace(0, len(manifest) - 1, MOST_CLIPS).round().astype(np.int64))
     layers = [-1, *range(embedder.depth + 1)]
-    found = embedder.embed(
-        manifest, layer=layers, pool=pool, tokens=False, batch_size=batch_size, on_bad_clip="skip", progress=progress
-    )
+    try:
+        found = embedder.embed(
+            manifest,
+            layer=layers,
+            pool=pool,
+            tokens=False,
+            batch_size=batch_size,
+            on_bad_clip="skip",
+            progress=progress,
+        )
+    except ValueError as error:  # none of the clips can be read, or not by this encoder
+        return [], {"Embeddings": f'<p class="bad">{escape(str(error))}</p>'}
     read = torch.isfinite(found[0].scene).all(1).nonzero()[:, 0]
     sections = {}
     if found[0].bad:
@@ -460,8 +482,10 @@ def _layerwise(scenes: Mapping[int, Tensor], labels: Sequence[str | None]) -> st
     if len(names) < 2 or None in labels or len(labels) < 2 * FOLDS:
         return None
     numbers = torch.tensor([names.index(name) for name in labels if name is not None])
-    # evenly from all, so that a manifest in the order of its labels has all of them in each
-    fold = torch.arange(len(numbers)) % FOLDS
+    # by the place of a clip among those of its label: each fold has all labels, whatever order they come in
+    fold = torch.empty_like(numbers)
+    for number in range(len(names)):
+        fold[numbers == number] = torch.arange(int((numbers == number).sum())) % FOLDS
     right = {}
     for layer, features in scenes.items():
         said = torch.empty_like(numbers)
@@ -481,22 +505,32 @@ def _layerwise(scenes: Mapping[int, Tensor], labels: Sequence[str | None]) -> st
 
 
 def _confusion(truth: Sequence[str], said: Sequence[str]) -> str:
+    """A table of all classes, or a list of what is confused most where there are more than `MOST_CLASSES`."""
     names = sorted({*truth, *said})
-    counts = torch.zeros(len(names), len(names), dtype=torch.int64)
-    for one, other in zip(truth, said, strict=True):
-        counts[names.index(one), names.index(other)] += 1
-    right = int(counts.diagonal().sum())
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    lines = "".join(
-        f"<tr><th>{escape(name)}</th>"
-        + "".join(
-            f'<td style="background:rgb(68 119 170 / {count / max(sum(row), 1):.2f})">{count or ""}</td>'
-            for count in row
+    counts = Counter(zip(truth, said, strict=True))
+    clips = Counter(truth)
+    right = f"<p>{sum(counts[name, name] for name in names)} of {len(truth)} right."
+    if len(names) > MOST_CLASSES:
+        wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]]
+        listed = "".join(
+            f"<tr><td>{escape(one)}</td><td>{escape(other)}</td><td>{count} of {clips[one]}</td></tr>"
+            for (one, other), count in wrong[:MOST_CONFUSED]
         )
-        + "</tr>"
-        for name, row in zip(names, counts.tolist(), strict=True)
-    )
+        head = "<tr><th>what a clip is</th><th>what it is taken for</th><th>clips</th></tr>"
+        return (
+            f"{right} Of {len(names)} classes, the {min(len(wrong), MOST_CONFUSED)} most frequent confusions of "
+            f"{len(wrong)}.</p><table>{head}{listed}</table>"
+        )
+
+    def cell(one: str, other: str) -> str:
+        count = counts[one, other]
+        return (
+            f'<td style="background:rgb(68 119 170 / {count / clips[one]:.2f})">{count}</td>' if count else "<td></td>"
+        )
+
+    lines = "".join(f"<tr><th>{escape(one)}</th>{''.join(cell(one, other) for other in names)}</tr>" for one in names)
     return (
-        f"<p>{right} of {len(truth)} right. A row is what a clip is, a column what it is taken for.</p>"
-        f'<table class="confusion"><tr><th></th>{head}</tr>{lines}</table>'
+        f"{right} A row is what a clip is, a column what it is taken for.</p>"
+        f'<table class="confusion"><tr><th></th>{"".join(f"<th>{escape(name)}</th>" for name in names)}</tr>'
+        f"{lines}</table>"
     )

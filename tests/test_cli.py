@@ -198,6 +198,10 @@ def test_a_folder_that_gives_no_row_is_refused_with_the_way_out(
     (sounds / "a.wav").write_bytes(b"")
     sentence = said("manifest", sounds, "--modality", "image")
     assert sentence.endswith("; found 1 .wav; --modality speech and --modality audio look for those")
+    file = tmp_path / "pictures.jsonl"
+    sentence = said("manifest", pictures, "--modality", "image", "--split-from", 1, "--out", file)
+    assert sentence == f"--out {file}: the rows have splits, with a file for each; give a folder"
+    assert not file.exists()
     sentence = said("manifest", pictures, "--modality", "image", "--label-from", 3, "--out", tmp_path)
     assert sentence == (
         f"{pictures}: none of the 16 files gives a row; the first is {pictures / 'test/checks/15.png'}: "

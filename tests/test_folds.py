@@ -87,3 +87,46 @@ def test_folds_that_are_none_are_said_in_a_sentence(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="folds=fold: folds are trained one by one, in one process"):
         next(cross_validate(recipe, "fold"))
+
+
+def test_runs_are_never_tested_on_clips_that_they_learned_from(manifest: Path, tmp_path: Path) -> None:
+    rows = [{**row, "speaker": i // 4} for i, row in enumerate(Manifest(manifest))]
+    write_manifest(manifest, rows)
+    recipe = load(tmp_path / "toy.yaml", [f"data.train={manifest}", "trainer.steps=1"])
+    first = dict(cross_validate(recipe, "fold", tmp_path / "runs"))
+    before = (tmp_path / "runs" / "manifests" / "1_test.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"1_train.jsonl: holds folds of other clips, .* choose another --out"):
+        next(cross_validate(recipe, "speaker", tmp_path / "runs"))
+    # what is there stays, and the same call goes on
+    assert (tmp_path / "runs" / "manifests" / "1_test.jsonl").read_bytes() == before
+    assert dict(cross_validate(recipe, "fold", tmp_path / "runs")) == first
+    write_manifest(manifest, [{**row, "label": "bright" if i == 0 else row["label"]} for i, row in enumerate(rows)])
+    with pytest.raises(ValueError, match="holds folds of other clips"):
+        next(cross_validate(recipe, "fold", tmp_path / "runs"))
+
+
+def test_a_bad_clip_follows_the_recipe_in_the_test_too(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    settings = [f"data.train={manifest}", "trainer.steps=1"]
+    with pytest.raises(ValueError, match=r"0\.png"):
+        next(cross_validate(load(tmp_path / "toy.yaml", settings), "fold", tmp_path / "stopped"))
+    skipped = load(tmp_path / "toy.yaml", [*settings, "data.on_bad_clip=skip"])
+    scores = dict(cross_validate(skipped, "fold", tmp_path / "runs"))
+    assert [scores[name]["accuracy"].n for name in ("fold=0", "fold=10", "fold=20", "")] == [3, 4, 4, 11]
+
+
+def test_nothing_is_chosen_by_clips_that_are_tested_on(manifest: Path, tmp_path: Path) -> None:
+    rows = list(Manifest(manifest))
+    (tmp_path / "apart").mkdir()
+    for row in rows[:2]:
+        (tmp_path / "apart" / Path(row["image"]).name).write_bytes(Path(row["image"]).read_bytes())
+    # the same names in another folder are other clips; another name in the manifest makes none of the same file
+    apart = [{**row, "image": str(tmp_path / "apart" / Path(row["image"]).name)} for row in rows[:2]]
+    write_manifest(tmp_path / "apart" / "valid.jsonl", apart)
+    write_manifest(tmp_path / "shared.jsonl", [*apart, {**rows[5], "id": "renamed"}])
+    best = ["trainer.steps=1", "trainer.eval_every=1", "trainer.best=accuracy", f"data.train={manifest}"]
+    recipe = load(tmp_path / "toy.yaml", [*best, f"data.valid={tmp_path / 'shared.jsonl'}"])
+    with pytest.raises(ValueError, match="data.valid.* 1 of its clips are in data.train, .* leave trainer.best out"):
+        next(cross_validate(recipe, "fold", tmp_path / "runs"))
+    recipe = load(tmp_path / "toy.yaml", [*best, f"data.valid={tmp_path / 'apart' / 'valid.jsonl'}"])
+    assert next(cross_validate(recipe, "fold", tmp_path / "runs"))[0] == "fold=0"

@@ -294,10 +294,37 @@ def test_the_plot_of_layers_is_of_folds_that_never_see_their_own_clips() -> None
     assert _layerwise({0: told}, [None, *labels[1:]]) is None
 
 
+def test_labels_in_turn_are_told_by_others_of_the_same() -> None:
+    numbers = torch.arange(40) % 10
+    told = torch.eye(10)[numbers]
+    drawn = _layerwise({-1: told, 0: told}, [str(number) for number in numbers.tolist()])
+    assert drawn is not None
+    assert "norm, 1.000." in drawn
+
+
 def test_a_row_of_the_confusion_is_what_a_clip_is() -> None:
     drawn = _confusion(["a", "a", "b"], ["a", "b", "b"])
     assert "2 of 3 right" in drawn
     assert re.findall(r"<td[^>]*>(\d*)</td>", drawn) == ["1", "1", "", "1"]
+
+
+def test_only_what_is_said_of_a_class_is_drawn_and_of_many_classes_the_commonest_confusions() -> None:
+    assert _confusion(["a", "a", "b"], ["a", "b", "b"]).count("style=") == 3
+    names = [f"class {i}" for i in range(1000)]
+    drawn = _confusion([*names, "class 7", "class 7"], [*names[:7], "class 8", *names[8:], "class 8", "class 7"])
+    assert "1000 of 1002 right. Of 1000 classes, the 1 most frequent confusions of 1." in drawn
+    assert "<td>class 7</td><td>class 8</td><td>2 of 3</td>" in drawn
+    assert len(drawn) < 1000
+
+
+def test_clips_that_cannot_be_read_leave_the_rest_of_the_page(run: Path, tuned: Path, tmp_path: Path) -> None:
+    shutil.copytree(tuned, run, dirs_exist_ok=True)
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    write_manifest(tmp_path / "bad.jsonl", [{"id": "broken", "image": str(tmp_path / "0.png")}])
+    page = Page(write_report(run, data=tmp_path / "bad.jsonl", device="cpu"))
+    assert "evaluation 0.4321" in page.text
+    assert "Embeddings" in page.text
+    assert "the first is broken (not a picture that Pillow can read)" in page.text
 
 
 def test_clips_have_a_map_neighbors_layers_and_confusion(tuned: Path, clips: Path, tmp_path: Path) -> None:
@@ -412,6 +439,17 @@ def test_a_run_on_pairs_has_a_map_of_each_or_of_the_one_asked_for(tmp_path: Path
         assert (clip["picture"] is not None, clip["text"]) == ((True, None) if i < 4 else (False, f"number {i - 4}"))
     dots = [int(a["data-clip"] or "") for tag, a in page.tags if tag == "circle" and "data-clip" in a]
     assert sorted(dots) == list(range(8))
+    # without pairs, each row is shown as what it has
+    alone = [{key: row[key] for key in ("id", ("image", "text")[i % 2])} for i, row in enumerate(rows)]
+    write_manifest(tmp_path / "alone.jsonl", alone)
+    page = Page(write_report(paired, tmp_path / "alone.html", data=tmp_path / "alone.jsonl", device="cpu"))
+    assert [clip["name"] for clip in page.clips] == ["row 0", "row 2", "row 1", "row 3"]
+    write_manifest(tmp_path / "alone.jsonl", alone[::2])
+    page = Page(write_report(paired, tmp_path / "alone.html", data=tmp_path / "alone.jsonl", device="cpu"))
+    assert "Embedding map (image)" in page.text
+    assert "(text)" not in page.text
+    page = Page(write_report(paired, tmp_path / "alone.html", data=tmp_path / "alone.jsonl", modality="text"))
+    assert "has what text reads." in page.text
     one = Page(write_report(paired, tmp_path / "one.html", data=captioned, modality="text", device="cpu"))
     assert [clip["text"] for clip in one.clips] == [f"number {i}" for i in range(4)]
     with pytest.raises(ValueError, match="modality='sound': .* has an encoder of image and text"):

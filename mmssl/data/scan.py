@@ -63,6 +63,7 @@ class _Clip:
     member: str = ""  # its name inside a tar
     beside: dict[str, _Place] = field(default_factory=dict)  # suffix -> the file of its name that says more of it
     known: Row = field(default_factory=dict)  # what a table says of it
+    id: str = ""  # where its name is that of another too
 
 
 def scan(
@@ -84,6 +85,7 @@ def scan(
 
     What lies beside a clip under its name says more of it, in a folder and in a tar, as WebDataset lays them out:
     `0001.txt` its text, `0001.cls` its label, and `0001.json` whatever of its keys means text, label, split or speaker.
+    A clip's id is its name below the folder; where two tars have one name, that of the tar stands before it.
 
     Args:
         media: the key that names a row's file: "audio", "image", "video", "codes".
@@ -102,7 +104,7 @@ def scan(
 
     Raises:
         NoClips: nothing in it to look at.
-        ValueError: no such folder, or a table that cannot be read.
+        ValueError: no such folder, a table that cannot be read, or columns of neither a table nor any .json.
     """
     root = os.path.abspath(folder)
     if not os.path.isdir(root):
@@ -116,6 +118,10 @@ def scan(
         clips = [clip for path in inside for clip in _members(path, inside[path], frozenset(suffixes), result)]
     else:
         clips = list(_walk(root, frozenset(suffixes), result))
+    names = Counter(clip.name for clip in clips)
+    for clip in clips:
+        if clip.member and names[clip.name] > 1:
+            clip.id = f"{os.path.basename(clip.path)}/{clip.name}"
     if tsv is not None:
         clips = _listed(clips, root, Path(tsv), dict(columns or {}), result)
     if not clips and not result.bad:
@@ -123,6 +129,12 @@ def scan(
         raise NoClips(
             f"{folder}: no {media} file here ({' '.join(sorted(suffixes))}); found {others or 'nothing'}",
             result.ignored,
+        )
+    if columns and tsv is None and not any(".json" in clip.beside for clip in clips):
+        written = ", ".join(f"{key}={column}" for key, column in columns.items())
+        raise ValueError(
+            f"columns {written}: name what a table or .json files say, and {folder} has no .json beside a clip; give a "
+            "table (--tsv), or leave the columns out"
         )
     levels = {"label": label_from, "split": split_from, "text": text_from}
 
@@ -164,16 +176,20 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
         result.bad += one.bad
         result.remarks += one.remarks
         for row in one.rows:
-            folder, base = posixpath.split(row["id"])
-            shard, stem = (row[media], base.partition(".")[0]) if "offset" in row else ("", os.path.splitext(base)[0])
+            shard = row[media] if "offset" in row else ""
+            # one media may have a name in several tars, and another in this one only
+            folder, base = posixpath.split(row["id"].removeprefix(f"{os.path.basename(shard)}/"))
+            stem = base.partition(".")[0] if shard else os.path.splitext(base)[0]
             group = groups[shard, posixpath.join(folder, stem)]
             if media in group:
                 result.bad.append((row["id"], f"bears the name of {group[media]['id']}, and a pair has one {media}"))
             else:
                 group[media] = row
     wanted = [*found, *(["text"] if text else [])]
-    for (_, name), group in sorted(groups.items()):
-        merged = {key: value for row in reversed(group.values()) for key, value in row.items()} | {"id": name}
+    names = Counter(name for _, name in groups)
+    for (shard, name), group in sorted(groups.items()):
+        merged = {key: value for row in reversed(group.values()) for key, value in row.items()}
+        merged["id"] = f"{os.path.basename(shard)}/{name}" if shard and names[name] > 1 else name
         seconds = [row["seconds"] for row in group.values() if "seconds" in row]
         merged |= {"seconds": max(seconds)} if seconds else {}
         for media, row in group.items():
@@ -326,7 +342,13 @@ def _read_json(text: str, columns: Mapping[str, str]) -> Row:
         if column not in values:
             raise ValueError(f"has no {column!r} for {key!r}; its keys are {', '.join(values) or 'none'}")
     guessed = _guess(values, {key: column for key, column in columns.items() if key != "file"})
-    return {key: values[column] for key, column in guessed.items() if key != "file" and values[column] is not None}
+    found = {key: values[column] for key, column in guessed.items() if key != "file" and values[column] is not None}
+    if "text" in found and not isinstance(found["text"], str):
+        if isinstance(found["text"], bool) or not isinstance(found["text"], int | float):
+            told = json.dumps(found["text"], ensure_ascii=False)
+            raise ValueError(f"has {told[:60]} for its {guessed['text']!r}, and a text is one string")
+        found["text"] = str(found["text"])  # a caption such as 1984
+    return found
 
 
 # what lies beside a clip under its name -> the keys of a row that it gives
@@ -344,7 +366,7 @@ def _probe(
     levels: Mapping[str, int | None],
     columns: Mapping[str, str],
 ) -> Row | tuple[str, str]:
-    row: Row = {"id": clip.name, media: clip.path}
+    row: Row = {"id": clip.id or clip.name, media: clip.path}
     place = clip.path
     try:
         if clip.offset is None:

@@ -261,6 +261,23 @@ def test_a_note_that_cannot_be_read_leaves_its_clip_out(tmp_path: Path) -> None:
     ]
 
 
+def test_a_caption_is_a_text_whatever_json_makes_of_it(tmp_path: Path) -> None:
+    for name, caption in (("1", "1984"), ("2", '["a dog", "a cat"]'), ("3", "true")):
+        make(tmp_path, {f"{name}.wav": "1", f"{name}.json": f'{{"caption": {caption}}}'})
+    result = look(tmp_path)
+    assert [row["text"] for row in result.rows] == ["1984"]
+    assert [reason for _, reason in result.bad] == [
+        """2.json beside it has ["a dog", "a cat"] for its 'caption', and a text is one string""",
+        "3.json beside it has true for its 'caption', and a text is one string",
+    ]
+
+
+def test_columns_of_nothing_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, {"1.wav": "1", "1.txt": "a dog"})
+    with pytest.raises(ValueError, match="columns text=sentence: .* has no .json beside a clip; give a table"):
+        look(tmp_path, columns={"text": "sentence"})
+
+
 def test_shards_may_be_named_one_by_one_and_a_torn_one_gives_what_it_has(tmp_path: Path) -> None:
     for n in range(3):
         shard(tmp_path / f"{n}.tar", {f"{n}a.wav": "1", f"{n}a.txt": f"clip {n}", f"{n}b.wav": "1"})
@@ -317,4 +334,31 @@ def test_names_that_come_twice_are_no_pair_and_equal_names_in_two_shards_are_two
     }
     result = pair(found, {"audio": (), "image": ()}, text=False)
     assert [Path(row["audio"]["path"]).name for row in result.rows] == ["0.tar", "1.tar"]
-    assert result.bad == [("1.right.wav", "bears the name of 1.left.wav, and a pair has one audio")] * 2
+    assert [row["id"] for row in result.rows] == ["0.tar/1", "1.tar/1"]
+    assert result.bad == [
+        (f"{n}.tar/1.right.wav", f"bears the name of {n}.tar/1.left.wav, and a pair has one audio") for n in range(2)
+    ]
+
+
+def test_clips_of_one_name_in_two_shards_have_an_id_each(tmp_path: Path) -> None:
+    make(tmp_path, {"a/2.wav": "1"})
+    shard(tmp_path / "0.tar", {"a/1.wav": "1", "a/2.wav": "1", "a/3.wav": "1"})
+    shard(tmp_path / "1.tar", {"a/1.wav": "1"})
+    rows = look(tmp_path, label_from=1).rows
+    assert [row["id"] for row in rows] == ["0.tar/a/1.wav", "0.tar/a/2.wav", "a/3.wav", "1.tar/a/1.wav", "a/2.wav"]
+    assert {row["label"] for row in rows} == {"a"}  # folders are counted as before
+    # a table may name a clip twice, and it is one clip all the same
+    write(tmp_path / "t.tsv", "file\ttext", "a/3.wav\tthree", "a/3.wav\tagain")
+    assert [row["id"] for row in look(tmp_path, tsv=tmp_path / "t.tsv").rows] == ["a/3.wav"] * 2
+
+
+def test_a_name_that_only_one_media_has_in_two_shards_still_makes_a_pair(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", {"1.wav": "1", "1.png": "3"})
+    shard(tmp_path / "1.tar", {"1.wav": "2"})
+    found = {
+        media: scan(tmp_path, media=media, probe=probe, suffixes={suffix}, progress=False)
+        for media, suffix in (("audio", ".wav"), ("image", ".png"))
+    }
+    result = pair(found, {"audio": (), "image": ()}, text=False)
+    assert [row["id"] for row in result.rows] == ["0.tar/1"]
+    assert result.bad == [("1.tar/1.wav", "there is no image of this name beside it")]
