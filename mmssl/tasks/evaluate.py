@@ -212,6 +212,9 @@ def evaluate(
             Path(plot).write_text(layer_plot(scores), encoding="utf-8")
         return scores
     if task in ("cluster", "verify", "rank", "ood"):
+        for name, value in (("valid", valid), ("by", by), ("strength", strength)):
+            if value is not None:
+                raise ValueError(f"{name}={value}: {task} chooses nothing; leave {name} out")
         return _frozen(embedder, task, test, train, ood, trials, layer, pool, label, k, settings)
     if task not in ("linear", "knn", "attentive", "superb", "superb-verify", "superb-ctc", "corruption"):
         *others, last = get_args(Task)

@@ -421,6 +421,8 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
         ({"task": "knn", "plot": "layers.svg"}, "is for task layers only; leave plot out"),
         ({"task": "linear", "against": "other.json"}, "is for task corruption only; leave against out"),
         ({"task": "corruption", "label_share": 0.1}, "corruption takes no few labels"),
+        ({"task": "cluster", "by": "speaker"}, "by=speaker: cluster chooses nothing; leave by out"),
+        ({"task": "rank", "strength": 1.0}, "strength=1.0: rank chooses nothing; leave strength out"),
         ({"task": "layers", "layer": 1}, "measures all of them; leave layer out"),
         ({"task": "layers", "train": None, "label_share": 0.1}, "are of probes, which take train; give it"),
         ({"task": "superb", "baseline": "pixels"}, "has no layers to weight; leave the baseline out"),
