@@ -14,10 +14,9 @@ from mmssl import distributed
 from mmssl.encoder import Encoders
 from mmssl.nn.heads import mean_pool
 from mmssl.nn.joined import JointPredictor, encode_jointly
-from mmssl.nn.joint import labels_of
+from mmssl.nn.joint import labels_of, spreads
 from mmssl.nn.partners import both_ways
 from mmssl.nn.reconstruction import Reconstructed
-from mmssl.nn.spread import spread
 from mmssl.objectives.av_mae import masked, reconstruction, refuse_pair
 from mmssl.types import Batch, Encoded, Hide, Loss
 
@@ -116,13 +115,9 @@ class CAVMAE(nn.Module):
         losses, told = both_ways(pairs, everyone, places, scale=1 / self.temperature, negatives=labels[:, None] != ids)
         contrast, count = losses.sum(), len(batch)
         total = torch.stack(list(errors.values())).sum() + self.weight * contrast
-        spreads = {
-            # times the root of their width: of unit vectors that point everywhere it is about 1
-            f"{name}_std": (spread(pairs.detach()[:, side] * self.dim**0.5) * count, count)
-            for side, name in enumerate(self.encoder)
-        }
         losses_said = {"loss": (total.detach(), count), "contrast": (contrast.detach(), count)}
-        return Loss(total, count, {**losses_said, **metrics, **told, **spreads})
+        stds = spreads(self.encoder, pairs, torch.ones(pairs.shape[:2], dtype=torch.bool))
+        return Loss(total, count, {**losses_said, **metrics, **told, **stds})
 
     def after_step(self, step: int) -> None:
         """Nothing here changes with time."""
