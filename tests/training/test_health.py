@@ -217,3 +217,10 @@ def test_of_modalities_in_turn_each_is_judged_by_its_own_lines() -> None:
     assert diagnose(history(16, **names | {"speech/code_perplexity": 90.0})) == {}
     # what is of all of them is said once, and of none
     assert diagnose(history(16, weight_size=lambda i: 1e-3, **names))["high_rate"].startswith("the rate is")
+
+
+def test_a_modality_is_as_old_as_its_own_updates() -> None:
+    guessing: dict[str, Any] = {"speech/accuracy": 0.01, "speech/chance_accuracy": 0.01}
+    # drawn in every eighth update, it has had 200 of 1,600
+    assert diagnose(history(16, **guessing, **{"speech/updates": lambda i: 12.5 * (i + 1)})) == {}
+    assert set(diagnose(history(16, **guessing, **{"speech/updates": lambda i: 100.0 * (i + 1)}))) == {"chance_plateau"}
