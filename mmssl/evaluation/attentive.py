@@ -105,8 +105,8 @@ def fit_attentive(
 ) -> Fitted:
     """An attentive probe; of several rates the best on validation is kept, of equal ones the smallest.
 
-    Source: Chen et al. 2022, CAE (arXiv:2202.03026), section 4.1, "attentive probing"; Bardes et al. 2024, V-JEPA
-        (arXiv:2404.08471), section 4.1.
+    Source: Chen et al. 2022, CAE (arXiv:2202.03026), "attentive probing"; Bardes et al. 2024, V-JEPA
+        (arXiv:2404.08471), section 4.3.
     Differs from the papers: there is no block or MLP beside the attention, tokens are standardized over the training
         clips, and nothing is augmented, because tokens are computed once.
 

@@ -37,8 +37,8 @@ def block_mask(
     """Hide random blocks of one size until exactly the share `ratio` is hidden; or show them until the rest is visible.
 
     Source: spans of time as in Baevski et al. 2020 (arXiv:2006.11477), section 3.1; inverse blocks, which stay visible,
-    as in Baevski et al. 2023, data2vec 2.0 (arXiv:2212.07525), section 3.3; for spectrograms Chen et al. 2024, EAT
-    (arXiv:2401.03497), section 3.2. Blocks may overlap.
+    as in Baevski et al. 2023, data2vec 2.0 (arXiv:2212.07525), section 3.4; for spectrograms Chen et al. 2024, EAT
+    (arXiv:2401.03497), section 3.1. Blocks may overlap.
     Differs from the released code: blocks come in a random order until the count is reached, the last one cut short,
     where the code draws a number of them and then hides or shows single tokens to make counts equal. A block that
     reaches over an edge goes on at the other side, so all tokens are hidden equally often; with the code those at the

@@ -55,7 +55,7 @@ class AttentionPool(nn.Module):
     """One learned query looks at all real tokens of a clip.
 
     Source: Lee et al. 2019 (arXiv:1810.00825), section 3.2, "pooling by multihead attention" with one seed vector;
-    for frozen masked image models, Chen et al. 2022 (arXiv:2202.03026), section 4.1.
+    for frozen masked image models, Chen et al. 2022 (CAE, arXiv:2202.03026), "attentive probing".
     """
 
     def __init__(self, dim: int, heads: int, *, eps: float = 1e-6) -> None:

@@ -89,7 +89,7 @@ def averaged_target(
 def regression(prediction: Tensor, target: Tensor, *, beta: float) -> Tensor:
     """The error of each prediction in float32: squared, or smooth L1, summed over D and divided by its root.
 
-    Source: data2vec, section 3.3, equation 2; the scale is the released code's.
+    Source: data2vec, section 3.4; the scale is the released code's.
 
     Args:
         prediction, target: (M, D).

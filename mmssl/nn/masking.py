@@ -186,7 +186,7 @@ def span_mask(
 def axis_mask(lengths: Tensor, *, grid: Sequence[int], ratios: Sequence[float], seeds: Tensor) -> MaskPlan:
     """Hide whole steps of each axis: all tokens of some times, all tokens of some frequencies.
 
-    Source: Huang et al. 2022 (Audio-MAE, arXiv:2207.06405), section 3.3, for fine-tuning; after SpecAugment, Park et
+    Source: Huang et al. 2022 (Audio-MAE, arXiv:2207.06405), section 3, "fine-tuning"; after SpecAugment, Park et
     al. 2019 (arXiv:1904.08779). The shares are of a clip's own steps and rounded to the nearest; one step of each axis
     stays visible, and so does a token.
 

@@ -20,7 +20,7 @@ class Predictor(nn.Module):
     """MAE's decoder: visible tokens and mask vectors, each with its position, through a narrow Transformer.
 
     Source: He et al. 2022 (arXiv:2111.06377), section 3, "MAE decoder"; windows are Huang et al. 2022 (Audio-MAE,
-    arXiv:2207.06405), section 3.2, "local attention" and "hybrid".
+    arXiv:2207.06405), section 3, "decoder with local attention".
     Differs from Audio-MAE: windows are shifted along every axis, as its text has it, where its released code shifts
         them in time only; blocks are the same as elsewhere, where that code has those of Swin V2 (cosine attention, a
         norm after each branch, a bias for each distance).

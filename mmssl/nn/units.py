@@ -113,7 +113,7 @@ def units_of_tokens(units: Units, tokens: Tokens) -> tuple[Tensor, Tensor]:
 class CosineHead(nn.Module):
     """Which of several codes a vector is, by the cosine to an embedding of each.
 
-    Source: Hsu et al. 2021, HuBERT (arXiv:2106.07447), section II-B.
+    Source: Hsu et al. 2021, HuBERT (arXiv:2106.07447), section II-E, equation 3.
 
     Args:
         dim: width of the vectors.

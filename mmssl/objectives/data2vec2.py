@@ -21,7 +21,7 @@ class Data2Vec2(nn.Module):
     """Encode the visible tokens of several masked copies of a clip, and regress to one target for all of them.
 
     Source: Baevski et al. 2023 (arXiv:2212.07525), section 3; defaults of the image model, without its class loss. With
-        `utterance_weight` 1, Chen et al. 2024, EAT (arXiv:2401.03497), section 3.3.
+        `utterance_weight` 1, Chen et al. 2024, EAT (arXiv:2401.03497), section 3.1.
     Differs from the papers: every clip has exactly the share `mask_ratio` hidden (see `nn.block_masks`); the statistics
         of the instance norm leave padding out; the noise in the place of hidden tokens comes from the clips' own seeds.
         ALiBi is the Transformer's (`transformer.bias`). The utterance loss is a mean over copies, as in

@@ -20,7 +20,7 @@ from mmssl.types import Batch, Hide, Loss
 class EncodecMAE(nn.Module):
     """Hide spans, encode the rest, and name the units of hidden and of visible tokens with a small decoder.
 
-    Source: Pepino et al. 2023 (arXiv:2309.07391), section 2; defaults of the base model.
+    Source: Pepino et al. 2023 (arXiv:2309.07391); defaults of the base model's released configuration.
     Differs from the paper: hidden and visible tokens are weighed by the shares that are to be hidden and visible, and
         not by those that a batch happens to have; spans go on at a clip's other end, see `block_mask`; the decoder has
         a mask vector, where the released code has zeros.

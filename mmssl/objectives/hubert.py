@@ -30,7 +30,7 @@ from mmssl.types import Batch, Hide, Loss, Raw, Tokens
 class HuBERT(nn.Module):
     """Hidden tokens must be nearest to the embedding of their unit.
 
-    Source: Hsu et al. 2021 (arXiv:2106.07447), section II and IV; defaults of the base model.
+    Source: Hsu et al. 2021 (arXiv:2106.07447), sections II and IV; defaults of the base model.
     Differs from the paper: `mask_prob` counts as in `span_mask`; the penalty on the size of the features, which is the
         released code's, is taken clip by clip (see `feature_size`), so that micro-batches add up; each label has a
         projection of its own, as the released configuration has it (`untie_final_proj`).

@@ -73,7 +73,7 @@ class JEPA(nn.Module):
         error: Literal["smooth_l1", "l1"] = "smooth_l1",
         predictor_dim: int = 384,
         predictor_depth: int = 12,
-        predictor_heads: int = 12,
+        predictor_heads: int = 16,
         ema_decay: float = 0.996,
         ema_decay_end: float = 1.0,
         ema_updates: int = 187_500,

@@ -30,7 +30,7 @@ class MP3(nn.Module):
     Args:
         encoder: without positions, and with a Transformer in which order plays no part.
         positions: most tokens that a clip can have.
-        mask_ratio: share of the tokens that are not attended to.
+        mask_ratio: share of the tokens that are not attended to. Whether the paper has one half could not be confirmed.
     """
 
     label: ClassVar[str | None] = None

@@ -13,7 +13,7 @@ from torch import Tensor
 def roll(x: Tensor, rng: np.random.Generator, *, p: float = 1.0) -> Tensor:
     """A share `p` of clips begins anywhere, and what stood before that comes at the end.
 
-    Source: Huang et al. 2022 (Audio-MAE, arXiv:2207.06405), section 4.1. Their released code never rolls: it draws the
+    Source: Huang et al. 2022 (Audio-MAE, arXiv:2207.06405), section 4.3. Their released code never rolls: it draws the
     shift from one number, 0.
     """
     if not 0 <= p <= 1:

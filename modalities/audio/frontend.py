@@ -21,7 +21,7 @@ class SpectrogramPatches(Frontend):
     """Patches of a clip's log-mel spectrogram, of any length, projected to the model's width.
 
     Source: Gong et al. 2021 (AST, arXiv:2104.01778), section 2.1, and Huang et al. 2022 (Audio-MAE, arXiv:2207.06405),
-    section 3.1, with their constants of AudioSet.
+    section 4.2, with their constants of AudioSet.
     Differs from both: without `frames` clips are not cut or padded. Where the last patch reaches past a clip's last
         frame, the clip goes on with digital silence up to the patch's end, and no further: no frame is lost and a
         clip's tokens are the same in any batch. Both papers put zeros before the normalization, where they are louder

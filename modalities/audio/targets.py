@@ -27,7 +27,8 @@ def spectrogram(raw: Raw, tokens: Tokens) -> Tensor:
 def normalized_spectrogram(raw: Raw, tokens: Tokens) -> Tensor:
     """Each patch brought to mean 0 and deviation 1: (B, N, P). A patch of digital silence is zero.
 
-    Source: Huang et al. 2022 (Audio-MAE, arXiv:2207.06405), section 3.4, after He et al. 2022 (arXiv:2111.06377).
+    Source: Huang et al. 2022 (Audio-MAE, arXiv:2207.06405), section 3, "objective", after He et al. 2022
+    (arXiv:2111.06377).
     """
     return normalized(tokens, plain="spectrogram")
 

@@ -45,7 +45,7 @@ def random_resized_crop(
 ) -> Tensor:
     """The same random part of every frame, brought to [height, width]; one number is a square.
 
-    Source: Feichtenhofer et al. 2022, MAE-ST (arXiv:2205.09113), section 4.1; settings as for pictures.
+    Source: Feichtenhofer et al. 2022, MAE-ST (arXiv:2205.09113), section 4; settings as for pictures.
     """
     frames = image.random_resized_crop(x.flatten(0, 1), rng, size=size, scale=scale, ratio=ratio)
     return frames.unflatten(0, x.shape[:2])

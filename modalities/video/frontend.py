@@ -16,7 +16,7 @@ from mmssl.types import Frontend, Raw, Tokens, valid_mask
 class Tubes(Frontend):
     """Non-overlapping tubes, a patch over a few frames, of clips of any number of frames and any size.
 
-    Source: Tong et al. 2022, VideoMAE (arXiv:2203.12602), section 3.1, "joint space-time cube embedding".
+    Source: Tong et al. 2022, VideoMAE (arXiv:2203.12602), section 3.3, "cube embedding".
 
     Frames at the end that fill no whole tube are left out.
 
