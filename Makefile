@@ -31,6 +31,7 @@ bench: $(VENV)/.ok
 	$(BIN)/python benchmarks/units_speed.py
 	$(BIN)/python benchmarks/contrast_memory.py
 	$(BIN)/python benchmarks/decode_speed.py
+	$(BIN)/python benchmarks/pipeline_speed.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/files_speed.py
 
 $(VENV)/.ok: setup.cfg pyproject.toml
