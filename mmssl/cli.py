@@ -339,9 +339,11 @@ def evaluate(
 ) -> None:
     """Measure an encoder: accuracy, clusters, verification, rank, distances, or word and character error rates.
 
-    Every score comes with its interval and with one line that says how it was measured.
+    Every score comes with its interval and with one line that says how it was measured. What the layers of a run hold
+    is kept in its folder, for `mmssl report`.
     """
-    from mmssl.evaluation.layers import layer_table
+    from mmssl.evaluation.layers import layer_table, layers_file
+    from mmssl.evaluation.score import write_scores
     from mmssl.tasks.evaluate import evaluate
 
     neighbors = [_number("--k", part, int) for part in k.split(",")]
@@ -385,9 +387,13 @@ def evaluate(
     if task == "layers":
         print(layer_table(scores))
     if out is not None:
-        plain = {name: asdict(score) for name, score in scores.items()}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_scores(out, scores)
+    if task == "layers" and baseline is None and (model / "recipe.yaml").is_file():
+        kept = layers_file(model, next(iter(scores.values())).details["modality"])
+        try:
+            write_scores(kept, scores)
+        except OSError as error:  # somebody else's run: what was asked for has been said
+            print(f"mmssl: {kept}: {error.strerror}; the page of the run goes without it", file=sys.stderr)
 
 
 @command("mmssl manifest digits/ --label-from -1 --split train=0.9,valid=0.1 --by speaker --out manifests/digits")
@@ -574,7 +580,7 @@ def report(
 
     With --data a map of the embeddings (UMAP where it is installed, PCA elsewhere), nearest neighbors, how well each
     layer tells labels apart and, of a run of classify, what it takes for what; sound can be heard, and video moves.
-    Runs that go on or broke off have a page too.
+    After `mmssl evaluate RUN --task layers` what each layer holds. Runs that go on or broke off have a page too.
     """
     from mmssl.report import write_report
 
