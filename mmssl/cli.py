@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 import typer
 
 from mmssl.memory import keep_freed_memory
+from mmssl.tasks import Baseline, Task
 
 if TYPE_CHECKING:
     from mmssl.recipe import Recipe
@@ -253,24 +254,7 @@ def evaluate(
     model: Model,
     test: Annotated[Path, typer.Option(help="Manifest of the clips to measure on.", show_default=False)],
     task: Annotated[
-        Literal[
-            "linear",
-            "knn",
-            "attentive",
-            "superb",
-            "superb-verify",
-            "superb-ctc",
-            "layers",
-            "cluster",
-            "verify",
-            "rank",
-            "ood",
-            "corruption",
-            "classify",
-            "ctc",
-            "retrieval",
-            "zero-shot",
-        ],
+        Task,
         typer.Option(
             help="linear, knn, attentive: fitted on frozen features; superb, superb-verify, superb-ctc: with learned "
             "weights of layers; corruption: on spoiled clips; layers: what each layer holds; cluster, verify, rank, "
@@ -325,7 +309,7 @@ def evaluate(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="layers: write the values of each layer as a picture, SVG.")] = None,
     baseline: Annotated[
-        Literal["random", "pixels", "logmel"] | None,
+        Baseline | None,
         typer.Option(help="Measure this in the encoder's place: random weights, raw pixels, log-mel energies."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
