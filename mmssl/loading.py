@@ -261,7 +261,7 @@ def _view_check(objective: Config, name: str) -> Callable[[Raw, Frontend], None]
     """What says whether a clip of one modality has the views that an objective compares; None where every clip has."""
     own = (objective.get("of") or {}).get(name, objective)
     views = own.get("views") or (own.get("self_supervised") or {}).get(name)
-    return MODALITIES[name].view_checks.get(views)
+    return None if views is None else MODALITIES[name].view_checks.get(views)
 
 
 def _fits(
