@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 import typer
 
 from mmssl.memory import keep_freed_memory
+from mmssl.tasks import Baseline, Task
 
 if TYPE_CHECKING:
     from mmssl.recipe import Recipe
@@ -253,24 +254,7 @@ def evaluate(
     model: Model,
     test: Annotated[Path, typer.Option(help="Manifest of the clips to measure on.", show_default=False)],
     task: Annotated[
-        Literal[
-            "linear",
-            "knn",
-            "attentive",
-            "superb",
-            "superb-verify",
-            "superb-ctc",
-            "layers",
-            "cluster",
-            "verify",
-            "rank",
-            "ood",
-            "corruption",
-            "classify",
-            "ctc",
-            "retrieval",
-            "zero-shot",
-        ],
+        Task,
         typer.Option(
             help="linear, knn, attentive: fitted on frozen features; superb, superb-verify, superb-ctc: with learned "
             "weights of layers; corruption: on spoiled clips; layers: what each layer holds; cluster, verify, rank, "
@@ -325,7 +309,7 @@ def evaluate(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="layers: write the values of each layer as a picture, SVG.")] = None,
     baseline: Annotated[
-        Literal["random", "pixels", "logmel"] | None,
+        Baseline | None,
         typer.Option(help="Measure this in the encoder's place: random weights, raw pixels, log-mel energies."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
@@ -339,9 +323,11 @@ def evaluate(
 ) -> None:
     """Measure an encoder: accuracy, clusters, verification, rank, distances, or word and character error rates.
 
-    Every score comes with its interval and with one line that says how it was measured.
+    Every score comes with its interval and with one line that says how it was measured. What the layers of a run hold
+    is kept in its folder, for `mmssl report`.
     """
-    from mmssl.evaluation.layers import layer_table
+    from mmssl.evaluation.layers import layer_table, layers_file
+    from mmssl.evaluation.score import write_scores
     from mmssl.tasks.evaluate import evaluate
 
     neighbors = [_number("--k", part, int) for part in k.split(",")]
@@ -385,9 +371,13 @@ def evaluate(
     if task == "layers":
         print(layer_table(scores))
     if out is not None:
-        plain = {name: asdict(score) for name, score in scores.items()}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_scores(out, scores)
+    if task == "layers" and baseline is None and (model / "recipe.yaml").is_file():
+        kept = layers_file(model, next(iter(scores.values())).details["modality"])
+        try:
+            write_scores(kept, scores)
+        except OSError as error:  # somebody else's run: what was asked for has been said
+            print(f"mmssl: {kept}: {error.strerror}; the page of the run goes without it", file=sys.stderr)
 
 
 @command("mmssl manifest digits/ --label-from -1 --split train=0.9,valid=0.1 --by speaker --out manifests/digits")
@@ -574,7 +564,7 @@ def report(
 
     With --data a map of the embeddings (UMAP where it is installed, PCA elsewhere), nearest neighbors, how well each
     layer tells labels apart and, of a run of classify, what it takes for what; sound can be heard, and video moves.
-    Runs that go on or broke off have a page too.
+    After `mmssl evaluate RUN --task layers` what each layer holds. Runs that go on or broke off have a page too.
     """
     from mmssl.report import write_report
 

@@ -178,12 +178,13 @@ def build_dataset(
             f"data.cache=true would keep one span of each clip, and augment.{side} draws another each time",
         )
     # copies without weights: what is sent to loader workers must not lie on a GPU
-    lengths = {name: copy.deepcopy(frontend).to("meta").lengths for name, frontend in frontends.items()}
+    bare = {name: copy.deepcopy(frontend).to("meta") for name, frontend in frontends.items()}
+    fits = {name: partial(_fits, frontend, _view_check(config["objective"], name)) for name, frontend in bare.items()}
     dataset = clips_of(
         manifest,
         frontends,
         steps,
-        fits=lengths,
+        fits={name: partial(check, None) for name, check in fits.items()},
         optional=list(own) if len(own) > 2 else (),
         label=labeler(config),
         units=unit_sets(config["objective"]),
@@ -207,7 +208,7 @@ def build_dataset(
         if "h" in frontend.axes and data.batch_size != 1 and not _one_size(own[name], side):
             if len(own) == 1:  # heights and widths of a row are those of its only picture
                 _check_sizes(recipe, manifest, side)
-            dataset.fits[name] = partial(_fits, lengths[name], _first_size(dataset, name))
+            dataset.fits[name] = partial(fits[name], _first_size(dataset, name))
     return dataset
 
 
@@ -256,9 +257,23 @@ def _first_size(dataset: ManifestDataset, modality: str) -> tuple[int, ...] | No
     return None
 
 
-def _fits(lengths: Callable[[Raw], Tensor], size: tuple[int, ...] | None, raw: Raw) -> None:
-    """Raises ValueError where a clip is none for the frontend, or its pictures are of another size than the others."""
-    lengths(raw)
+def _view_check(objective: Config, name: str) -> Callable[[Raw, Frontend], None] | None:
+    """What says whether a clip of one modality has the views that an objective compares; None where every clip has."""
+    own = (objective.get("of") or {}).get(name, objective)
+    views = own.get("views") or (own.get("self_supervised") or {}).get(name)
+    return None if views is None else MODALITIES[name].view_checks.get(views)
+
+
+def _fits(
+    frontend: Frontend,
+    view_check: Callable[[Raw, Frontend], None] | None,
+    size: tuple[int, ...] | None,
+    raw: Raw,
+) -> None:
+    """Raises ValueError where a clip is none for the frontend or the views, or its pictures are of another size."""
+    frontend.lengths(raw)
+    if view_check is not None:
+        view_check(raw, frontend)
     own = tuple(raw.data.shape[-2:])
     if size is not None and own != size:
         raise ValueError(

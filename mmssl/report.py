@@ -1,7 +1,8 @@
 """What `mmssl report` writes: a run as one page that needs nothing but itself.
 
 What the run's folder holds is shown, and what it lacks is left out, so that a run that is still going on, or that broke
-off, has a page too. With labelled or unlabelled clips the page shows as well what the encoder makes of them.
+off, has a page too; what a command would add, of layers or of confused classes, is said with that command. With
+labelled or unlabelled clips the page shows as well what the encoder makes of them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -28,7 +30,8 @@ from mmssl.clips import find_clips, rows_of
 from mmssl.data.manifest import Manifest
 from mmssl.embed import Embedder, load
 from mmssl.evaluation.knn import knn_predict
-from mmssl.recipe import parse
+from mmssl.evaluation.layers import OUTPUT, layer_plot, layers_file, read_layers
+from mmssl.recipe import Recipe, parse
 from mmssl.thumbnails import MOST_BYTES, SECONDS, Thumbnail, data_url, thumbnails
 from mmssl.training.health import diagnose
 
@@ -60,7 +63,7 @@ def write_report(
     batch_size: int = 16,
     progress: bool = False,
 ) -> Path:
-    """Write the page of a run: curves, verdicts, pictures, costs, bad clips and recipe.
+    """Write the page of a run: curves, verdicts, pictures, costs, bad clips, what its layers hold, and recipe.
 
     Args:
         run: its folder; with `data` also anything else that `mmssl.load` takes.
@@ -83,7 +86,8 @@ def write_report(
         raise ValueError(f"{run}: no such folder; give the folder of a run, or --out for the file of the page")
     out = folder / "report.html" if out is None else Path(out)
     rows, broken = read_log(folder / "log.jsonl")
-    recipe = _text(folder / "recipe.yaml")
+    text = _text(folder / "recipe.yaml")
+    recipe = _parsed(text)
     found = {
         "Health": _health(rows, broken),
         "Curves": _curves(rows),
@@ -91,7 +95,7 @@ def write_report(
         "Costs": _costs(rows, folder),
         "Bad clips": _bad_clips(folder / "bad_clips.jsonl"),
     }
-    if not any(found.values()) and not recipe and data is None:
+    if not any(found.values()) and not text and data is None:
         raise ValueError(f"{folder}: holds no log, no recipe and no pictures, so it is no run; give the folder of one")
     clips: list[dict[str, Any]] = []
     if data is not None:
@@ -118,8 +122,11 @@ def write_report(
                 several = f" ({name})" if len(embedder.modalities) > 1 else ""
                 clips += own
                 found |= {f"{heading}{several}": text for heading, text in sections.items()}
-    if recipe:
-        found["Recipe"] = f"<pre>{escape(recipe)}</pre>"
+    found |= _analyses(folder, recipe)
+    if recipe is not None and _tells_classes(recipe) and not any(name.startswith("Confusion") for name in found):
+        found["Confusion"] = _to_do("what it takes for what, of clips with labels", "report", run, "--data MANIFEST")
+    if text:
+        found["Recipe"] = f"<pre>{escape(text)}</pre>"
     name = folder.name or str(run)
     title = f"<h1>{escape(name)}</h1>\n<p>{escape(_state(rows, recipe))}</p>"
     body = "\n".join([title, *(f"<h2>{heading}</h2>\n{text}" for heading, text in found.items() if text)])
@@ -157,16 +164,20 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
+def _parsed(text: str) -> Recipe | None:
+    try:
+        return parse(text, source="recipe.yaml") if text else None
+    except ValueError:
+        return None
+
+
 def _trained(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if "loss" in row]
 
 
-def _state(rows: Sequence[Row], recipe: str) -> str:
+def _state(rows: Sequence[Row], recipe: Recipe | None) -> str:
     """How far the run is, in a sentence."""
-    try:
-        steps = parse(recipe, source="recipe.yaml").get("trainer.steps") if recipe else None
-    except ValueError:
-        steps = None
+    steps = None if recipe is None else recipe.get("trainer.steps")
     last = max((row["step"] for row in rows), default=0)
     if not isinstance(steps, int):
         return f"Update {last:,} is the last in the log." if rows else "No log."
@@ -335,6 +346,51 @@ def _bad_clips(path: Path) -> str:
     more = f"<p>and {len(found) - MOST_BAD} more in bad_clips.jsonl</p>" if len(found) > MOST_BAD else ""
     head = "<tr><th>clip</th><th>file</th><th>reason</th></tr>"
     return f"<p>{len(found)} left out</p><table>{head}{''.join(f'<tr>{line}</tr>' for line in lines)}</table>{more}"
+
+
+def _analyses(folder: Path, recipe: Recipe | None) -> dict[str, str]:
+    """What `mmssl evaluate --task layers` has said of each encoder, or how to ask it."""
+    chosen = None if recipe is None else recipe.get("modality")
+    names = [chosen] if isinstance(chosen, str) else list(chosen) if isinstance(chosen, Mapping) else []
+    found = {}
+    for name in names:
+        several = len(names) > 1
+        heading = f"Layer-wise analysis ({escape(name)})" if several else "Layer-wise analysis"
+        path = layers_file(folder, name)
+        if path.is_file():
+            found[heading] = _analysis(path)
+        else:
+            what = f"--task layers{f' --modality {name}' if several else ''} --test MANIFEST"
+            found[heading] = _to_do("what each layer holds of the input and of labels", "evaluate", folder, what)
+    return found
+
+
+def _analysis(path: Path) -> str:
+    """The curves of each measure over layers with their intervals, and what each is."""
+    try:
+        scores = read_layers(path)
+    except ValueError as error:
+        return f'<p class="bad">{escape(str(error))}</p>'
+    # of a picture inside a page the namespace goes without saying, and a page names no address
+    drawn = layer_plot(scores).replace(' xmlns="http://www.w3.org/2000/svg"', ' role="img"')
+    lines = "".join(
+        f"<tr><td>{escape(score.metric)}</td><td>{score.value:.3f}</td><td>{score.low:.3f} to {score.high:.3f}</td>"
+        f"<td>{'output' if score.details['layer'] == OUTPUT else score.details['layer']}</td>"
+        f"<td>{escape(score.protocol)}</td></tr>"
+        for score in scores.values()
+    )
+    head = "<tr><th>measure</th><th>highest</th><th>95 % interval</th><th>layer</th><th>how it was measured</th></tr>"
+    return f"<figure>{drawn}</figure><table>{head}{lines}</table>"
+
+
+def _tells_classes(recipe: Recipe) -> bool:
+    """Whether a run tells each clip one class."""
+    return recipe.get("objective.name") == "classify" and not recipe.get("objective.multi_label")
+
+
+def _to_do(what: str, verb: str, run: str | Path, settings: str) -> str:
+    """What the page lacks, and the command that adds it."""
+    return f"<p>Not here yet: {what}; <code>mmssl {verb} {escape(shlex.quote(str(run)))} {escape(settings)}</code></p>"
 
 
 def _embedded(

@@ -46,6 +46,8 @@ class Modality:
     spans: what a recipe may name as the first of its augmentations, to be read instead of the whole clip:
         (seconds, generator, **settings) -> (start, duration).
     views: two views of each clip, for an objective that compares them: (raw, frontend) -> (seen, to be told from it).
+    view_checks: of the views that not every clip has: (raw, frontend), a ValueError where a clip has none, so that it
+        is a bad clip where it is read.
     tokenizers: what a recipe may name to make tokens of what is read: (texts, **settings) -> JSON, which its frontends
         take.
     refuses: objective -> why it makes no sense here.
@@ -67,6 +69,7 @@ class Modality:
     hints: tuple[str, ...] = ()
     spans: dict[str, Callable[..., tuple[float, float]]] = field(default_factory=dict)
     views: dict[str, Callable[[Raw, Frontend], tuple[Raw, Raw]]] = field(default_factory=dict)
+    view_checks: dict[str, Callable[[Raw, Frontend], None]] = field(default_factory=dict)
     tokenizers: dict[str, Callable[..., str]] = field(default_factory=dict)
     refuses: dict[str, str] = field(default_factory=dict)
     measured: tuple[str, str] | None = None

@@ -3,19 +3,22 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from mmssl.cli import app
+from mmssl.cli import app, evaluate
 from mmssl.data.manifest import Manifest
+from mmssl.tasks import Task
 
 TOY = ["transformer.dim=16", "transformer.depth=2", "transformer.heads=2", "objective.decoder_dim=16"]
 TOY += ["objective.decoder_depth=1", "objective.decoder_heads=2", "data.workers=0", "data.batch_size=6"]
@@ -303,6 +306,12 @@ def test_recipes_are_listed_and_printed() -> None:
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "embed", "search", "evaluate", "manifest", "recipes"])
 def test_each_command_teaches_by_an_example(name: str) -> None:
     assert f"Example: mmssl {name} " in " ".join(ok(name, "--help").split())
+
+
+def test_the_help_of_evaluate_says_of_each_task_what_it_is() -> None:
+    choices, option = get_args(get_type_hints(evaluate, include_extras=True)["task"])
+    assert choices == Task
+    assert set(re.findall(r"[a-z-]+", option.help)) >= set(get_args(Task))
 
 
 def test_help_answers_at_once_and_imports_no_torch() -> None:

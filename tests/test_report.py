@@ -28,6 +28,8 @@ from mmssl.build import build_encoder, build_objective
 from mmssl.cli import app
 from mmssl.clips import Clips
 from mmssl.data.manifest import write_manifest
+from mmssl.evaluation.layers import over_layers, read_layers
+from mmssl.evaluation.score import write_scores
 from mmssl.modalities.video.frontend import Tubes
 from mmssl.report import _confusion, _layerwise, _neighbors, _plot, _spread, read_log, write_report
 from mmssl.training.checkpoint import export_encoder
@@ -317,6 +319,96 @@ def test_only_what_is_said_of_a_class_is_drawn_and_of_many_classes_the_commonest
     assert len(drawn) < 1000
 
 
+def test_a_page_has_the_layers_that_an_evaluation_has_kept_and_says_how_to_ask_for_them(run: Path) -> None:
+    page = Page(write_report(run))
+    assert f"mmssl evaluate {run} --task layers --test MANIFEST" in page.text
+    assert page.text.count("Layer-wise analysis") == 1
+    values = {0: (0.5, 0.25, 0.75), 1: (1.0, 1.0, 1.0), -1: (0.0, 0.0, 0.25)}
+    score = over_layers("input", "CCA with <pixels>", values, 40, "told <by> hand", percent=False)
+    write_scores(run / "layers_image.json", {"input": score})
+    page = Page(write_report(run))
+    assert "--task layers --test" not in page.text
+    assert not re.search("https?://", page.source)
+    assert re.search(r"CCA with <pixels>\s*1\.000\s*1\.000 to 1\.000\s*1\s*told <by> hand", page.text)
+    # three columns of 580 / 3 from 44, the output last; 0 is at 316 and 1 at 34 from the top
+    colored = [a for tag, a in page.tags if tag == "circle" and a["r"] == "3"]
+    spots = [(a["cx"], a["cy"]) for a in colored]
+    assert spots == [("140.7", "175.0"), ("334.0", "34.0"), ("527.3", "316.0")]
+    lines = [a["points"] for tag, a in page.tags if tag == "polyline"]
+    assert lines[-1] == "140.7,175.0 334.0,34.0"  # the output is no block's and not joined to them
+    spans = [(a["x1"], a["y1"], a["y2"]) for tag, a in page.tags if tag == "line" and a["stroke"] != "#ddd"]
+    assert spans == [("140.7", "245.5", "104.5"), ("334.0", "34.0", "34.0"), ("527.3", "316.0", "245.5")]
+
+
+@pytest.mark.parametrize(
+    "held", ["", "[]", "{}", '{"input": 3}', '{"input": {"task": "layers"}}', "torn", "text instead of a value"]
+)
+def test_a_file_of_layers_that_cannot_be_read_leaves_the_rest(run: Path, held: str) -> None:
+    score = over_layers("input", "CCA", {0: (0.5, 0.25, 0.75)}, 40, "by hand", percent=False)
+    write_scores(run / "layers_image.json", {"input": score})
+    whole = (run / "layers_image.json").read_text()
+    held = {"torn": whole[:-20], "text instead of a value": whole.replace('"low": 0.25', '"low": "0.25"')}.get(
+        held, held
+    )
+    (run / "layers_image.json").write_text(held)
+    page = Page(write_report(run))
+    assert "layers_image.json: holds no scores of layers; let mmssl evaluate --task layers write it again" in page.text
+    assert "evaluation 0.4321" in page.text
+
+
+def test_each_encoder_of_a_run_on_pairs_has_layers_of_its_own(run: Path) -> None:
+    (run / "recipe.yaml").write_text(PAIRS, encoding="utf-8")
+    score = over_layers("labels", "CCA", {0: (0.5, 0.25, 0.75)}, 40, "of pictures", percent=False)
+    write_scores(run / "layers_image.json", {"labels": score})
+    page = Page(write_report(run))
+    assert "of pictures" in page.text.partition("Layer-wise analysis (image)")[2].partition("Layer-wise")[0]
+    assert f"mmssl evaluate {run} --task layers --modality text --test MANIFEST" in page.text
+
+
+def test_a_command_keeps_what_layers_hold_in_a_run_and_of_a_baseline_nothing(
+    tuned: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a run"
+    shutil.copytree(tuned, folder)
+    (folder / "recipe.yaml").write_text("modality: image\nobjective: {name: classify}\n", encoding="utf-8")
+
+    def ask(*more: str) -> None:
+        with pytest.raises(SystemExit) as ended:
+            app(["evaluate", str(folder), "--task", "layers", "--test", str(clips), "--device", "cpu", *more])
+        assert ended.value.code == 0
+
+    ask("--out", str(tmp_path / "out.json"))
+    assert (folder / "layers_image.json").read_text() == (tmp_path / "out.json").read_text()
+    page = Page(write_report(folder))
+    for measure in ("input", "labels", "information"):
+        assert f"{measure}, layer 2: " in page.text
+    # a path with a space, as a shell takes it
+    assert f"mmssl report '{folder}' --data MANIFEST" in page.text
+    (folder / "layers_image.json").unlink()
+    scores = read_layers(tmp_path / "out.json")
+    monkeypatch.setattr("mmssl.tasks.evaluate.evaluate", lambda *args, **settings: scores)
+    ask("--baseline", "random")
+    assert not (folder / "layers_image.json").exists()
+    (folder / "layers_image.json").mkdir()
+    capsys.readouterr()
+    ask()
+    assert capsys.readouterr().err == (
+        f"mmssl: {folder / 'layers_image.json'}: Is a directory; the page of the run goes without it\n"
+    )
+
+
+def test_what_a_run_of_classes_confuses_takes_clips_with_labels(run: Path, tuned: Path, clips: Path) -> None:
+    shutil.copytree(tuned, run, dirs_exist_ok=True)
+    told = f"mmssl report {run} --data MANIFEST"
+    for objective, said in (("{name: classify}", True), ("{name: classify, multi_label: true}", False), ("{}", False)):
+        (run / "recipe.yaml").write_text(f"modality: image\nobjective: {objective}\n", encoding="utf-8")
+        assert (told in Page(write_report(run)).text) == said
+    (run / "recipe.yaml").write_text("objective: {name: classify}\n", encoding="utf-8")
+    page = Page(write_report(run, data=clips, device="cpu"))
+    assert told not in page.text
+    assert page.text.count("Confusion") == 1
+
+
 def test_clips_that_cannot_be_read_leave_the_rest_of_the_page(run: Path, tuned: Path, tmp_path: Path) -> None:
     shutil.copytree(tuned, run, dirs_exist_ok=True)
     (tmp_path / "0.png").write_bytes(b"no picture")
@@ -447,7 +539,7 @@ def test_a_run_on_pairs_has_a_map_of_each_or_of_the_one_asked_for(tmp_path: Path
     write_manifest(tmp_path / "alone.jsonl", alone[::2])
     page = Page(write_report(paired, tmp_path / "alone.html", data=tmp_path / "alone.jsonl", device="cpu"))
     assert "Embedding map (image)" in page.text
-    assert "(text)" not in page.text
+    assert "Embedding map (text)" not in page.text
     page = Page(write_report(paired, tmp_path / "alone.html", data=tmp_path / "alone.jsonl", modality="text"))
     assert "has what text reads." in page.text
     one = Page(write_report(paired, tmp_path / "one.html", data=captioned, modality="text", device="cpu"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -230,6 +232,29 @@ def over_layers(task: str, metric: str, values: Values, n: int, protocol: str, *
     )  # fmt: skip
 
 
+def layers_file(run: str | Path, modality: str) -> Path:
+    """Where a run's folder keeps what the layers of one of its encoders hold, for its page."""
+    return Path(run) / f"layers_{modality}.json"
+
+
+def read_layers(path: str | Path) -> dict[str, Score]:
+    """Scores over layers, as `write_scores` has written them.
+
+    Raises:
+        ValueError: the file holds none.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        scores = {str(name): Score(**row) for name, row in found.items()}
+        rows = [(int(i), row) for score in scores.values() for i, row in score.details["layers"].items()]
+        whole = all(isinstance(row[key], int | float) for _, row in rows for key in ("value", "low", "high"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        rows, whole = [], False
+    if not rows or not whole:
+        raise ValueError(f"{path}: holds no scores of layers; let mmssl evaluate --task layers write it again")
+    return scores
+
+
 def layer_table(scores: Mapping[str, Score]) -> str:
     """The values of each layer in lines; -1 is the output after the final norm."""
     columns = {name: score.details["layers"] for name, score in scores.items()}
@@ -275,7 +300,7 @@ def layer_plot(scores: Mapping[str, Score], *, width: int = 640, height: int = 3
             drawn.append(f'<circle {spot} r="3" fill="{color}">{note}</circle>')
         spots = " ".join(f"{x(i):.1f},{y(rows[i]['value']):.1f}" for i in order if i >= 0)
         drawn.append(f'<polyline points="{spots}" fill="none" stroke="{color}"/>')
-        drawn.append(f'<text x="{left}" y="{14 + 18 * place}" fill="{color}">{escape(score.metric)}</text>')
+        drawn.append(f'<text x="{left}" y="{14 + 18 * place}" style="fill:{color}">{escape(score.metric)}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="#fff"/>{"".join(drawn)}</svg>\n'

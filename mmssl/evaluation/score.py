@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,13 @@ class Score:
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
+
+
+def write_scores(path: str | Path, scores: Mapping[str, Score]) -> None:
+    """Scores by name as JSON, in folders that are made."""
+    plain = {name: asdict(score) for name, score in scores.items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(plain, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def wilson(correct: float, n: int) -> tuple[float, float]:

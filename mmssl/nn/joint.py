@@ -99,20 +99,21 @@ def in_parts(encode: Callable[[Raw], Tensor], raw: Raw, parts: int) -> Tensor:
 
 
 def embedded(
-    batch: Batch, names: Iterable[str], embed: Callable[[str, Raw], Tensor], *, zero: Tensor, parts: int = 1
+    batch: Batch, names: Iterable[str], embed: Callable[[str, Raw], Tensor], *, dim: int, like: Tensor, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The clips of a batch in the space.
 
     Args:
         embed: (modality, its clips) -> (B, J) vectors.
-        zero: (J,) zeros that depend on a parameter, for clips that lack a modality: all processes must have something
-            to send back.
+        dim: J.
+        like: (1,) a parameter; zeros that depend on it stand for clips that lack a modality, as all processes must have
+            something to send back.
         parts: see `in_parts`.
 
     Returns:
         (B, modalities, J) vectors; and on the CPU, (B, modalities) bool, whether a clip has the modality.
     """
-    vectors, present = [], []
+    vectors, present, zero = [], [], like.new_zeros(dim) * like
     for name in names:
         rows = batch.rows.get(name, torch.arange(len(batch)) if name in batch.inputs else torch.arange(0))
         full = zero.expand(len(batch), -1)

@@ -6,16 +6,13 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmssl.encoder import Encoders
 from mmssl.nn.joined import JointPredictor, encode_jointly
-from mmssl.nn.masking import random_mask
-from mmssl.nn.reconstruction import Reconstructed, clip_errors, token_errors
-from mmssl.nn.spread import token_spread
-from mmssl.types import Batch, Encoded, Hide, Loss, MaskPlan, Tokens
-
-Metrics = dict[str, tuple[float | Tensor, float]]
+from mmssl.nn.reconstruction import Reconstructed
+from mmssl.objectives.paired import masked, reconstruction, refuse_pair
+from mmssl.types import Batch, Hide, Loss
 
 
 class AVMAE(nn.Module):
@@ -83,55 +80,3 @@ class AVMAE(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Nothing here changes with time."""
-
-
-def refuse_pair(
-    objective: str, encoder: Encoders, targets: Mapping[str, Reconstructed], mask_ratio: Mapping[str, float]
-) -> None:
-    """Raises ValueError where there are not two modalities, a share to hide of each, and fixed targets."""
-    if len(encoder) != 2:
-        raise ValueError(f"modality: {objective} joins two modalities, and these are {', '.join(encoder)}")
-    if set(mask_ratio) != set(encoder) or not all(0 < ratio < 1 for ratio in mask_ratio.values()):
-        raise ValueError(
-            f"objective.mask_ratio={dict(mask_ratio)}: give a share of the tokens to hide, between 0 and 1, for each "
-            f"of {' and '.join(encoder)}"
-        )
-    for name in encoder:
-        encoder[name].refuse_learned(targets[name].learned, f"{objective} reconstructs", choose="a fixed target")
-
-
-def masked(
-    encoder: Encoders, batch: Batch, ratios: Mapping[str, float]
-) -> tuple[dict[str, Tokens], dict[str, MaskPlan]]:
-    """Modality -> its tokens, and which of them are hidden, each modality's by themselves."""
-    tokens = {name: encoder[name].tokens(batch.of(name)) for name in encoder}
-    plans = {
-        # other seeds for each: grids of one size would be hidden in the same places otherwise
-        name: random_mask(tokens[name].lengths, ratio=ratios[name], seeds=batch.seeds + place)
-        for place, name in enumerate(encoder)
-    }
-    return tokens, plans
-
-
-def reconstruction(
-    predictor: JointPredictor,
-    fused: Mapping[str, Encoded],
-    tokens: Mapping[str, Tokens],
-    plans: Mapping[str, MaskPlan],
-    batch: Batch,
-    targets: Mapping[str, Reconstructed],
-) -> tuple[dict[str, Tensor], Metrics]:
-    """Modality -> the error of its hidden tokens, summed over clips, see `clip_errors`; and what to log of them."""
-    predictions = predictor(fused, tokens, plans)
-    losses: dict[str, Tensor] = {}
-    metrics: Metrics = {}
-    for name, prediction in predictions.items():
-        hidden, values = plans[name].masked, targets[name].values
-        errors, spreads = token_errors(prediction, values, batch.of(name), tokens[name], hidden)
-        losses[name] = clip_errors(errors, hidden)
-        metrics[f"{name}_loss"] = losses[name].detach(), len(batch)
-        spreads["feature_std"] = token_spread(fused[name]) * len(batch), len(batch)
-        for key, (value, count) in spreads.items():
-            before = metrics.get(key, (0.0, 0.0))
-            metrics[key] = before[0] + value, before[1] + count
-    return losses, metrics

@@ -17,7 +17,7 @@ from mmssl.nn.joined import JointPredictor, encode_jointly
 from mmssl.nn.joint import labels_of, spreads
 from mmssl.nn.partners import both_ways
 from mmssl.nn.reconstruction import Reconstructed
-from mmssl.objectives.av_mae import masked, reconstruction, refuse_pair
+from mmssl.objectives.paired import masked, reconstruction, refuse_pair
 from mmssl.types import Batch, Encoded, Hide, Loss
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from mmssl import distributed
 from mmssl.encoder import Encoders
 from mmssl.nn import joint
 from mmssl.nn.partners import info_nce
-from mmssl.types import Batch, Encoded, Hide, Loss, Raw
-
-_LARGEST = math.log(100.0)  # of the learned scale; Radford et al., section 2.5
+from mmssl.objectives.paired import begin_scale, bound_scale, in_one_space, refuse_space, skips_parameters
+from mmssl.types import Batch, Encoded, Hide, Loss
 
 
 class CLIP(nn.Module):
@@ -56,18 +53,14 @@ class CLIP(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        joint.refuse_pools(pool, {name: encoder[name].n_prefix for name in encoder})
-        joint.refuse_chunk(chunk, [encoder[name].transformer.layer_drop for name in encoder])
-        if not 0.01 <= temperature <= 1:
-            raise ValueError(f"objective.temperature={temperature:g}: must be from 0.01 to 1, and starts at 0.07")
+        refuse_space(encoder, pool, chunk)
         self.encoder = encoder
         self.pool = dict(pool)
         self.same, self.chunk = same, chunk
-        # of more than two modalities a batch may have none of one
-        self.skips_parameters = len(encoder) > 2 or any(encoder[name].skips_parameters(self.hide) for name in encoder)
+        self.skips_parameters = skips_parameters(encoder, self.hide)
         self.dim = dim
         self.project = joint.projections({name: encoder[name].dim for name in encoder}, dim)
-        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
+        self.log_scale = begin_scale(temperature)
 
     def joint(self, modality: str, encoded: Encoded) -> Tensor:
         """(B, J) float32, of length 1: clips of a modality in the joint space."""
@@ -96,17 +89,11 @@ class CLIP(nn.Module):
         metrics = {"loss": (total.detach(), count), **told, "scale": (scale.detach()[0] * count, count)}
         return Loss(total, count, metrics | joint.spreads(self.encoder, vectors, present))
 
-    @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Keep the scale from 1 to 100."""
-        self.log_scale.clamp_(0.0, _LARGEST)
+        bound_scale(self.log_scale)
 
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, modalities, J) unit vectors, zero where a clip lacks a modality; and on the CPU where not, bool."""
         parts = distributed.parts_of(len(batch), self.chunk, agreed=self.training)
-        zero = self.log_scale.new_zeros(self.dim) * self.log_scale
-        return joint.embedded(batch, self.encoder, self._vectors, zero=zero, parts=parts)
-
-    def _vectors(self, modality: str, raw: Raw) -> Tensor:
-        encoder = self.encoder[modality]
-        return self.joint(modality, encoder(encoder.tokens(raw)))
+        return in_one_space(batch, self.encoder, self.joint, dim=self.dim, like=self.log_scale, parts=parts)

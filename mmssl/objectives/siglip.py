@@ -16,7 +16,8 @@ from mmssl import distributed
 from mmssl.encoder import Encoders
 from mmssl.nn import joint
 from mmssl.nn.partners import Metrics, info_nce
-from mmssl.types import Batch, Encoded, Hide, Loss, Raw
+from mmssl.objectives.paired import in_one_space, refuse_space, skips_parameters
+from mmssl.types import Batch, Encoded, Hide, Loss
 
 
 class SigLIP(nn.Module):
@@ -59,15 +60,13 @@ class SigLIP(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        joint.refuse_pools(pool, {name: encoder[name].n_prefix for name in encoder})
-        joint.refuse_chunk(chunk, [encoder[name].transformer.layer_drop for name in encoder])
+        refuse_space(encoder, pool, chunk)
         if not 0 < temperature <= 1:
             raise ValueError(f"objective.temperature={temperature:g}: must be above 0 and at most 1, and starts at 0.1")
         self.encoder = encoder
         self.pool = dict(pool)
         self.same, self.chunk = same, chunk
-        # of more than two modalities a batch may have none of one
-        self.skips_parameters = len(encoder) > 2 or any(encoder[name].skips_parameters(self.hide) for name in encoder)
+        self.skips_parameters = skips_parameters(encoder, self.hide)
         self.dim = dim
         self.project = joint.projections({name: encoder[name].dim for name in encoder}, dim)
         self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
@@ -118,12 +117,7 @@ class SigLIP(nn.Module):
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, modalities, J) unit vectors, zero where a clip lacks a modality; and on the CPU where not, bool."""
         parts = distributed.parts_of(len(batch), self.chunk, agreed=self.training)
-        zero = self.log_scale.new_zeros(self.dim) * self.log_scale
-        return joint.embedded(batch, self.encoder, self._vectors, zero=zero, parts=parts)
-
-    def _vectors(self, modality: str, raw: Raw) -> Tensor:
-        encoder = self.encoder[modality]
-        return self.joint(modality, encoder(encoder.tokens(raw)))
+        return in_one_space(batch, self.encoder, self.joint, dim=self.dim, like=self.log_scale, parts=parts)
 
 
 def _answers(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -14,9 +13,9 @@ from mmssl.encoder import Encoders
 from mmssl.nn import joint
 from mmssl.nn.heads import POOLS
 from mmssl.nn.partners import Projector, both_ways, info_nce
+from mmssl.objectives.paired import begin_scale, bound_scale, in_one_space, refuse_space, skips_parameters
 from mmssl.types import Batch, Encoded, Frontend, Hide, Loss, Raw
 
-_LARGEST = math.log(100.0)  # of the learned scale
 Views = Callable[[Raw, Frontend], tuple[Raw, Raw]]
 
 
@@ -61,10 +60,7 @@ class SLIP(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        joint.refuse_pools(pool, {name: encoder[name].n_prefix for name in encoder})
-        joint.refuse_chunk(chunk, [encoder[name].transformer.layer_drop for name in encoder])
-        if not 0.01 <= temperature <= 1:
-            raise ValueError(f"objective.temperature={temperature:g}: must be from 0.01 to 1, and starts at 0.07")
+        refuse_space(encoder, pool, chunk)
         if not ssl_temperature > 0:
             raise ValueError(f"objective.ssl_temperature={ssl_temperature:g}: must be above 0")
         if not self_supervised:
@@ -74,14 +70,13 @@ class SLIP(nn.Module):
         self.same, self.chunk = same, chunk
         self.views = dict(view_makers)
         self.ssl_weight, self.ssl_temperature, self.ssl_dim = ssl_weight, ssl_temperature, ssl_dim
-        # of more than two modalities a batch may have none of one
-        self.skips_parameters = len(encoder) > 2 or any(encoder[name].skips_parameters(self.hide) for name in encoder)
+        self.skips_parameters = skips_parameters(encoder, self.hide)
         self.dim = dim
         self.project = joint.projections({name: encoder[name].dim for name in encoder}, dim)
         self.heads = nn.ModuleDict(
             {name: Projector(encoder[name].dim, hidden_dim=ssl_hidden, out_dim=ssl_dim) for name in self.views}
         )
-        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
+        self.log_scale = begin_scale(temperature)
 
     def joint(self, modality: str, encoded: Encoded) -> Tensor:
         """(B, J) float32, of length 1: clips of a modality in the joint space."""
@@ -124,23 +119,17 @@ class SLIP(nn.Module):
         metrics["loss"] = total.detach(), count
         return Loss(total, count, metrics | joint.spreads(self.encoder, vectors, present))
 
-    @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Keep the scale from 1 to 100."""
-        self.log_scale.clamp_(0.0, _LARGEST)
+        bound_scale(self.log_scale)
 
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """As in `CLIP`; and (B, those with views, 2, P) unit vectors of views, zero where a clip lacks the modality."""
         parts = distributed.parts_of(len(batch), self.chunk, agreed=self.training)
-        zero = self.log_scale.new_zeros(self.dim) * self.log_scale
-        vectors, present = joint.embedded(batch, self.encoder, self._vectors, zero=zero, parts=parts)
-        zero = self.log_scale.new_zeros(2 * self.ssl_dim) * self.log_scale
-        views, _ = joint.embedded(batch, self.views, self._of_views, zero=zero, parts=parts)
+        like = self.log_scale
+        vectors, present = in_one_space(batch, self.encoder, self.joint, dim=self.dim, like=like, parts=parts)
+        views, _ = joint.embedded(batch, self.views, self._of_views, dim=2 * self.ssl_dim, like=like, parts=parts)
         return vectors, present, views.unflatten(2, (2, self.ssl_dim))
-
-    def _vectors(self, modality: str, raw: Raw) -> Tensor:
-        encoder = self.encoder[modality]
-        return self.joint(modality, encoder(encoder.tokens(raw)))
 
     def _of_views(self, modality: str, raw: Raw) -> Tensor:
         """(B, 2 P), the first view's vector and the second's."""

@@ -29,32 +29,13 @@ from mmssl.evaluation.score import Score, average_precisions, student, wilson
 from mmssl.evaluation.speech import error_rates
 from mmssl.evaluation.verification import all_pairs, read_trials, verify
 from mmssl.modalities import MODALITIES
+from mmssl.tasks import Baseline, Task
 from mmssl.tasks.crossmodal import retrieval, zero_shot
 from mmssl.tasks.labelled import Clips, fitting_of, labelled, labelled_tokens, manifest_of
 from mmssl.tasks.layerwise import measure_layers
 from mmssl.tasks.robustness import measure_robustness
 from mmssl.tasks.superb import measure_superb
 from mmssl.types import Encoded, Raw, Tokens
-
-Task = Literal[
-    "linear",
-    "knn",
-    "attentive",
-    "superb",
-    "superb-verify",
-    "superb-ctc",
-    "layers",
-    "cluster",
-    "verify",
-    "rank",
-    "ood",
-    "corruption",
-    "classify",
-    "ctc",
-    "retrieval",
-    "zero-shot",
-]
-Baseline = Literal["random", "pixels", "logmel"]
 
 
 def evaluate(

@@ -111,12 +111,9 @@ def measure_layers(
             f"task=layers: {embedder.modality} measures nothing to compare with, and the rows have no {label!r}"
         )
     note = f"{embedder.name}, pool {pool}" + (f"; {skipped} clips could not be read" if skipped else "")
+    extra = {"pool": pool, "encoder": embedder.name, "modality": embedder.modality}
     return {
-        name: replace(
-            score,
-            protocol=f"{score.protocol}; {note}",
-            details={**score.details, "pool": pool, "encoder": embedder.name},
-        )
+        name: replace(score, protocol=f"{score.protocol}; {note}", details={**score.details, **extra})
         for name, score in scores.items()
     }
 

@@ -35,5 +35,6 @@ VIDEO = Modality(
     corruptions=CORRUPTIONS,
     hints=("decoder",),
     views={"frames": views.frames},
+    view_checks={"frames": views.check_frames},
     spans={"random_span": spans.random_span, "center_span": spans.center_span},
 )

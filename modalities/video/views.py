@@ -14,6 +14,17 @@ _GAP = (4 / 30, 48 / 30)  # seconds
 _PLACE = 1_000_003  # of the draws that are no masks of a clip's clones, see `uniform`
 
 
+def check_frames(raw: Raw, frontend: Frontend) -> None:
+    """Raises ValueError where a clip has no two moments for `frames`."""
+    deep = frontend.min_length
+    for name, length in zip(raw.ids, raw.lengths.tolist(), strict=True):
+        if length < 2 * deep:
+            raise ValueError(
+                f"{name}: {length} frames have no two moments of {deep}; set frontend.size to tubes of fewer frames, "
+                "or leave such clips out"
+            )
+
+
 def frames(raw: Raw, frontend: Frontend) -> tuple[Raw, Raw]:
     """Two moments of a clip, each as many frames as a token has (one in the paper): an earlier and a later one.
 
@@ -25,13 +36,8 @@ def frames(raw: Raw, frontend: Frontend) -> tuple[Raw, Raw]:
     """
     if raw.seeds is None or raw.rate is None:
         raise ValueError("frames: the clips have no seeds or no rate to draw two moments by; give Raw.seeds, Raw.rate")
+    check_frames(raw, frontend)
     deep = frontend.min_length
-    for name, length in zip(raw.ids, raw.lengths.tolist(), strict=True):
-        if length < 2 * deep:
-            raise ValueError(
-                f"{name}: {length} frames have no two moments of {deep}; set frontend.size to tubes of fewer frames, "
-                "or leave such clips out"
-            )
     gap, start = uniform(raw.seeds, 2, stream=_PLACE).T
     # how far from one moment's first frame to the other's: at least past its last
     least, most = (max(deep, round(seconds * raw.rate)) for seconds in _GAP)

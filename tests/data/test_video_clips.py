@@ -17,10 +17,11 @@ from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.data.scan import scan
-from mmssl.loading import build_plan
+from mmssl.loading import _view_check, build_plan
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.video.frontend import Tubes
 from mmssl.modalities.video.spans import random_span
+from mmssl.modalities.video.views import check_frames
 from mmssl.objectives.classify import mix
 from mmssl.objectives.mae import MAE
 from mmssl.recipe import RecipeError, load
@@ -178,6 +179,42 @@ def test_videos_of_several_sizes_are_told_apart_before_the_first_update(videos: 
     assert bad["id"] == "odd.gif"
     assert bad["reason"].startswith("48 x 32 pixels, where the first clip of the manifest has 32 x 32")
     go("cropped", True, "augment.train=[{name: random_span, frames: 8}, {name: center_crop, size: 32}]")
+
+
+@pytest.mark.parametrize("method", ["siam_mae", "vic_mae"])
+def test_a_clip_of_one_frame_has_no_two_moments_and_is_a_bad_clip_where_it_is_read(method: str, tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.full((16, 16), 20 * number, np.uint8)) for number in range(8)]
+    for name in "abc":
+        frames[0].save(tmp_path / f"{name}.gif", save_all=True, append_images=frames[1:], duration=125)
+    rows = [{"id": name, "video": str(tmp_path / f"{name}.gif"), "start": 0.0, "duration": 1.0} for name in "abc"]
+    rows.append({**rows[0], "id": "still", "duration": 0.125})
+    write_manifest(tmp_path / "all.jsonl", rows)
+    given = [f"data.train={tmp_path / 'all.jsonl'}", *TOY, "augment.train=[]", "trainer.steps=2"]
+    given = [one for one in given if not one.startswith("augment.eval")]
+    with pytest.raises(
+        BadClip, match=r"still: 1 frames have no two moments of 1; .*all\.jsonl.*; data.on_bad_clip=skip goes on"
+    ):
+        pretrain(load(f"small/{method}_video", given), tmp_path / "ended")
+    skipping = ["data.on_bad_clip=skip", "data.max_bad_share=0.25"]
+    run = pretrain(load(f"small/{method}_video", [*given, *skipping]), tmp_path / "run")
+    [bad] = [json.loads(line) for line in (run / "bad_clips.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (bad["id"], bad["reason"][:35]) == ("still", "1 frames have no two moments of 1; ")
+    assert (run / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "siam_mae", "views": "frames"},
+        {"name": "slip", "self_supervised": {"video": "frames", "image": "crops"}},
+        {"name": "omni", "of": {"video": {"name": "vic_mae", "views": "frames"}, "image": {"name": "mae"}}},
+    ],
+)
+def test_two_moments_are_asked_for_wherever_a_recipe_names_them(objective: dict[str, Any]) -> None:
+    assert _view_check(objective, "video") is check_frames
+    if objective["name"] != "siam_mae":
+        assert _view_check(objective, "image") is None
+    assert _view_check({"name": "mae"}, "video") is None
 
 
 def test_a_run_over_a_folder_with_broken_files_uses_the_good_ones_and_names_the_bad(

@@ -1,12 +1,15 @@
 """Ways to spoil a clip, of every modality that has some."""
 
 import inspect
+import io
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from mmssl.modalities import MODALITIES
@@ -77,6 +80,37 @@ def test_a_blur_of_a_point_is_the_bell_in_pixels_of_224() -> None:
     # a normal density of deviation 2 in each direction
     assert float(seen[112, 112]) == pytest.approx(1 / (2 * math.pi * 4), rel=0.01)
     assert float(seen[112, 114] / seen[112, 112]) == pytest.approx(math.exp(-0.5), rel=1e-4)
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_severities_are_those_that_imagenet_c_was_made_with(severity: int) -> None:
+    rng = np.random.default_rng(severity)
+    gray = torch.full((3, 224, 224), 0.3)
+    noise = image.gaussian_noise(torch.full((3, 224, 224), 0.5), rng, severity=severity) - 0.5
+    # by the share within a tenth, where nothing is cut off: an erf of the deviation
+    within = math.erf(0.1 / (0.08, 0.12, 0.18, 0.26, 0.38)[severity - 1] / math.sqrt(2))
+    assert float((noise.abs() < 0.1).double().mean()) == pytest.approx(within, abs=0.005)
+    hit = image.impulse_noise(gray, rng, severity=severity) != gray
+    assert float(hit.double().mean()) == pytest.approx((0.03, 0.06, 0.09, 0.17, 0.27)[severity - 1], abs=0.005)
+    lighter = image.brightness(gray, rng, severity=severity)
+    torch.testing.assert_close(lighter, gray + 0.1 * severity)
+    ramp = torch.linspace(0, 1, 224).expand(3, 224, 224)
+    flatter = image.contrast(ramp, rng, severity=severity)
+    assert float(flatter.max() - flatter.min()) == pytest.approx((0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1], abs=1e-6)
+    picture = torch.from_numpy(rng.integers(0, 256, (3, 224, 224), dtype=np.uint8))
+    whole = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    sigma, share, quality = ((1, 0.6, 25), (2, 0.5, 18), (3, 0.4, 15), (4, 0.3, 10), (6, 0.25, 7))[severity - 1]
+    blurred = gaussian_filter(picture.double().numpy() / 255, (0, sigma, sigma), mode="nearest")
+    spoiled = image.gaussian_blur(picture.double() / 255, rng, severity=severity)
+    assert np.abs(spoiled.numpy() - blurred).max() < 1e-6
+    boxes = whole.resize((int(224 * share),) * 2, Image.Resampling.BOX).resize((224, 224), Image.Resampling.BOX)
+    seen = image.pixelate(picture / 255, rng, severity=severity).permute(1, 2, 0).numpy() * 255
+    assert np.abs(seen - np.asarray(boxes, np.float32)).max() < 1.001  # theirs is rounded across, then down
+    file = io.BytesIO()
+    whole.save(file, "JPEG", quality=quality)
+    with Image.open(file) as stored:
+        seen = image.jpeg(picture / 255, rng, severity=severity).permute(1, 2, 0).numpy() * 255
+        assert np.abs(seen - np.asarray(stored, np.float32)).max() < 1e-3
 
 
 def test_sound_by_hand() -> None:
