@@ -150,7 +150,13 @@ def test_a_run_of_several_labels_a_clip_is_trained_measured_and_asked(
     tuned = finetune(
         load(
             "small/classify_image",
-            [f"data.train={train_rows}", f"data.valid={test_rows}", f"init={run}", "data.batch_size=4", "data.workers=0"]
+            [
+                f"data.train={train_rows}",
+                f"data.valid={test_rows}",
+                f"init={run}",
+                "data.batch_size=4",
+                "data.workers=0",
+            ]
             + ["trainer.steps=3", "trainer.eval_every=3", "trainer.threads=1", "schedule={name: constant}"]
             + [f"objective.{setting}" for setting in settings],
         ),

@@ -47,7 +47,9 @@ def batch_for(objective: Objective) -> Batch:
     seeds = torch.arange(2) + 10
     if isinstance(objective, Classify):
         pictures = torch.rand(2, 1, 4, 4, generator=generator)
-        return Batch({"image": Raw(pictures, torch.ones(2, dtype=torch.int64), ["a", "b"])}, seeds, torch.tensor([0, 2]))
+        return Batch(
+            {"image": Raw(pictures, torch.ones(2, dtype=torch.int64), ["a", "b"])}, seeds, torch.tensor([0, 2])
+        )
     waves = Raw(torch.randn(2, 400, generator=generator), torch.tensor([400, 300]), ["a", "b"], 1000)
     return Batch({"speech": waves}, seeds, torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1]))
 
