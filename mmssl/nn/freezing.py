@@ -11,8 +11,8 @@ from torch import Tensor
 class FreezeSchedule:
     """New layers alone at first, then the encoder: all of it at once, or one block after the other from the last down.
 
-    Layers are numbered as in `Encoded`: layer 0 is all that comes before the blocks, with the bias that these share, and
-    layer i is block i; a norm behind the blocks begins with the last of them. What is frozen has no gradient, so an
+    Layers are numbered as in `Encoded`: layer 0 is all that comes before the blocks, with the bias that these share,
+    and layer i is block i; a norm behind the blocks begins with the last of them. What is frozen has no gradient, so an
     optimizer leaves it as it is: no weight decay, and no moments before its first update.
 
     Source: Howard and Ruder 2018 (ULMFiT, arXiv:1801.06146), section 3.3, "gradual unfreezing".
@@ -21,7 +21,7 @@ class FreezeSchedule:
     Args:
         depth: blocks of the encoder.
         freeze_updates: updates in which no layer is trained.
-        unfreeze_every: updates between a layer's first and that of the layer below it: of `depth` blocks, block i begins
+        unfreeze_every: updates from a layer's first to that of the layer below it: of `depth` blocks, block i begins
             with update freeze_updates + (depth - i) * unfreeze_every + 1. 0 trains all layers from the same one on.
 
     Raises:

@@ -46,7 +46,7 @@ class Classify(nn.Module):
         freeze_updates: optimizer updates during which only what is new is trained, with masks and dropout on.
         unfreeze_every: optimizer updates from a block's first to that of the block below it, see `FreezeSchedule`; 0
             trains all blocks from the same one on.
-        weighted_layers: pool the sum of all layers by learned weights, see `LayerWeights`, and not the encoder's output.
+        weighted_layers: pool the sum of all layers by learned weights, see `LayerWeights`, in the place of the output.
         class_weights: "balanced" weighs the loss of a clip by how rare its class is: by the clips of the training set
             over the number of classes and the clips of that class, which is 1 in the mean over all clips.
         class_counts: clips of each class in the training set, for these weights.
@@ -104,8 +104,8 @@ class Classify(nn.Module):
         if self.schedule.freezes and freeze_encoder:
             given = f"freeze_updates={freeze_updates}" if freeze_updates else f"unfreeze_every={unfreeze_every}"
             raise ValueError(
-                f"objective.{given}: the encoder is never trained (objective.freeze_encoder=true); leave one of the two "
-                "out"
+                f"objective.{given}: the encoder is never trained (objective.freeze_encoder=true); leave one of the "
+                "two out"
             )
         shares = dict(mask or {})
         axes = encoder.frontend.axes

@@ -33,8 +33,8 @@ class CTC(nn.Module):
     Args:
         encoder: with a mask token unless mask_prob is 0; its tokens must lie on time alone.
         n_characters: size of the vocabulary with the blank, which is number 0.
-        freeze_updates: optimizer updates during which only what is new is trained, with masks and dropout on; as many as
-            the run has, and the encoder stays as it is.
+        freeze_updates: optimizer updates during which only what is new is trained, with masks and dropout on; as many
+            as the run has, and the encoder stays as it is.
         unfreeze_every: optimizer updates from a block's first to that of the block below it, see `FreezeSchedule`; 0
             trains all blocks from the same one on.
         weighted_layers: spell from the sum of all layers by learned weights, see `LayerWeights`, and not from the
