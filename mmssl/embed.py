@@ -501,40 +501,56 @@ class Embedder:
         lm: str | Path | None = None,
         lm_weight: float = 2.0,
         word_score: float = 0.0,
+        threshold: float | None = None,
         rate: float | None = None,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
         progress: bool = False,
-    ) -> list[str | None]:
+    ) -> list[str | list[str] | None]:
         """What a fine-tuned encoder says of each clip: its likeliest class, or its transcript.
+
+        Where clips have several classes (`objective.multi_label`) it is a list of those that are likely enough, the
+        likeliest first; it may be empty. `probabilities` gives the numbers that it goes by.
 
         Args:
             beam: of the search for the likeliest transcript; None takes the best path, or with `lm` its own default.
                 For transcripts only.
             lm: n-gram language model, an ARPA file, whose words are then written: see `WordBeam`.
             lm_weight, word_score: see `WordBeam`; to be chosen on validation clips.
+            threshold: a class is one of a clip's where its probability is above this, None for .5. For several classes
+                a clip only, and to be chosen on validation clips.
             inputs, rate, batch_size, batch_seconds, on_bad_clip, progress: see `embed`; None for a clip that was
                 skipped.
 
         Raises:
-            ValueError: this encoder was not fine-tuned.
+            ValueError: this encoder was not fine-tuned, or a setting that is not for what it says.
         """
         objective, config = self._fine_tuned(), self.config
         vocabulary = None if config["vocabulary"] is None else CharVocabulary(config["vocabulary"])
         if (beam is not None or lm is not None) and vocabulary is None:
             raise ValueError(f"beam={beam}, lm={lm}: {self.name} tells classes, and only transcripts are searched for")
+        several = vocabulary is None and objective.multi_label
+        if threshold is not None and not several:
+            says = "tells one class of each clip" if vocabulary is None else "writes transcripts"
+            raise ValueError(f"threshold={threshold:g}: {self.name} {says}; leave threshold out")
+        if threshold is not None and not 0 <= threshold < 1:
+            raise ValueError(f"threshold={threshold:g}: must be a probability, from 0 to below 1")
+        least = 0.5 if threshold is None else threshold
         words = None
         if lm is not None and vocabulary is not None:
             width = {} if beam is None else {"beam": beam}
             words = WordBeam(lm, vocabulary.symbols, lm_weight=lm_weight, word_score=word_score, **width)
         clips = find_clips(inputs, self.config, self.encoder, rate=rate)
-        said: list[str | None] = [None] * len(clips)
+        said: list[str | list[str] | None] = [None] * len(clips)
 
         def compute(batch: Batch, places: list[int]) -> None:
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                if vocabulary is None:
+                texts: Sequence[str | list[str]]
+                if several:
+                    texts = [_above(row, config["classes"], least) for row in objective.predict(batch).sigmoid().cpu()]
+                elif vocabulary is None:
                     texts = [config["classes"][i] for i in objective.predict(batch).argmax(1).tolist()]
                 elif words is not None:
                     texts = words(*objective.log_probs(batch.raw))
@@ -752,6 +768,12 @@ class Embedder:
                 count,
                 tokenizer.context,
             )
+
+
+def _above(probabilities: Tensor, classes: Sequence[str], threshold: float) -> list[str]:
+    """The classes whose probability is above a threshold, the likeliest first."""
+    order = probabilities.argsort(descending=True, stable=True).tolist()
+    return [classes[i] for i in order if float(probabilities[i]) > threshold]
 
 
 class _Gathered:

@@ -52,15 +52,20 @@ class Encoder(nn.Module):
     def n_prefix(self) -> int:
         return 0 if self.prefix is None else len(self.prefix)
 
-    def skips_parameters(self, hide: Hide) -> bool:
+    def skips_parameters(self, hide: Hide, *, output: bool = True) -> bool:
         """Whether some parameters get no gradient in some updates of an objective that hides tokens so.
 
-        They are the mask token where nothing is replaced, blocks that are left out, and features that are not trained.
+        They are the mask token where nothing is replaced, blocks that are left out, features that are not trained, and
+        the norm behind the blocks where none but these are read.
+
+        Args:
+            output: whether the objective reads the output, and not the layers before it alone.
         """
         return (
             (self.mask_token is not None and hide != "replace")
             or self.transformer.layer_drop > 0
             or getattr(self.frontend, "grad_mult", 1.0) == 0
+            or (not output and self.transformer.pre and isinstance(self.transformer.norm, nn.LayerNorm))
         )
 
     def refuse_learned(
@@ -118,6 +123,7 @@ class Encoder(nn.Module):
         layers: Sequence[int] = (),
         point: Point = "block",
         until: int | None = None,
+        frozen: int = 0,
     ) -> Encoded:
         """Encode tokens, hiding what `plan` names.
 
@@ -128,6 +134,8 @@ class Encoder(nn.Module):
                 Transformer works on visible tokens only; "unseen" keeps them, and no token attends to them.
             layers, point: see `Encoded.layers`.
             until: the last block to go through, see `Transformer.forward`.
+            frozen: layers that get no gradient, from layer 0 up: where it is above 0 the frontend and all else before
+                the blocks get none, and where it is above i, block i; see `Transformer.forward`.
 
         Raises:
             ValueError: `hide` without a plan, or "replace" in an encoder without a mask token.
@@ -163,7 +171,11 @@ class Encoder(nn.Module):
             if plan is not None and hide == "drop":
                 coords = take(tokens.coords, plan.keep)
             bias = self.transformer.bias(coords, tokens, self.n_prefix)
-        x, kept = self.transformer(x, lengths, layers=layers, point=point, attended=attended, bias=bias, until=until)
+        if frozen:
+            x, bias = x.detach(), [each.detach() for each in bias]
+        x, kept = self.transformer(
+            x, lengths, layers=layers, point=point, attended=attended, bias=bias, until=until, frozen=frozen
+        )
         return Encoded(x=x, lengths=lengths, layers=kept, n_prefix=self.n_prefix)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmssl import distributed
 from mmssl.assemble import finetune, pretrain, train
-from mmssl.build import build_encoder, build_frontend
+from mmssl.build import build_encoder, build_frontend, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import load as load_encoder
 from mmssl.loading import build_augment, build_plan
@@ -24,7 +24,7 @@ from mmssl.recipe import Recipe, RecipeError, load, parse
 from mmssl.resolve import resolve
 from mmssl.tasks.evaluate import evaluate
 from mmssl.training.checkpoint import read_encoder, read_tensors
-from mmssl.types import BadClip, Batch, Loss
+from mmssl.types import BadClip, Batch, Loss, Raw
 from mmssl.validation import Validation
 
 TOY = ["transformer.dim=16", "transformer.depth=2", "transformer.heads=2"]
@@ -133,6 +133,65 @@ def test_fine_tuning_starts_from_the_pretrained_weights(
     before, after = read_encoder(run)[1], read_encoder(tuned)[1]
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert read_encoder(tuned)[2]
+
+
+def test_a_run_of_several_labels_a_clip_is_trained_measured_and_asked(
+    run: Path, image_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """From manifest to answers, with blocks that begin one by one and a head on weighted layers."""
+    average_precision_score = pytest.importorskip("sklearn.metrics").average_precision_score
+
+    def tag(row: dict[str, Any]) -> dict[str, Any]:
+        number = int(Path(row["image"]).stem)
+        return {**row, "label": [*([row["label"]] if number % 5 else []), *(["bright"] if number > 7 else [])]}
+
+    train_rows, test_rows = image_rows("train", tag), image_rows("test", tag)
+    settings = ["multi_label=true", "label_smoothing=0", "weighted_layers=true", "unfreeze_every=2"]
+    tuned = finetune(
+        load(
+            "small/classify_image",
+            [
+                f"data.train={train_rows}",
+                f"data.valid={test_rows}",
+                f"init={run}",
+                "data.batch_size=4",
+                "data.workers=0",
+            ]
+            + ["trainer.steps=3", "trainer.eval_every=3", "trainer.threads=1", "schedule={name: constant}"]
+            + [f"objective.{setting}" for setting in settings],
+        ),
+        tmp_path / "tuned",
+    )
+    # of two blocks the last began with the first update, the other with the third, and nothing before them did
+    before, after = read_encoder(run)[1], read_encoder(tuned)[1]
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith("transformer.blocks.")}
+    assert read_encoder(tuned)[0]["classes"] == ["bright", "checks", "stripes"]
+
+    embedder = load_encoder(tuned, device="cpu")
+    found = embedder.probabilities(test_rows)
+    labels = list(Manifest(test_rows).values("label"))
+    truth = [[name in names for name in ("bright", "checks", "stripes")] for names in labels]
+    score = evaluate(tuned, task="classify", test=test_rows)["map"]
+    assert score.value == pytest.approx(average_precision_score(truth, found.numpy(), average="macro"))
+
+    # the objective as training left it says the same
+    config = read_encoder(tuned)[0]
+    objective: Any = build_objective(config, build_encoder(config))
+    objective.load_state_dict(read_tensors(tuned / "checkpoints" / "step_3" / "model.safetensors"))
+    assert objective.layer_weights.scores.any()
+    files = [row["image"] for row in Manifest(test_rows)]
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(file), np.float32) / 255)[None] for file in files])
+    raw = Raw(pixels, torch.ones(len(files), dtype=torch.int64), files)
+    with torch.no_grad():
+        own = objective.eval().predict(Batch({"image": raw}, torch.zeros(len(files), dtype=torch.int64))).sigmoid()
+    torch.testing.assert_close(found, own)
+    for threshold in (0.5, float(own.median())):
+        expected = [
+            sorted((name for name, p in zip(config["classes"], row, strict=True) if p > threshold)) for row in found
+        ]
+        assert [sorted(said or []) for said in embedder.predict(files, threshold=threshold)] == expected
+    assert embedder.predict(files) == embedder.predict(files, threshold=0.5)
 
 
 def test_labels_are_those_of_the_training_manifest(image_rows: Callable[..., Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import Embedder, load
 from mmssl.encoder import Encoder
 from mmssl.training.checkpoint import export_encoder
-from mmssl.types import BadClip, Raw
+from mmssl.types import BadClip, Batch, Raw
 
 SPEECH: dict[str, Any] = {
     "format": 1,
@@ -369,6 +369,52 @@ def test_predictions_are_classes_or_transcripts(
     assert speech.predict([waves[0], "missing.wav"], on_bad_clip="skip")[1] is None
     with pytest.raises(ValueError, match="only transcripts"):
         image.predict(pictures / "train", beam=4)
+
+
+def test_a_head_on_weighted_layers_spells_as_its_objective_does(tmp_path: Path, waves: list[np.ndarray]) -> None:
+    config = {**SPEECH, "objective": {"name": "ctc", "weighted_layers": True, "unfreeze_every": 5}}
+    torch.manual_seed(0)
+    encoder = build_encoder(config)
+    objective: Any = build_objective(config, encoder)
+    objective.layer_weights.scores.data = torch.tensor([3.0, 0.0, -3.0])
+    export_encoder(tmp_path, encoder, config, objective=objective)
+    embedder = load(tmp_path)
+    symbols = {1: " ", 2: "a", 3: "b"}
+    for wave in waves:
+        raw = Raw(torch.from_numpy(wave)[None], torch.tensor([len(wave)]), ["alone"], 8000.0)
+        [ids] = objective.eval().predict(Batch({"speech": raw}, torch.tensor([0])))
+        spelled = "".join(symbols[i] for i in ids)
+        assert embedder.predict(wave) == [" ".join(spelled.split())]
+    expected = objective.log_probs(raw)[0]
+    assert torch.allclose(embedder.objective.log_probs(raw)[0], expected, atol=1e-5)
+    objective.layer_weights.scores.data.zero_()
+    assert not torch.allclose(objective.log_probs(raw)[0], expected, atol=1e-3)
+
+
+def test_classes_of_a_clip_are_those_above_the_threshold_the_likeliest_first(tmp_path: Path) -> None:
+    config = {**IMAGE, "objective": {"name": "classify", "multi_label": True}, "classes": ["cat", "dog", "tree"]}
+    torch.manual_seed(0)
+    encoder = build_encoder(config)
+    objective: Any = build_objective(config, encoder)
+    torch.nn.init.zeros_(objective.head.linear.weight)
+    objective.head.linear.bias.data = torch.tensor([1 / 9, 3.0, 1.0]).log()  # odds of .1, .75 and .5
+    export_encoder(tmp_path, encoder, config, objective=objective)
+    embedder, pictures = load(tmp_path), torch.rand(2, 1, 8, 8)
+    assert embedder.probabilities(pictures)[0].tolist() == pytest.approx([0.1, 0.75, 0.5])
+    assert embedder.predict(pictures) == [["dog"], ["dog"]]  # .5 is not above .5
+    assert embedder.predict(pictures, threshold=0.4)[0] == ["dog", "tree"]
+    assert embedder.predict(pictures, threshold=0.05)[0] == ["dog", "tree", "cat"]
+    assert embedder.predict(pictures, threshold=0.8)[0] == []
+    assert embedder.predict(["missing.png", pictures[0]], on_bad_clip="skip") == [None, ["dog"]]
+    with pytest.raises(ValueError, match="threshold=1: must be a probability, from 0 to below 1"):
+        embedder.predict(pictures, threshold=1)
+
+
+def test_a_threshold_is_for_several_classes_a_clip_only(speech: Embedder, image: Embedder, pictures: Path) -> None:
+    with pytest.raises(ValueError, match=r"threshold=0.5: .* tells one class of each clip; leave threshold out"):
+        image.predict(pictures / "train", threshold=0.5)
+    with pytest.raises(ValueError, match=r"threshold=0.5: .* writes transcripts; leave threshold out"):
+        speech.predict(np.zeros(900, np.float32), threshold=0.5)
 
 
 def test_an_encoder_that_was_not_fine_tuned_predicts_nothing(tmp_path: Path, waves: list[np.ndarray]) -> None:

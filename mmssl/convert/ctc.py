@@ -57,7 +57,16 @@ def read_head(
 
 
 def write_head(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, dict[str, int], dict[str, Tensor]]:
-    """Further settings of their config.json, vocab.json, and the tensors of the head."""
+    """Further settings of their config.json, vocab.json, and the tensors of the head.
+
+    Raises:
+        ValueError: the head reads weighted layers.
+    """
+    if config["objective"].get("weighted_layers"):
+        raise ValueError(
+            "objective.weighted_layers=true: a head for CTC in transformers reads the encoder's output alone, and this "
+            "one a sum of all layers; write it with --to mmssl"
+        )
     private = {character: token for token, character in _PRIVATE.items()}
     tokens = ["<pad>", _BOUNDARY, *(private.get(symbol, symbol) for symbol in config["vocabulary"][2:])]
     head = {f"{_HEAD}.{kind}": tensors[f"head.{kind}"] for kind in ("weight", "bias")}

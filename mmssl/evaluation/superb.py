@@ -15,26 +15,12 @@ from torch import Tensor, nn
 
 from mmssl.evaluation.protocol import Fitted, Folds, Known, accuracy, choices_on
 from mmssl.nn.ctc import BLANK, best_path, frames_needed
+from mmssl.nn.layer_weights import LayerWeights
 
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 PROJECTED, HIDDEN = 256, 256
 BATCH = 32
 LEAST_UPDATES, EPOCHS = 300, 30  # so many updates, or so many times over the clips where that is more
-
-
-class LayerWeights(nn.Module):
-    """One number a layer, whose softmax is its weight: (..., layers, D) -> (..., D). All weights are equal at first."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.scores = nn.Parameter(torch.zeros(layers))
-
-    @property
-    def weights(self) -> Tensor:
-        return self.scores.softmax(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("l,...ld->...d", self.weights, x)
 
 
 class UtteranceHead(nn.Module):

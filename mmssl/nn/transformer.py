@@ -407,6 +407,7 @@ class Transformer(nn.Module):
         windows: Sequence[Windows | None] = (),
         bias: Sequence[Tensor] = (),
         until: int | None = None,
+        frozen: int = 0,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Encode rows of which the first `lengths[b]` places are real.
 
@@ -423,6 +424,8 @@ class Transformer(nn.Module):
             bias: for each block what it adds to its scores, (1 or B, heads, N, N), as `self.bias` gives it; left out,
                 nothing. Not beside windows.
             until: the last block to go through, without the norm at the end; all blocks and that norm by default.
+            frozen: layers that get no gradient, from the input on: the input where it is 1, block i where it is above
+                i, and the norm at the end where it is above all blocks.
 
         Returns:
             (B, N, D) after the final norm (of "pre"), zero past each length; and the layers asked for. A block that
@@ -431,10 +434,12 @@ class Transformer(nn.Module):
         wrong = [i for i in layers if not 0 <= i <= self.depth]
         if wrong:
             raise ValueError(f"layer={wrong[0]}: this Transformer has layers 0 (its input) to {self.depth}")
+        learning = torch.is_grad_enabled()
         layout = Layout(x, lengths, causal=self.causal, window=self.window, attended=attended)
-        h = layout.pack(x)
-        h = self.input_norm(h) if self.pre else self.norm(h)
-        h = F.dropout(h, self.dropout, self.training)
+        with torch.set_grad_enabled(learning and not frozen):
+            h = layout.pack(x)
+            h = self.input_norm(h) if self.pre else self.norm(h)
+            h = F.dropout(h, self.dropout, self.training)
         left_out = self._left_out()
         kept = {0: layout.unpack(h)} if 0 in layers else {}
         none: list[None] = [None] * self.depth
@@ -443,12 +448,14 @@ class Transformer(nn.Module):
                 break
             added = None
             if i not in left_out:
-                h, added = block(h, layout, own, places)
+                with torch.set_grad_enabled(learning and i >= frozen):
+                    h, added = block(h, layout, own, places)
             value = h if point == "block" else added
             if i in layers and value is not None:
                 kept[i] = layout.unpack(value)
         if self.pre and until is None:
-            h = self.norm(h)
+            with torch.set_grad_enabled(learning and self.depth >= frozen):
+                h = self.norm(h)
         return layout.unpack(h), kept
 
     def _left_out(self) -> set[int]:

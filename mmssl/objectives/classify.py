@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
+from mmssl.nn.freezing import FreezeSchedule
 from mmssl.nn.heads import POOLS, AttentionPool, ClassifierHead
+from mmssl.nn.layer_weights import LayerWeights
 from mmssl.nn.masking import axis_mask
 from mmssl.nn.spread import token_spread
 from mmssl.types import Batch, Hide, Loss, Raw, valid_mask
@@ -41,7 +43,10 @@ class Classify(nn.Module):
             tokens are left out, so that a step gets cheaper.
         multi_label: a clip has any number of classes, none too.
         freeze_encoder: train the head only; the encoder is in evaluation mode and gets no gradient.
-        freeze_updates: optimizer updates during which only the head is trained, with masks and dropout on.
+        freeze_updates: optimizer updates during which only what is new is trained, with masks and dropout on.
+        unfreeze_every: optimizer updates from a block's first to that of the block below it, see `FreezeSchedule`; 0
+            trains all blocks from the same one on.
+        weighted_layers: pool the sum of all layers by learned weights, see `LayerWeights`, in the place of the output.
         class_weights: "balanced" weighs the loss of a clip by how rare its class is: by the clips of the training set
             over the number of classes and the clips of that class, which is 1 in the mean over all clips.
         class_counts: clips of each class in the training set, for these weights.
@@ -64,6 +69,8 @@ class Classify(nn.Module):
         multi_label: bool = False,
         freeze_encoder: bool = False,
         freeze_updates: int = 0,
+        unfreeze_every: int = 0,
+        weighted_layers: bool = False,
         class_weights: Literal["balanced"] | None = None,
         class_counts: Sequence[int] | None = None,
         head_norm: Literal["layer", "none"] = "layer",
@@ -91,10 +98,14 @@ class Classify(nn.Module):
                 f"objective.class_weights={class_weights}: weighs clips by their class, and here a clip has several "
                 "(objective.multi_label=true), or nothing is known of how many there are; leave it out"
             )
-        if freeze_updates and freeze_encoder:
+        self.schedule = FreezeSchedule(
+            depth=encoder.depth, freeze_updates=freeze_updates, unfreeze_every=unfreeze_every
+        )
+        if self.schedule.freezes and freeze_encoder:
+            given = f"freeze_updates={freeze_updates}" if freeze_updates else f"unfreeze_every={unfreeze_every}"
             raise ValueError(
-                f"objective.freeze_updates={freeze_updates}: the encoder is never trained (objective.freeze_encoder="
-                "true); leave one of the two out"
+                f"objective.{given}: the encoder is never trained (objective.freeze_encoder=true); leave one of the "
+                "two out"
             )
         shares = dict(mask or {})
         axes = encoder.frontend.axes
@@ -111,11 +122,11 @@ class Classify(nn.Module):
         self.label_smoothing = label_smoothing
         self.mixup = mixup
         self.freeze_encoder = freeze_encoder
-        self.freeze_updates = freeze_updates
-        self.skips_parameters = freeze_updates > 0 or encoder.skips_parameters(self.hide)
+        self.layer_weights = LayerWeights(encoder.depth + 1) if weighted_layers else None
+        self.skips_parameters = self.schedule.freezes or encoder.skips_parameters(self.hide, output=not weighted_layers)
         # saved where something depends on it, so that a run that is resumed goes on
         self.updates: Tensor
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64), persistent=freeze_updates > 0)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64), persistent=self.schedule.freezes)
         self.weights: Tensor | None
         counts = None if class_weights is None else torch.tensor(class_counts, dtype=torch.float64)
         weights = None if counts is None else (counts.sum() / (n_classes * counts)).float()
@@ -176,10 +187,9 @@ class Classify(nn.Module):
         self.updates.fill_(step)
 
     @property
-    def frozen(self) -> bool:
-        """Whether the encoder is not trained, or not yet."""
-        # the first tests spare runs without a frozen start a wait for the device at every step
-        return self.freeze_encoder or (self.freeze_updates > 0 and int(self.updates) < self.freeze_updates)
+    def frozen(self) -> int:
+        """How many layers of the encoder are not trained, or not yet, from layer 0 up."""
+        return self.encoder.depth + 1 if self.freeze_encoder else self.schedule.frozen(self.updates)
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(B,) cross-entropies, each with the weight of its class."""
@@ -190,13 +200,16 @@ class Classify(nn.Module):
 
     def _logits(self, raw: Raw, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The logits, and how far the encoder's tokens lie apart; with seeds, what a training step sees."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        frozen = self.frozen
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             tokens = self.encoder.tokens(raw)
-            if self.training and self.mask is not None and seeds is not None:
-                plan = axis_mask(tokens.lengths, grid=tokens.grid, ratios=self.mask, seeds=seeds)
-                encoded = self.encoder(tokens, plan, "drop")
-            else:
-                encoded = self.encoder(tokens)
+        plan, hide = None, self.hide
+        if self.training and self.mask is not None and seeds is not None:
+            plan, hide = axis_mask(tokens.lengths, grid=tokens.grid, ratios=self.mask, seeds=seeds), "drop"
+        layers = range(self.encoder.depth + 1) if self.layer_weights is not None else ()
+        encoded = self.encoder(tokens, plan, hide, layers=layers, frozen=frozen)
+        if self.layer_weights is not None:
+            encoded = self.layer_weights.output(encoded)
         pooled = self.pool(encoded.x, encoded.lengths, encoded.n_prefix)
         return self.head(pooled), token_spread(encoded)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
 from mmssl.nn.ctc import BLANK, best_path, frames_needed
+from mmssl.nn.freezing import FreezeSchedule
+from mmssl.nn.layer_weights import LayerWeights
 from mmssl.nn.masking import channel_mask, span_mask
-from mmssl.types import Batch, Hide, Loss, Raw, Tokens
+from mmssl.types import Batch, Hide, Loss, MaskPlan, Raw, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,12 @@ class CTC(nn.Module):
     Args:
         encoder: with a mask token unless mask_prob is 0; its tokens must lie on time alone.
         n_characters: size of the vocabulary with the blank, which is number 0.
-        freeze_updates: optimizer updates during which only the new layer is trained, with masks and dropout on.
+        freeze_updates: optimizer updates during which only what is new is trained, with masks and dropout on; as many
+            as the run has, and the encoder stays as it is.
+        unfreeze_every: optimizer updates from a block's first to that of the block below it, see `FreezeSchedule`; 0
+            trains all blocks from the same one on.
+        weighted_layers: spell from the sum of all layers by learned weights, see `LayerWeights`, and not from the
+            encoder's output.
         freeze_frontend: never train what a learned frontend does before its last norm.
         mask_prob, mask_span, min_spans: time masking while training, see `span_mask`.
         channel_mask_prob, channel_mask_span: channels of the tokens zeroed while training, see `channel_mask`.
@@ -52,6 +58,8 @@ class CTC(nn.Module):
         *,
         n_characters: int,
         freeze_updates: int = 10_000,
+        unfreeze_every: int = 0,
+        weighted_layers: bool = False,
         freeze_frontend: bool = True,
         mask_prob: float = 0.65,
         mask_span: int = 10,
@@ -74,31 +82,38 @@ class CTC(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(encoder.dim, n_characters)
         self.n_characters = n_characters
-        self.freeze_updates = freeze_updates
+        self.schedule = FreezeSchedule(
+            depth=encoder.depth, freeze_updates=freeze_updates, unfreeze_every=unfreeze_every
+        )
+        self.layer_weights = LayerWeights(encoder.depth + 1) if weighted_layers else None
         self.mask_prob, self.mask_span, self.min_spans = mask_prob, mask_span, min_spans
         self.channel_mask_prob, self.channel_mask_span = channel_mask_prob, channel_mask_span
         self.dropout = dropout
         if freeze_frontend and frontend.learned:
             frontend.grad_mult = 0.0
-        self.skips_parameters = freeze_updates > 0 or encoder.skips_parameters("replace" if mask_prob else "none")
+        self.skips_parameters = self.schedule.freezes or encoder.skips_parameters(
+            "replace" if mask_prob else "none", output=not weighted_layers
+        )
         self.infeasible_ids: set[str] = set()
         self.told = 0
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     @property
-    def frozen(self) -> bool:
-        """Whether the encoder is not trained yet."""
-        # the first test spares runs without a frozen start a wait for the device at every step
-        return self.freeze_updates > 0 and int(self.updates) < self.freeze_updates
+    def frozen(self) -> int:
+        """How many layers of the encoder are not trained yet, from layer 0 up."""
+        return self.schedule.frozen(self.updates)
 
     def forward(self, batch: Batch) -> Loss:
-        """The loss in nats, summed over the clips that are long enough for their transcripts."""
+        """The loss in nats, summed over the clips that are long enough for their transcripts.
+
+        The metric "frozen" is the share of the encoder's layers that are not trained yet.
+        """
         labels, label_lengths = self._labels(batch)
         frozen = self.frozen
-        with torch.no_grad() if frozen else nullcontext():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             tokens = self.encoder.tokens(batch.raw)
-            x = self._encode(tokens, batch.seeds if self.training else None)
+        x = self._encode(tokens, batch.seeds if self.training else None, frozen)
         log_probs = self._log_probs(x)
         feasible = frames_needed(labels, label_lengths) <= tokens.lengths
         self._name([name for name, fits in zip(batch.ids, feasible.tolist(), strict=True) if not fits])
@@ -120,7 +135,7 @@ class CTC(nn.Module):
             "infeasible": (clips - n, clips),
             "blank": (blanks, frames),
             "characters": (int((label_lengths * feasible).sum()), n),
-            "frozen": (float(frozen), 1),
+            "frozen": (frozen / (self.encoder.depth + 1), 1),
         }
         return Loss(total, n, metrics)
 
@@ -137,11 +152,11 @@ class CTC(nn.Module):
         """The characters of each clip, by the best path."""
         return best_path(*self.log_probs(batch.raw))
 
-    def _encode(self, tokens: Tokens, seeds: Tensor | None) -> Tensor:
+    def _encode(self, tokens: Tokens, seeds: Tensor | None, frozen: int = 0) -> Tensor:
         """(B, N, D); masked by the clips' seeds, or not at all where there are none."""
-        if seeds is None:
-            return self.encoder(tokens).tokens
-        if self.channel_mask_prob:
+        plan: MaskPlan | None = None
+        hide: Hide = "none"
+        if seeds is not None and self.channel_mask_prob:
             hidden = channel_mask(
                 len(tokens.x),
                 tokens.x.shape[-1],
@@ -150,12 +165,14 @@ class CTC(nn.Module):
                 seeds=seeds,
             )
             tokens = replace(tokens, x=tokens.x.masked_fill(hidden.to(tokens.x.device)[:, None], 0.0))
-        if not self.mask_prob:
-            return self.encoder(tokens).tokens
-        plan = span_mask(
-            tokens.lengths, prob=self.mask_prob, span=self.mask_span, min_spans=self.min_spans, seeds=seeds
-        )
-        return self.encoder(tokens, plan, self.hide).tokens
+        if seeds is not None and self.mask_prob:
+            hide = self.hide
+            plan = span_mask(
+                tokens.lengths, prob=self.mask_prob, span=self.mask_span, min_spans=self.min_spans, seeds=seeds
+            )
+        layers = range(self.encoder.depth + 1) if self.layer_weights is not None else ()
+        encoded = self.encoder(tokens, plan, hide, layers=layers, frozen=frozen)
+        return (encoded if self.layer_weights is None else self.layer_weights.output(encoded)).tokens
 
     def _log_probs(self, x: Tensor) -> Tensor:
         return self.head(F.dropout(x, self.dropout, self.training)).float().log_softmax(-1)

@@ -462,7 +462,7 @@ def _fine_tuned(
         for place, name in enumerate(truth):
             if name not in embedder.config["classes"]:
                 raise ValueError(f"{manifest.place(place)}: the label {name!r} is none that {embedder.name} knows")
-    said: list[str | None]
+    said: Sequence[str | list[str] | None]
     if any(number != 1 for number in views.values()):
         found = embedder.probabilities(manifest, **views, **settings)
         places = found.argmax(1).tolist()
@@ -470,7 +470,7 @@ def _fine_tuned(
         said = [embedder.config["classes"][i] if here else None for i, here in zip(places, read, strict=True)]
     else:
         said = embedder.predict(manifest, **search, **settings)
-    pairs = [(right, guess) for right, guess in zip(truth, said, strict=True) if guess is not None]
+    pairs = [(right, guess) for right, guess in zip(truth, said, strict=True) if isinstance(guess, str)]
     skipped = len(truth) - len(pairs)
     note = f"{embedder.name}" + (f"; {skipped} clips could not be read" if skipped else "")
     if task == "ctc":

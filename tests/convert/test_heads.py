@@ -50,6 +50,18 @@ def test_a_head_that_spells_goes_both_ways(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "back" / "config.json").read_text())["pad_token_id"] == 0
 
 
+def test_a_head_on_weighted_layers_stays_ours(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**SPEECH)).save_pretrained(tmp_path / "theirs")
+    write_json(tmp_path / "theirs" / "vocab.json", {"<pad>": 0, "|": 1, "<s>": 2, "</s>": 3, "<unk>": 4, "a": 5})
+    convert(tmp_path / "theirs", tmp_path / "ours", to="mmssl")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    config["objective"]["weighted_layers"] = True
+    write_json(tmp_path / "ours" / "config.json", config)
+    with pytest.raises(ValueError, match="reads the encoder's output alone, and this one a sum of all layers"):
+        convert(tmp_path / "ours", tmp_path / "back")
+
+
 def test_a_vocabulary_of_words_is_refused(tmp_path: Path) -> None:
     transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**SPEECH)).save_pretrained(tmp_path)
     write_json(tmp_path / "vocab.json", {"<pad>": 0, "|": 1, "<s>": 2, "</s>": 3, "<unk>": 4, "ng": 5})

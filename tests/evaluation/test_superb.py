@@ -5,14 +5,7 @@ from torch import Tensor
 
 from mmssl.evaluation import superb
 from mmssl.evaluation.protocol import Split, measure
-from mmssl.evaluation.superb import (
-    LayerWeights,
-    SpellingHead,
-    UtteranceHead,
-    fit_spelling,
-    fit_superb,
-    fit_utterances,
-)
+from mmssl.evaluation.superb import SpellingHead, UtteranceHead, fit_spelling, fit_superb, fit_utterances
 
 LAYERS, DIM = 3, 4
 
@@ -31,14 +24,6 @@ def told_by_layer(count: int, *, layer: int = 1, seed: int = 0) -> tuple[Tensor,
     x, y = rng.normal(size=(count, LAYERS, DIM)), rng.integers(2, size=count)
     x[:, layer, 0] += 3 * (2 * y - 1)
     return torch.from_numpy(x).flatten(1), torch.from_numpy(y)
-
-
-def test_layers_are_summed_by_the_softmax_of_their_scores() -> None:
-    weights, x = LayerWeights(2), torch.tensor([[[1.0, 2.0], [3.0, 6.0]]])
-    assert weights(x).tolist() == [[2.0, 4.0]]  # equal at first
-    with torch.no_grad():
-        weights.scores[1] = np.log(3)
-    assert weights(x)[0].tolist() == pytest.approx([2.5, 5.0])
 
 
 def test_the_mean_over_tokens_may_come_before_all_that_is_linear() -> None:
