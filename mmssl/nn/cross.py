@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.nn.linear import Linear
-from mmssl.nn.positions import sincos
-from mmssl.nn.predictor import places
+from mmssl.nn.positions import shared, sincos
+from mmssl.nn.predictor import filled_in, places
 from mmssl.nn.transformer import MLP, Attention, Layout
-from mmssl.types import Encoded, MaskPlan, Tokens
+from mmssl.types import Encoded, MaskPlan, Tokens, valid_mask
 
 
 class CrossAttention(nn.Module):
@@ -23,13 +23,21 @@ class CrossAttention(nn.Module):
         self.kv = Linear(dim, 2 * dim)
         self.out = Linear(dim, dim)
 
-    def forward(self, h: Tensor, other: Tensor) -> Tensor:
-        """(B, N, D) tokens and (B, M, D) of the other view -> (B, N, D)."""
-        batch, size, dim = h.shape
-        q = self.q(h).view(batch, size, self.heads, -1).transpose(1, 2)
-        k, v = self.kv(other).view(batch, other.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.out(mixed.transpose(1, 2).reshape(batch, size, dim))
+    def forward(self, h: Tensor, other: Tensor, layout: Layout, beside: Layout) -> Tensor:
+        """Tokens and those of the other view, each as its layout has them -> as `h`; each sees its own clip's alone."""
+        q, kv = self.q(h), self.kv(other)
+        if not layout.ragged and not beside.ragged:
+            return self.out(self._attend(q, kv))
+        rows = zip(layout.rows(q), beside.rows(kv), strict=True)
+        mixed = [self._attend(own[None], seen[None])[0] for own, seen in rows]
+        return self.out(torch.cat(mixed) if layout.ragged else torch.stack(mixed))
+
+    def _attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        """(B, N, D), (B, M, 2D) -> (B, N, D)."""
+        batch, size, dim = q.shape
+        q = q.view(batch, size, self.heads, -1).transpose(1, 2)
+        k, v = kv.view(batch, kv.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, size, dim)
 
 
 class CrossBlock(nn.Module):
@@ -42,8 +50,8 @@ class CrossBlock(nn.Module):
         self.attention = Attention(dim, heads, dropout=0.0, layer_scale=None, gated=False)
         self.mlp = MLP(dim, mlp_dim, dropout=0.0, activation="gelu", layer_scale=None)
 
-    def forward(self, h: Tensor, other: Tensor, layout: Layout) -> Tensor:
-        h = h + self.cross(self.norm1(h), other)
+    def forward(self, h: Tensor, other: Tensor, layout: Layout, beside: Layout) -> Tensor:
+        h = h + self.cross(self.norm1(h), other, layout, beside)
         h = h + self.attention(self.norm2(h), layout)
         return h + self.mlp(self.norm3(h))
 
@@ -95,26 +103,16 @@ class CrossPredictor(nn.Module):
 
         Returns:
             (M, out_dim), one row for each hidden token, in row-major order.
-
-        Raises:
-            ValueError: clips of which one view has more tokens than that of another.
         """
-        for view in (encoded, other):
-            if int(view.lengths.min()) < view.x.shape[1]:
-                raise ValueError("views: those of all clips of a batch must have as many tokens; draw them of one size")
-        seen, context = self.embed(encoded.tokens), _placed(self.embed(other.tokens), others)
-        rows, size = plan.masked.shape
-        taken = places(~plan.masked, seen.device)
-        filled = self.mask_vector.to(seen.dtype).expand(rows * size, -1).index_copy(0, taken, seen.flatten(0, 1))
-        h = _placed(filled.view(rows, size, -1), tokens)
-        layout = Layout(h, None)
+        size = plan.masked.shape[1]
+        visible = valid_mask(tokens.lengths, size) & ~plan.masked
+        seen, known = self.embed(encoded.tokens), encoded.lengths - encoded.n_prefix
+        h = filled_in(seen, known, visible, self.mask_vector, shared(tokens.coords), prefix=0)
+        context = self.embed(other.tokens)
+        context = context + sincos(shared(others.coords), context.shape[-1]).to(context.dtype)
+        layout, beside = Layout(h, tokens.lengths), Layout(context, others.lengths)
+        h, context = layout.pack(h), beside.pack(context)
         for block in self.blocks:
-            h = block(h, context, layout)
+            h = block(h, context, layout, beside)
         hidden = places(plan.masked, h.device)
-        return self.out(self.norm(h).flatten(0, 1).index_select(0, hidden))
-
-
-def _placed(h: Tensor, tokens: Tokens) -> Tensor:
-    """With the positions of its tokens added."""
-    coords = tokens.coords[:1] if tokens.coords.stride(0) == 0 else tokens.coords
-    return h + sincos(coords, h.shape[-1]).to(h.dtype)
+        return self.out(layout.unpack(self.norm(h)).flatten(0, 1).index_select(0, hidden))

@@ -80,6 +80,10 @@ class Layout:
         own = bias if len(bias) == 1 else bias[row : row + 1]
         return own[..., : self.sizes[row], : self.sizes[row]]
 
+    def rows(self, h: Tensor) -> tuple[Tensor, ...]:
+        """The real tokens of each clip, (n, D)."""
+        return h.split(self.sizes) if self.ragged else h.unbind()
+
     def pad(self, h: Tensor) -> Tensor:
         """(M, D) -> (B, longest, D), zero past each length."""
         padded = h.new_zeros(self.batch, self.longest, h.shape[-1])

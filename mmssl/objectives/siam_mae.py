@@ -26,8 +26,8 @@ class SiamMAE(nn.Module):
     Args:
         encoder: shared by both views.
         target, target_dim, target_learned: see `MAE`.
-        views: (raw, frontend) -> the view that is seen and the one that is to be reconstructed, each of one size for
-            all clips of a batch. What is drawn comes from the seeds of `raw`.
+        views: (raw, frontend) -> the view that is seen and the one that is to be reconstructed. What is drawn comes
+            from the seeds of `raw`.
         mask_ratio: share of the tokens of the second view to hide; .95 in SiamMAE.
         decoder_dim, decoder_depth, decoder_heads, decoder_mlp_dim, decoder_eps: of the CrossPredictor.
     """

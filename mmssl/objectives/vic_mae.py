@@ -26,7 +26,7 @@ class ViCMAE(nn.Module):
     Source: Hernandez, Villegas and Ordonez 2023 (ViC-MAE, arXiv:2303.12001), section 3, with the numbers of the
         authors' repository: two frames of a video, or two views of a picture; both masked, encoded and reconstructed;
         the mean of the visible tokens, without the class token, through an MLP; NT-Xent on top.
-    Differs from the paper: pictures or video, not both in one run; a picture's views are those that the modality has;
+    Differs from the paper: pictures, video or sound, not several in one run; what views there are, the modality says;
         the MLP's norms are LayerNorms (see `Projector`). Where views are of several lengths, each clip counts the same.
     Target: `target`, values that the modality computes from each view, never learned ones; and the other view. In
         training the other clips are those of all processes, and the gradient is that of one process on all of them;

@@ -25,7 +25,7 @@ from mmssl.training import checkpoint, health
 from mmssl.training.gradients import backward, scale_gradients, share_statistics, weight_size
 from mmssl.training.log import RunLog, Window, finite
 from mmssl.training.parallel import gathered, parallelize
-from mmssl.training.resume import Place, begin, made_with
+from mmssl.training.resume import Place, begin, held, made_with
 from mmssl.training.rng import random_state, undisturbed
 from mmssl.training.settings import TrainSettings
 from mmssl.training.signals import StopSignal
@@ -97,7 +97,7 @@ def train(
         `best`, the best one as "best/name" and its update as "best/step".
 
     Raises:
-        FileExistsError: the folder holds another run, and `resume` is false.
+        FileExistsError: the folder holds another run, and `resume` is false; or one is going on in it.
         RunStopped: ten attempts in a row gave no update, or a verdict of `stop_on` was reached.
         OSError: the last checkpoint could not be saved, or not exported.
         ValueError: `best` names what evaluations do not give.
@@ -111,19 +111,20 @@ def train(
     objective.to(device).train()
     torch.manual_seed(settings.seed + distributed.rank())
     model = parallelize(objective, optimizer, device, sharded=settings.sharding == "full")
-    place, remarks = begin(objective, optimizer, run, device, settings, recipe, resume)
-    if settings.sharding == "full" and distributed.world_size() == 1:
-        remarks.append("trainer.sharding=full: nothing is sharded on one process; torchrun starts several")
-    loader.consumed, loader.epoch_start = place.consumed, place.epoch_start
-    with (
-        RunLog(run, steps=settings.steps, after=place.step, main=distributed.is_main()) as log,
-        StopSignal() as stop,
-    ):
-        for remark in remarks:
-            log.note(place.step, remark)
-        return _Run(
-            model, objective, optimizer, schedule, settings, evaluate, export, run, recipe, device, place, log, stop
-        ).go(loader)
+    with held(run):
+        place, remarks = begin(objective, optimizer, run, device, settings, recipe, resume)
+        if settings.sharding == "full" and distributed.world_size() == 1:
+            remarks.append("trainer.sharding=full: nothing is sharded on one process; torchrun starts several")
+        loader.consumed, loader.epoch_start = place.consumed, place.epoch_start
+        with (
+            RunLog(run, steps=settings.steps, after=place.step, main=distributed.is_main()) as log,
+            StopSignal() as stop,
+        ):
+            for remark in remarks:
+                log.note(place.step, remark)
+            return _Run(
+                model, objective, optimizer, schedule, settings, evaluate, export, run, recipe, device, place, log, stop
+            ).go(loader)
 
 
 class _Run:

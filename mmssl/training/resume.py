@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,31 @@ class Place:
     waited: int = 0
     final: dict[str, float | None] = field(default_factory=dict)
     epoch_start: tuple[int, int] = (0, 0)
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Make a folder and keep it for this run alone until it ends, however it ends: the system lets go of it then.
+
+    Raises:
+        FileExistsError: on all processes, where another run is going on in it.
+    """
+    refusal = ""
+    with ExitStack() as stack:
+        if distributed.is_main():
+            run.mkdir(parents=True, exist_ok=True)
+            folder = os.open(run, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refusal = f"{run}: another run is going on in this folder; wait until it ends, or choose another folder"
+            except OSError:
+                pass  # some shared file systems know no locks
+        refusal = distributed.broadcast_text(refusal)
+        if refusal:
+            raise FileExistsError(refusal)
+        yield
 
 
 def begin(

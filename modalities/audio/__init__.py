@@ -1,6 +1,6 @@
 """Audio: a log-mel spectrogram, one token a patch of time and frequency. Files are read as for speech."""
 
-from mmssl.modalities.audio import augment
+from mmssl.modalities.audio import augment, views
 from mmssl.modalities.audio.frontend import SpectrogramPatches
 from mmssl.modalities.audio.targets import TARGETS
 from mmssl.modalities.modality import Modality
@@ -17,6 +17,8 @@ AUDIO = Modality(
     durations=SPEECH.durations,
     spans=SPEECH.spans,
     targets=TARGETS,
+    views={"segments": views.segments},
+    view_checks={"segments": views.check_segments},
     measured=("spectrogram", "log-mel energies"),
     corruptions=SPEECH.corruptions,
 )

@@ -87,8 +87,19 @@ def test_attention_to_the_other_view_is_torchs() -> None:
         theirs.in_proj_bias.copy_(torch.cat([block.cross.q.bias, block.cross.kv.bias]))
         theirs.out_proj.load_state_dict(block.cross.out.state_dict())
     h, other = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
-    torch.testing.assert_close(block.cross(h, other), theirs(h, other, other)[0], rtol=1e-5, atol=1e-6)
-    assert block(h, other, Layout(h, None)).shape == (2, 5, 8)
+    full, beside = Layout(h, None), Layout(other, None)
+    torch.testing.assert_close(block.cross(h, other, full, beside), theirs(h, other, other)[0], rtol=1e-5, atol=1e-6)
+    assert block(h, other, full, beside).shape == (2, 5, 8)
+    # views of several lengths: each token sees the real ones of its own clip
+    own, seen = torch.tensor([5, 2]), torch.tensor([1, 3])
+    ragged, beside = Layout(h, own), Layout(other, seen)
+    mixed = ragged.unpack(block.cross(ragged.pack(h), beside.pack(other), ragged, beside))
+    hidden = torch.arange(3) >= seen[:, None]
+    expected = theirs(h, other, other, key_padding_mask=hidden)[0]
+    torch.testing.assert_close(mixed[0], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mixed[1, :2], expected[1, :2], rtol=1e-5, atol=1e-6)
+    alone = block.cross(h, beside.pack(other), full, beside)
+    torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_crop_is_part_of_its_picture_and_the_same_in_any_batch() -> None:

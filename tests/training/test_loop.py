@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from toy import KILLED, Diverse, Loader, Toy, batch, built, gradient, run, start
 
 from mmssl.training import RunStopped, TrainSettings, checkpoint, train
+from mmssl.training.resume import held
 from mmssl.types import BadClip, Batch, Loss
 
 
@@ -255,6 +256,14 @@ def test_an_encoder_that_cannot_be_exported_is_told_from_a_checkpoint_that_canno
             run(tmp_path, built(), steps=4, save_every=2, export=export)
     assert "could not be saved" not in notes(tmp_path)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_4\n"
+
+
+def test_a_folder_in_which_a_run_is_going_on_is_refused_until_it_ends(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(FileExistsError, match="another run is going on in this folder; wait until"):
+        run(tmp_path, built(), steps=2)
+    assert not list(tmp_path.iterdir())
+    run(tmp_path, built(), steps=2)
+    run(tmp_path, built(), steps=4, resume=True)
 
 
 def test_a_folder_that_holds_another_run_is_refused(tmp_path: Path) -> None:
