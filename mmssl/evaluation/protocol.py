@@ -93,6 +93,24 @@ def accuracy(found: Tensor, labels: Tensor) -> float:
     return float((found == labels.to(found.device)).double().mean())
 
 
+def balanced_accuracy(found: Tensor, labels: Tensor) -> float:
+    """The share of classes found that are right, each class of `labels` counting the same.
+
+    Source: Brodersen et al. 2010, "The balanced accuracy and its posterior distribution"; for two classes or more it is
+        scikit-learn's `balanced_accuracy_score`.
+    """
+    right = (found == labels.to(found.device)).double().cpu()
+    return float(torch.stack([right[labels == name].mean() for name in labels.unique()]).mean())
+
+
+def said_balanced(balanced: float, labels: Tensor) -> str:
+    """The part of a protocol line where the largest class has a fourth more clips than the smallest, else nothing."""
+    _, counts = labels.unique(return_counts=True)
+    if int(counts.max()) < 1.25 * int(counts.min()):
+        return ""
+    return f"; each class counting the same {100 * balanced:.1f} %"
+
+
 class Fit(Protocol):
     """Such as `fit_knn`, `fit_attentive`: settings are chosen on `valid` or by `folds` of train, then it is fitted."""
 
@@ -215,7 +233,7 @@ def measure(
 
     few = per_class is not None or share is not None
     n_draws = draws if few else 1
-    values, details, protocol = [], [], ""
+    values, balanced, details, protocol = [], [], [], ""
     for seed in range(n_draws):
         part = train.pick(draw_labels(train.labels, per_class=per_class, share=share, seed=seed)) if few else train
         best, fitted = choose(fit, part, valid)
@@ -223,8 +241,11 @@ def measure(
         by_layer = {
             layer if isinstance(layer, int) else "weighted": found.valid_accuracy for layer, found in fitted.items()
         }
-        values.append(accuracy(fitted[best].predict(test.layers[best]), test.labels))
-        details.append({**fitted[best].details, "layer": best, "valid": by_layer, "n_train": len(part)})
+        said = fitted[best].predict(test.layers[best])
+        values.append(accuracy(said, test.labels))
+        balanced.append(balanced_accuracy(said, test.labels))
+        own = {"layer": best, "valid": by_layer, "n_train": len(part), "balanced_accuracy": balanced[-1]}
+        details.append({**fitted[best].details, **own})
         protocol = fitted[best].protocol
 
     if len(train.layers) > 1:
@@ -234,6 +255,7 @@ def measure(
     labels = f"{per_class} labels a class" if per_class is not None else f"{100 * (share or 0):g} % of the labels"
     protocol += f"; {labels}, {n_draws} draws" if few else f"; {len(train):,} labels"
     protocol += "; test touched once" if n_draws == 1 else "; test touched once a draw"
+    protocol += said_balanced(float(np.mean(balanced)), test.labels)
     if note:
         protocol += f"; {note}"
     value = float(np.mean(values))

@@ -24,7 +24,7 @@ from mmssl.evaluation.knn import fit_knn
 from mmssl.evaluation.layers import layer_plot
 from mmssl.evaluation.novelty import measure_novelty
 from mmssl.evaluation.probe import STRENGTHS, fit_linear
-from mmssl.evaluation.protocol import Fit, Split, measure
+from mmssl.evaluation.protocol import Fit, Split, balanced_accuracy, measure, said_balanced
 from mmssl.evaluation.score import Score, average_precisions, student, wilson
 from mmssl.evaluation.speech import error_rates
 from mmssl.evaluation.verification import all_pairs, read_trials, verify
@@ -478,8 +478,13 @@ def _fine_tuned(
         return {name: replace(rate, protocol=f"{rate.protocol}; {note}") for name, rate in rates.items()}
     right = sum(one == other for one, other in pairs)
     low, high = wilson(right, len(pairs))
-    protocol = f"the fine-tuned run's own classes{_of_views(**views)}; test touched once; {note}"
-    return {"accuracy": Score("classify", right / len(pairs), low, high, len(pairs), protocol)}
+    number = {name: place for place, name in enumerate(embedder.config["classes"])}
+    labels, guesses = (torch.tensor([number[name] for name in side]) for side in zip(*pairs, strict=True))
+    balanced = balanced_accuracy(guesses, labels)
+    protocol = f"the fine-tuned run's own classes{_of_views(**views)}; test touched once"
+    protocol += f"{said_balanced(balanced, labels)}; {note}"
+    details = {"balanced_accuracy": balanced}
+    return {"accuracy": Score("classify", right / len(pairs), low, high, len(pairs), protocol, details=details)}
 
 
 def _decoding(beam: int | None, lm: str | Path | None, lm_weight: float, word_score: float) -> str:

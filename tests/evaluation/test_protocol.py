@@ -4,7 +4,17 @@ from torch import Tensor
 
 from mmssl.evaluation.knn import fit_knn
 from mmssl.evaluation.probe import fit_linear
-from mmssl.evaluation.protocol import Fitted, Folds, Known, Split, draw_labels, hold_out, leave_out, measure
+from mmssl.evaluation.protocol import (
+    Fitted,
+    Folds,
+    Known,
+    Split,
+    balanced_accuracy,
+    draw_labels,
+    hold_out,
+    leave_out,
+    measure,
+)
 
 LABELS = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 0, 0])
 
@@ -133,3 +143,23 @@ def test_folds_choose_by_their_mean_and_then_all_of_train_is_fitted() -> None:
     assert fitted.details["k"] == 5
     assert fitted.valid_accuracy == pytest.approx((1.0 + 0.8) / 2)
     assert fit_knn(train, k=50).details["k"] == 10  # all clips of both groups
+
+
+def test_balanced_accuracy_is_scikit_learns_and_is_said_where_classes_are_unequal() -> None:
+    from sklearn.metrics import balanced_accuracy_score
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.full((n,), name) for name, n in ((0, 40), (1, 8), (3, 2))])
+    found = torch.where(torch.rand(50, generator=generator) < 0.6, labels, 0)
+    assert balanced_accuracy(found, labels) == pytest.approx(balanced_accuracy_score(labels, found))
+
+    def always_first(train: Known, valid: Known | None = None, folds: Folds | None = None) -> Fitted:
+        return Fitted(lambda x: torch.zeros(len(x), dtype=torch.int64), None, "always the first")
+
+    split = Split({-1: torch.zeros(50, 1)}, labels)
+    score = measure(always_first, split, None, split, task="first")
+    assert score.value == pytest.approx(0.8)
+    assert score.details["balanced_accuracy"] == pytest.approx(1 / 3)
+    assert "each class counting the same 33.3 %" in score.protocol
+    even = Split({-1: torch.zeros(4, 1)}, torch.tensor([0, 0, 1, 1]))
+    assert "each class" not in measure(always_first, even, None, even, task="first").protocol
