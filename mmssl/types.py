@@ -254,11 +254,14 @@ class Loss:
         micro-batches, so that neither changes the gradient.
     count: the items of the sum: masked tokens, clips.
     metrics: name -> (sum, count) to be averaged in the same way for the log.
+    answers: (B, classes) scores, and bool, which of the classes each clip has: for what all clips together tell, the
+        mean average precision. Only while evaluating, where a clip has any number of classes.
     """
 
     total: Tensor
     count: float
     metrics: dict[str, tuple[float | Tensor, float]] = field(default_factory=dict)
+    answers: tuple[Tensor, Tensor] | None = None
 
 
 class BadClip(ValueError):

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmssl import distributed
 from mmssl.data.text import CharVocabulary
+from mmssl.evaluation.score import average_precisions
 from mmssl.evaluation.speech import error_rates
 from mmssl.training.pictures import write_sheet, write_sounds
 from mmssl.types import Batch, Loss
@@ -24,7 +26,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Validation:
-    """The mean loss and metrics of an objective over held-out clips, and error rates where it writes text.
+    """The mean loss and metrics of an objective over held-out clips, and what only all of them together tell.
+
+    That is error rates where it writes text, and the mean average precision where a clip has several classes.
 
     Where the objective can draw what it makes of pictures, some of the first clips go to the folder `pictures`.
 
@@ -44,6 +48,7 @@ class Validation:
     def __call__(self, step: int) -> dict[str, float]:
         sums: dict[str, tuple[float, float]] = {}
         said: list[tuple[str, str]] = []
+        answers: list[tuple[Tensor, Tensor]] = []
         drawn = False
         for batch in self.batches():
             batch = batch.to(self.device)
@@ -60,6 +65,8 @@ class Validation:
                 if learnt is not None:
                     loss: Loss = self.objective(learnt)
                     metrics |= {**loss.metrics, "loss": (loss.total, loss.count)}
+                    if loss.answers is not None:
+                        answers.append((loss.answers[0].cpu(), loss.answers[1].cpu()))
             for name, (value, count) in metrics.items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + float(value), before[1] + float(count))
@@ -75,7 +82,18 @@ class Validation:
             references, hypotheses = zip(*pairs, strict=True)
             rates = error_rates(references, hypotheses, decoding="best path, no language model")
             scores |= {name: rate.value for name, rate in rates.items()}
+        if getattr(self.objective, "multi_label", False):
+            scores |= self._ranked(answers)
         return scores
+
+    def _ranked(self, answers: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """ "map", the mean average precision over all processes' clips, as `mmssl evaluate` has it."""
+        none = torch.zeros(0, self.objective.n_classes)
+        found, truth = (torch.cat([none, *part]) for part in (zip(*answers, strict=True) if answers else ((), ())))
+        found, truth = (torch.cat(distributed.all_gather(x)) for x in (found, truth))
+        precisions = average_precisions(found.numpy(), truth.bool().numpy())
+        heard = precisions[~np.isnan(precisions)]
+        return {"map": float(heard.mean())} if len(heard) else {}
 
     def _draw(self, shown: dict[str, Any], name: str) -> None:
         """Write what `MAE.reconstruct` gives."""

@@ -1,12 +1,19 @@
-"""What evaluations leave to be looked at and listened to."""
+"""What evaluations leave to be looked at and listened to, and what only all clips together tell."""
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import soundfile
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score
 
+from mmssl.encoder import Encoder
+from mmssl.modalities.image.frontend import Patches
+from mmssl.nn.positions import SinCos
+from mmssl.nn.transformer import Transformer
+from mmssl.objectives.classify import Classify
 from mmssl.types import Batch, Loss, Raw
 from mmssl.validation import Validation
 
@@ -52,3 +59,23 @@ def test_a_clip_that_moves_is_drawn_moving(tmp_path: Path) -> None:
     with Image.open(tmp_path / "update_7.webp") as image:
         assert getattr(image, "n_frames", 1) == 4
     assert "Note: a leak." in (tmp_path / "README.txt").read_text()
+
+
+def test_the_mean_average_precision_is_that_of_all_batches_together(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    body = Encoder(
+        Patches(dim=8, size=[4, 4], channels=1, mean=[0.5], std=[0.3]), Transformer(dim=8, depth=1, heads=2), SinCos(8)
+    )
+    objective = Classify(body, n_classes=4, multi_label=True).eval()
+    # one, two or no classes a clip; class 3, which no clip has, counts for nothing
+    names = torch.tensor([[n % 3, (n + 1) % 3] for n in range(12)])
+    sizes = torch.tensor([1, 2, 0] * 4)
+    truth = torch.zeros(12, 4).scatter_add(1, names, (torch.arange(2) < sizes[:, None]).float())
+    raw = Raw(torch.rand(12, 1, 8, 8), torch.ones(12, dtype=torch.int64), [str(i) for i in range(12)])
+    parts = [slice(0, 5), slice(5, 12)]
+    batches = [Batch({"image": raw.part(part)}, torch.arange(12)[part], names[part], sizes[part]) for part in parts]
+    found = torch.cat([objective(batch).answers[0] for batch in batches])
+    expected = sum(average_precision_score(truth[:, i], found[:, i]) for i in range(3)) / 3
+    scores = Validation(objective, lambda: iter(batches), {}, torch.device("cpu"), "float32", tmp_path)(1)
+    assert scores["map"] == pytest.approx(expected, abs=1e-6)
+    assert objective.train()(batches[0]).answers is None

@@ -177,7 +177,8 @@ class Classify(nn.Module):
             "chance_accuracy": (chance, n),
             "feature_std": (spread * n, n),
         }
-        return Loss(total, n, metrics)
+        ranks = self.multi_label and not self.training
+        return Loss(total, n, metrics, (logits.detach(), labels.bool()) if ranks else None)
 
     def predict(self, batch: Batch) -> Tensor:
         """(B, classes) float32 logits."""

@@ -23,7 +23,7 @@ from mmssl.types import Loss
 
 # of all that log.jsonl holds, what a line on the screen has room for
 _SHOWN = ("loss", "accuracy", "chance_accuracy", "code_perplexity", "grad_norm")
-_EVALUATED = ("loss", "accuracy", "chance_accuracy", "wer", "cer")
+_EVALUATED = ("loss", "accuracy", "chance_accuracy", "map", "wer", "cer")
 
 
 class RunLog:

@@ -324,7 +324,7 @@ class _Run:
         if name not in scores:
             self.log.say(f"trainer.best={name}: this evaluation has none, but {', '.join(scores)}")
         value = json.loads(distributed.broadcast_text(json.dumps(scores.get(name))))
-        sign = 1 if name == "accuracy" else -1
+        sign = 1 if name in ("accuracy", "map") else -1
         if value is not None and (place.best is None or sign * value > sign * place.best):
             self.write_export()
             # where it failed, some of the files may be new: the next evaluation writes them all again

@@ -25,7 +25,8 @@ class TrainSettings:
             only at the end, and for evaluation never.
         keep: checkpoints to keep.
         best: the number of an evaluation by which the run's best weights are told, the least "loss", "wer" or "cer" or
-            the greatest "accuracy": those are exported, and not the last ones. Checkpoints to go on from are the last.
+            the greatest "accuracy" or "map" (mean average precision, where a clip has several classes): those are
+            exported, and not the last ones. Checkpoints to go on from are the last.
         patience: evaluations in a row that do not better it, after which the run ends.
         stop_on: verdicts (see health.py) that end the run.
         device: "auto" takes a GPU if there is one.
@@ -45,7 +46,7 @@ class TrainSettings:
     save_every: int = 1000
     eval_every: int = 0
     keep: int = 2
-    best: Literal["loss", "wer", "cer", "accuracy"] | None = None
+    best: Literal["loss", "wer", "cer", "accuracy", "map"] | None = None
     patience: int | None = None
     stop_on: Sequence[str] = ()
     device: str = "auto"
@@ -66,8 +67,8 @@ class TrainSettings:
             raise ValueError(f"trainer.clip={self.clip}: must be above 0; leave it out for no clipping")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"trainer.threads={self.threads}: must be at least 1; leave it out for torch's own choice")
-        if self.best not in (None, "loss", "wer", "cer", "accuracy"):
-            raise ValueError(f"trainer.best={self.best}: must be loss, wer, cer or accuracy")
+        if self.best not in (None, "loss", "wer", "cer", "accuracy", "map"):
+            raise ValueError(f"trainer.best={self.best}: must be loss, wer, cer, accuracy or map")
         if self.best is not None and not self.eval_every:
             raise ValueError(f"trainer.best={self.best}: is told by evaluations; set trainer.eval_every")
         if self.patience is not None and (self.patience < 1 or self.best is None):

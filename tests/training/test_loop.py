@@ -534,7 +534,10 @@ def test_statistics_are_gone_when_the_update_is_over(tmp_path: Path) -> None:
         ({"steps": 1, "sharding": "half"}, r"trainer.sharding=half: must be none or full"),
         ({"steps": 1, "threads": 0}, r"trainer.threads=0"),
         ({"steps": 1, "best": "loss"}, r"trainer.best=loss: is told by evaluations; set trainer.eval_every"),
-        ({"steps": 1, "best": "score", "eval_every": 1}, r"trainer.best=score: must be loss, wer, cer or accuracy"),
+        (
+            {"steps": 1, "best": "score", "eval_every": 1},
+            r"trainer.best=score: must be loss, wer, cer, accuracy or map",
+        ),
         ({"steps": 1, "patience": 1}, r"trainer.patience=1: must be at least 1, and wait for something"),
         ({"steps": 1, "best": "loss", "eval_every": 1, "patience": 0}, r"trainer.patience=0: must be at least 1"),
         ({"steps": 1, "stop_on": ["boredom"]}, r"no verdict is called 'boredom'; one of: dead_codebook"),
