@@ -339,7 +339,7 @@ def evaluate(
         valid=valid,
         modality=modality,
         classes=classes,
-        layer="select" if layer in ("select", "all") else _layers(layer),
+        layer="all" if layer in ("select", "all") else _layers(layer),
         pool=pool,
         label=label,
         by=by,

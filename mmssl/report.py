@@ -30,7 +30,7 @@ from mmssl.clips import find_clips, rows_of
 from mmssl.data.manifest import Manifest
 from mmssl.embed import Embedder, load
 from mmssl.evaluation.knn import knn_predict
-from mmssl.evaluation.layers import OUTPUT, layer_plot, layers_file, read_layers
+from mmssl.evaluation.layers import OUTPUT, dealt_out, layer_plot, layers_file, read_layers
 from mmssl.recipe import Recipe, parse
 from mmssl.thumbnails import MOST_BYTES, SECONDS, Thumbnail, data_url, thumbnails
 from mmssl.training.health import diagnose
@@ -538,10 +538,7 @@ def _layerwise(scenes: Mapping[int, Tensor], labels: Sequence[str | None]) -> st
     if len(names) < 2 or None in labels or len(labels) < 2 * FOLDS:
         return None
     numbers = torch.tensor([names.index(name) for name in labels if name is not None])
-    # by the place of a clip among those of its label: each fold has all labels, whatever order they come in
-    fold = torch.empty_like(numbers)
-    for number in range(len(names)):
-        fold[numbers == number] = torch.arange(int((numbers == number).sum())) % FOLDS
+    fold = dealt_out(numbers) % FOLDS  # each label in as many as it can, whatever order they come in
     right = {}
     for layer, features in scenes.items():
         said = torch.empty_like(numbers)

@@ -54,10 +54,12 @@ class Written:
 
 
 class Spectral(nn.Module):
-    """In place of an encoder and its frontend: MFCC or log-mel energies of 25 ms, one token every 10 ms."""
+    """In place of an encoder and its frontend: MFCC or log-mel energies of 25 ms, one token every 10 ms.
+
+    A token starts a whole number of samples after the one before, which at 22,050 Hz is 9.977 ms.
+    """
 
     depth = 0
-    step_ms = 10.0
 
     def __init__(self, features: Features, *, rate: int) -> None:
         super().__init__()
@@ -71,7 +73,8 @@ class Spectral(nn.Module):
                 bands=80, window_ms=25.0, hop_ms=10.0, window="povey", low=20.0, high=0.0, preemphasis=0.97, rate=rate
             )
         self.filterbank = mfcc.filterbank  # counts frames alike for both
-        self.min_length = int(rate * 0.025)
+        self.min_length = self.filterbank.width
+        self.step_ms, self.span_ms = (1000 * n / rate for n in (self.filterbank.hop, self.filterbank.width))
 
     @property
     def frontend(self) -> Spectral:
@@ -87,7 +90,7 @@ class Spectral(nn.Module):
     def tokens(self, raw: Raw) -> Tokens:
         x, lengths = self.measure(raw.data, raw.lengths), self.lengths(raw)
         coords = torch.arange(x.shape[1], device=x.device)[None, :, None].expand(len(x), -1, -1)
-        return Tokens(x, lengths, coords, ("t",), (x.shape[1],), step_ms=self.step_ms, span_ms=25.0)
+        return Tokens(x, lengths, coords, ("t",), (x.shape[1],), step_ms=self.step_ms, span_ms=self.span_ms)
 
     def forward(self, tokens: Tokens, *, layers: Sequence[int] = ()) -> Encoded:
         return Encoded(tokens.x, tokens.lengths, dict.fromkeys(layers, tokens.x), n_prefix=0)
@@ -301,6 +304,8 @@ def write_units(
         keep(folder, "codebook", said, {"centers": centers})
     nearest = _Nearest(centers, embedder.device)
     stamp = blake2b(centers.numpy().tobytes(), digest_size=8).hexdigest()
+    if model is None and made.step_ms != 10.0:
+        stamp += f" every {made.step_ms!r} ms"  # earlier versions wrote those units down as if they were 10 ms apart
     found = []
     for manifest in opened:
         bad = _write_shards(embedder, manifest, folder, nearest, stamp, part, settings, progress)

@@ -17,8 +17,8 @@ from mmssl.assemble import export_config
 from mmssl.build import build_encoder
 from mmssl.cli import app
 from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.matrix import ALONE, refusal
 from mmssl.modalities import MODALITIES
-from mmssl.objectives import OBJECTIVES
 from mmssl.recipe import header, load, shipped
 from mmssl.resolve import resolve
 from mmssl.training.checkpoint import export_encoder
@@ -153,7 +153,9 @@ def test_the_table_of_modalities_is_theirs() -> None:
     for name, formats, frontends, _, objectives in table:
         assert set(re.findall(r"`(\w+)`", frontends)) == set(MODALITIES[name].frontends)
         assert {f".{format}" for format in re.findall(r"\w+", formats)} <= MODALITIES[name].suffixes
-        assert set(re.findall(r"`(\w+)`", objectives)) <= set(OBJECTIVES)
+        sources = [f"{name}/{frontend}" for frontend in MODALITIES[name].frontends]
+        fitting = {one for one in ALONE if any(refusal(one, source) is None for source in sources)}
+        assert set(re.findall(r"`(\w+)`", objectives)) == fitting
 
 
 def test_the_first_screen_has_the_two_commands_and_what_they_need() -> None:

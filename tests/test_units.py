@@ -21,7 +21,7 @@ from mmssl.recipe import load as load_recipe
 from mmssl.resolve import resolve
 from mmssl.training.checkpoint import export_encoder, read_tensors
 from mmssl.types import Raw
-from mmssl.units import Written, scattered, write_units
+from mmssl.units import Spectral, Written, scattered, write_units
 
 MFCC_UNITS = {"codes": 4, "features": "mfcc", "rate": 8000, "frames": 10_000}
 
@@ -341,3 +341,16 @@ def test_a_run_without_codes_is_no_codec(manifests: list[Path], tmp_path: Path) 
     export_encoder(tmp_path / "run", build_encoder(config), config)
     with pytest.raises(ValueError, match="holds an encoder without the objective that trained it"):
         write_units(manifests, tmp_path / "u", codec=tmp_path / "run")
+
+
+@pytest.mark.parametrize(("rate", "step"), [(16_000, 10.0), (22_050, 220 / 22.05), (11_025, 110 / 11.025)])
+def test_units_lie_in_time_where_their_frames_do(rate: int, step: float) -> None:
+    measured = Spectral("logmel", rate=rate)
+    assert measured.step_ms == pytest.approx(step)
+    # quiet for 20 s, then loud: the first loud frame, by its own rate, reaches to where that begins
+    wave = torch.cat([torch.zeros(20 * rate), torch.ones(rate)]) * torch.randn(21 * rate) * 0.1
+    tokens = measured.tokens(Raw(wave[None], torch.tensor([len(wave)]), ["a"], float(rate)))
+    energies = tokens.x[0].mean(1)
+    first = int((energies > energies.min() + 1).nonzero()[0])
+    begins = first * measured.step_ms / 1000
+    assert 20 - measured.span_ms / 1000 <= begins + 1e-6 <= 20 + measured.step_ms / 1000

@@ -88,9 +88,11 @@ def fit_knn(
         refit: "train+valid" adds the validation clips to the bank, once k is chosen.
 
     Raises:
-        ValueError: several values of `k`, and no validation clips to choose on.
+        ValueError: no `k`, one below 1, or several and no validation clips to choose on.
     """
     choices = [k] if isinstance(k, int) else sorted(k)
+    if not choices or choices[0] < 1:
+        raise ValueError(f"kNN: k={k}: give one number of neighbors from 1 up, or several")
     pairs, where = choices_on(train, valid, folds)
     if len(choices) > 1 and not pairs:
         raise ValueError(f"kNN: to choose k among {choices} takes validation clips; give some, or one k")

@@ -165,7 +165,7 @@ def correlation_with_labels(scenes: Mapping[int, Tensor], labels: Tensor) -> Sco
         labels: (B,) int64 classes.
     """
     _, numbers = labels.unique(return_inverse=True)
-    targets, places = one_hot(numbers).double(), rank_within(numbers)
+    targets, places = one_hot(numbers).double(), dealt_out(numbers)
     values = {layer: held_out_cca(x, targets, places) for layer, x in scenes.items()}
     protocol = (
         f"canonical correlation with {targets.shape[1]} one-hot labels, weighted by the part of them that each pair "
@@ -174,13 +174,15 @@ def correlation_with_labels(scenes: Mapping[int, Tensor], labels: Tensor) -> Sco
     return over_layers("labels", "CCA with labels", values, len(labels), protocol, percent=False)
 
 
-def rank_within(numbers: Tensor) -> Tensor:
-    """(B,) int64, how many clips of its class come before each: what deals all classes out over folds."""
-    order = numbers.argsort(stable=True)
-    counts = numbers.bincount()
-    ranks = torch.empty_like(numbers)
-    ranks[order] = torch.arange(len(numbers)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return ranks
+def dealt_out(numbers: Tensor) -> Tensor:
+    """(B,) int64, the place of each clip when they lie class by class.
+
+    Modulo the number of folds it deals each class out evenly, going on from one class to the next, so that folds are
+    equally large even where every class has fewer clips than there are folds.
+    """
+    places = torch.empty_like(numbers)
+    places[numbers.argsort(stable=True)] = torch.arange(len(numbers))
+    return places
 
 
 def information_by_layer(scenes: Mapping[int, Tensor], labels: Tensor) -> Score:

@@ -157,10 +157,12 @@ def draw_labels(labels: Tensor, *, per_class: int | None = None, share: float | 
         seed: another seed, another draw; the same seed, the same draw.
 
     Raises:
-        ValueError: both or neither is given, or a class has fewer labels than asked for.
+        ValueError: both or neither is given, a share beyond 0 to 1, or a class with fewer labels than asked for.
     """
     if (per_class is None) == (share is None):
         raise ValueError(f"give either labels per class or their share, got {per_class} and {share}")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"share of the labels: above 0 and at most 1, got {share:g}")
     rng = np.random.default_rng(seed)
     chosen = []
     for label in labels.unique().tolist():
@@ -189,11 +191,16 @@ def hold_out(labels: Tensor, *, share: float = 0.2, seed: int = 0) -> tuple[Tens
 def choose(fit: Fit, train: Split, valid: Split | None) -> tuple[int, dict[int, Fitted]]:
     """Fit on each layer, and name the one of highest validation accuracy, of equal ones the lowest; see `measure`."""
     fitted = {}
-    for layer in sorted(train.layers):
+    for layer in sorted(train.layers, key=_numbers_first):
         known = None if valid is None else (valid.layers[layer], valid.labels)
         folds = None if train.groups is None else leave_out(train.groups)
         fitted[layer] = fit((train.layers[layer], train.labels), known, folds)
-    return max(sorted(fitted), key=lambda layer: fitted[layer].valid_accuracy or 0.0), fitted
+    return max(fitted, key=lambda layer: fitted[layer].valid_accuracy or 0.0), fitted
+
+
+def _numbers_first(layer: object) -> tuple[bool, object]:
+    """What puts layers in order, sums of several by weights at the end."""
+    return not isinstance(layer, int), layer
 
 
 def measure(
@@ -221,10 +228,15 @@ def measure(
         note: end of the protocol line: what the features are.
 
     Raises:
-        ValueError: several layers and no validation clips, or labels that training does not know.
+        ValueError: several layers and no validation clips, none that could be read, no draw, or labels that training
+            does not know.
     """
     if len(test) == 0 or len(train) == 0:
         raise ValueError(f"{task}: nothing to measure with {len(train)} training and {len(test)} test clips")
+    if valid is not None and len(valid) == 0:
+        raise ValueError(f"{task}: none of the validation clips is left to choose on; leave them out, or give others")
+    if draws < 1:
+        raise ValueError(f"{task}: draws={draws}: take at least one draw of labels")
     if len(train.layers) > 1 and valid is None and train.groups is None:
         raise ValueError(f"{task}: to choose among {len(train.layers)} layers takes validation clips")
     unknown = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
@@ -249,7 +261,7 @@ def measure(
         protocol = fitted[best].protocol
 
     if len(train.layers) > 1:
-        kept = sorted({detail["layer"] for detail in details})
+        kept = sorted({detail["layer"] for detail in details}, key=_numbers_first)
         where = "on validation" if train.groups is None else "in the same way"
         protocol += f"; layer {' or '.join(map(str, kept))} of {len(train.layers)}, {where}"
     labels = f"{per_class} labels a class" if per_class is not None else f"{100 * (share or 0):g} % of the labels"

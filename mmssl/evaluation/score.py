@@ -151,7 +151,7 @@ def bootstrap_rate(errors: Sequence[float], sizes: Sequence[float], *, draws: in
     Args:
         errors: of each clip, such as wrong words.
         sizes: of each clip, such as words said.
-        draws: of as many clips, with replacement.
+        draws: of as many clips, with replacement. Without any error the upper limit is Wilson's, of clips.
     """
     if len(errors) == 0 or sum(sizes) <= 0:
         raise ValueError(f"an error rate needs something to count, got {len(errors)} clips of size {sum(sizes)}")
@@ -159,6 +159,7 @@ def bootstrap_rate(errors: Sequence[float], sizes: Sequence[float], *, draws: in
     rng = np.random.default_rng(0)
     # one draw at a time: all at once would hold draws x clips
     sums = np.stack([pairs[rng.integers(len(pairs), size=len(pairs))].sum(0) for _ in range(draws)])
-    rates = sums[:, 0] / np.maximum(sums[:, 1], np.finfo(np.float64).tiny)
-    low, high = np.quantile(rates, [0.025, 0.975])
-    return float(low), float(high)
+    counted = sums[sums[:, 1] > 0]  # a draw of nothing but silence has no rate
+    low, high = np.quantile(counted[:, 0] / counted[:, 1], [0.025, 0.975])
+    # where nothing went wrong no draw is wrong: then so many clips say how much may have been missed
+    return float(low), wilson(0, len(pairs))[1] if not pairs[:, 0].any() else float(high)

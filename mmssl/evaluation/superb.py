@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -178,11 +178,13 @@ class Speller:
 
     rate: of training, the best on validation.
     valid_errors: the share of wrong characters there.
+    clips: of training, without those too short for their transcripts.
     """
 
     head: SpellingHead
     rate: float
     valid_errors: float
+    clips: int
 
     @torch.no_grad()
     def __call__(self, clips: Sequence[Tensor]) -> list[list[int]]:
@@ -236,10 +238,10 @@ def fit_spelling(
                 return F.ctc_loss(log_probs.transpose(0, 1), padded[rows].to(device), lengths, sizes[rows], blank=BLANK)
 
             _train(head, loss, len(fits), rate, seed)  # here, because dropout draws from the same generator
-        speller = Speller(head, rate, 0.0)
+        speller = Speller(head, rate, 0.0, len(fits))
         wrong = errors(speller(valid))
         if best is None or wrong < best.valid_errors:
-            best = Speller(head, rate, wrong)
+            best = replace(speller, valid_errors=wrong)
     assert best is not None
     return best
 

@@ -162,6 +162,11 @@ def _shares(hits: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.append(1.0, 1 - hits / hits[-1]), np.append(0.0, wrong / wrong[-1])
 
 
+def said_pairs(first: np.ndarray, n: int) -> str:
+    """What `all_pairs` gave of `n` clips, for a protocol line."""
+    return "all pairs" if len(first) == n * (n - 1) // 2 else "pairs drawn at random"
+
+
 def all_pairs(labels: Tensor, *, most: int = MOST_TRIALS, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every pair of two clips once; where there are more than `most` of either kind, a random draw of so many.
 

@@ -43,10 +43,11 @@ class MP3(nn.Module):
                 f"positions: {type(encoder.positions).__name__} tells tokens where they stand, which is what MP3 "
                 "predicts; choose none"
             )
-        if encoder.transformer.causal or encoder.transformer.window is not None:
+        body = encoder.transformer
+        if body.causal or body.window is not None or body.bias is not None:
             raise ValueError(
-                "transformer.causal, transformer.window: whom a token sees tells it where it stands, which is what MP3 "
-                "predicts; leave both out"
+                "transformer.causal, transformer.window, transformer.bias: whom a token sees, and how far off, tells "
+                "it where it stands, which is what MP3 predicts; leave all three out"
             )
         if positions < 2 or not 0 < mask_ratio < 1:
             raise ValueError(

@@ -27,7 +27,7 @@ from mmssl.evaluation.probe import STRENGTHS, fit_linear
 from mmssl.evaluation.protocol import Fit, Split, balanced_accuracy, measure, said_balanced
 from mmssl.evaluation.score import Score, average_precisions, student, wilson
 from mmssl.evaluation.speech import error_rates
-from mmssl.evaluation.verification import all_pairs, read_trials, verify
+from mmssl.evaluation.verification import all_pairs, read_trials, said_pairs, verify
 from mmssl.modalities import MODALITIES
 from mmssl.tasks import Baseline, Task
 from mmssl.tasks.crossmodal import retrieval, zero_shot
@@ -47,7 +47,7 @@ def evaluate(
     valid: Clips | None = None,
     modality: str | None = None,
     classes: str | Path | None = None,
-    layer: int | Mapping[int, float] | Sequence[Layer] | Literal["select"] = "select",
+    layer: int | Mapping[int, float] | Sequence[Layer] | Literal["select", "all"] = "select",
     pool: str = "mean",
     label: str = "label",
     by: str | None = None,
@@ -94,9 +94,9 @@ def evaluate(
             be used with few labels.
         modality: see `Embedder.embed`.
         classes: of "zero-shot", see `crossmodal.read_prompts`.
-        layer: see `Embedder.embed`; "select" chooses among all of them, the output after the final norm included; where
-            nothing is chosen, and for "attentive", which keeps all tokens in memory, it is that output. A mapping
-            {layer: weight} is one layer.
+        layer: see `Embedder.embed`; "select" or "all" chooses among all of them, the output after the final norm
+            included; where nothing is chosen, and for "attentive", which keeps all tokens in memory, it is that output.
+            A mapping {layer: weight} is one layer.
         pool: see `Pool.named`.
         label: the key of a row that holds its class.
         by: a key such as "speaker": settings are chosen by leaving out each of its values in `train` in turn, and there
@@ -143,6 +143,7 @@ def evaluate(
         if value != absent and task != only:
             raise ValueError(f"{name}={value}: is for task {only} only; leave {name} out")
     few = labels_per_class is not None or label_share is not None
+    layer = "select" if layer == "all" else layer
     if isinstance(layer, Mapping):
         layer = [tuple(sorted((int(i), float(weight)) for i, weight in layer.items()))]
     if few and task not in ("linear", "knn", "attentive", "superb", "layers"):
@@ -330,8 +331,7 @@ def _frozen(
             scores = cluster(scene[read], numbers)
         else:
             first, second, target = all_pairs(numbers)
-            every = len(first) == len(numbers) * (len(numbers) - 1) // 2
-            which = "all pairs" if every else "pairs drawn at random"
+            which = said_pairs(first, len(numbers))
             scores = verify(scene[read], first, second, target, center=_center(collect, train), trials=which)
     told = layers[0] if isinstance(layers[0], int) else f"sum of {len(layers[0])} by weights"
     note = f"{embedder.name}, layer {told}, pool {pool}" + (f"; {skipped} clips could not be read" if skipped else "")

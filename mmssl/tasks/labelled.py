@@ -42,7 +42,7 @@ def groups_of(manifest: Manifest, by: str | None) -> Tensor | None:
     """(B,) int64: rows that agree in the key `by` have the same number; None without a key."""
     if by is None:
         return None
-    names = list(manifest.values(by))
+    names = [str(name) for name in manifest.values(by)]
     numbered = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return torch.tensor([numbered[name] for name in names])
 

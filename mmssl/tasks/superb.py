@@ -18,7 +18,7 @@ from mmssl.evaluation.protocol import Split, choose, hold_out, measure
 from mmssl.evaluation.score import Score
 from mmssl.evaluation.speech import error_rates
 from mmssl.evaluation.superb import fit_spelling, fit_superb, n_updates
-from mmssl.evaluation.verification import all_pairs, verify
+from mmssl.evaluation.verification import all_pairs, said_pairs, verify
 from mmssl.tasks.labelled import Clips, fitting_of, labelled, manifest_of
 from mmssl.types import Encoded, Raw, Tokens
 
@@ -85,7 +85,8 @@ def measure_superb(
     [one] = fitted.values()
     assert one.vectors is not None
     first, second, target = all_pairs(testing.labels)
-    scores = verify(one.vectors(testing.layers[-1]), first, second, target, center=None, trials="all pairs")
+    which = said_pairs(first, len(testing))
+    scores = verify(one.vectors(testing.layers[-1]), first, second, target, center=None, trials=which)
     new = len(set(own.names) - set(known.names))
     said = f"vectors before the last layer of: {one.protocol}; {new} of {len(own)} classes are not among those of train"
     note = _note(embedder, given.said, given.skipped + also)
@@ -152,9 +153,11 @@ def _spelled(
         right, [vocabulary.decode(row) for row in speller(testing)], decoding="best path, no language model"
     )
     weights = {str(i): float(weight) for i, weight in enumerate(speller.head.layers.weights)}
+    short = len(clips) - speller.clips
+    said += f"; {short} training clips too short for their transcripts left out" if short else ""
     how = (
         f"SUPERB: frozen, learned weights of {len(layers)} layers, two LSTMs both ways, fitted on train, "
-        f"{n_updates(len(clips))} updates of Adam, rate = {speller.rate:g} (on validation, its CER "
+        f"{n_updates(speller.clips)} updates of Adam, rate = {speller.rate:g} (on validation, its CER "
         f"{100 * speller.valid_errors:.1f} %); test touched once; {_note(embedder, said, skipped + also)}"
     )
     details = {"rate": speller.rate, "weights": weights, "encoder": embedder.name}

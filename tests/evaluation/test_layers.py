@@ -8,13 +8,13 @@ from torch import Tensor
 from mmssl.evaluation.layers import (
     correlation_with_input,
     correlation_with_labels,
+    dealt_out,
     fit_cca,
     held_out_cca,
     information_by_layer,
     layer_plot,
     layer_table,
     probe_by_layer,
-    rank_within,
 )
 from mmssl.evaluation.probe import fit_linear
 from mmssl.evaluation.protocol import Split
@@ -29,7 +29,18 @@ def test_labels_in_turn_are_dealt_out_like_any_others() -> None:
     labels = torch.arange(100) % 10
     scenes = {0: torch.eye(10)[labels] + 0.01 * torch.randn(100, 10, generator=torch.Generator().manual_seed(0))}
     assert correlation_with_labels(scenes, labels).value > 0.95
-    assert rank_within(torch.tensor([2, 0, 2, 2, 0])).tolist() == [0, 0, 1, 2, 1]
+    assert dealt_out(torch.tensor([2, 0, 2, 2, 0])).tolist() == [2, 0, 3, 4, 1]
+
+
+@pytest.mark.parametrize("clips", [1, 2, 4])
+def test_few_clips_of_each_of_many_classes_fill_all_folds(clips: int) -> None:
+    places = dealt_out(torch.arange(50).repeat(clips))
+    assert (places % 5).bincount().tolist() == [10 * clips] * 5
+    # and no class has two more clips in one fold than in another
+    held = torch.stack(
+        [(places[torch.arange(50).repeat(clips) == name] % 5).bincount(minlength=5) for name in range(50)]
+    )
+    assert int((held.max(1).values - held.min(1).values).max()) <= 1
 
 
 def test_correlations_are_scikit_learns() -> None:

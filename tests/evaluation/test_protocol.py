@@ -145,6 +145,27 @@ def test_folds_choose_by_their_mean_and_then_all_of_train_is_fitted() -> None:
     assert fit_knn(train, k=50).details["k"] == 10  # all clips of both groups
 
 
+def test_what_leaves_nothing_to_choose_or_to_draw_is_refused() -> None:
+    split = Split({-1: torch.zeros(4, 1)}, torch.tensor([0, 0, 1, 1]))
+    nothing = Split({-1: torch.zeros(0, 1)}, torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="some: none of the validation clips is left to choose on"):
+        measure(fit_knn, split, nothing, split, task="some")
+    with pytest.raises(ValueError, match="some: draws=0: take at least one draw"):
+        measure(fit_knn, split, None, split, task="some", per_class=1, draws=0)
+    for share in (0.0, -0.5, 1.5):
+        with pytest.raises(ValueError, match="share of the labels: above 0 and at most 1, got"):
+            draw_labels(split.labels, share=share)
+    for k in ([], 0, [0, 5]):
+        with pytest.raises(ValueError, match=r"kNN: k=.* from 1 up"):
+            fit_knn((split.layers[-1], split.labels), k=k)
+
+
+def test_numbered_layers_come_before_sums_of_them() -> None:
+    split = Split({((0, 0.5), (1, 0.5)): torch.zeros(4, 1), 1: torch.zeros(4, 1)}, torch.tensor([0, 0, 1, 1]))
+    score = measure(fit_knn, split, split, split, task="some")
+    assert score.details["layer"] == 1
+
+
 def test_balanced_accuracy_is_scikit_learns_and_is_said_where_classes_are_unequal() -> None:
     from sklearn.metrics import balanced_accuracy_score
 

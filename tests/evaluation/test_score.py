@@ -34,6 +34,15 @@ def test_bootstrap_covers_clips_and_repeats_itself() -> None:
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / np.sqrt(100), rel=0.15)
 
 
+def test_draws_of_silence_have_no_rate_and_no_error_is_no_proof() -> None:
+    # one clip of three is silent, and one draw in 27 holds it alone
+    low, high = bootstrap_rate([1, 0, 0], [0, 2, 3])
+    assert low == 0
+    # the highest rate that a draw can have: two wrong clips and the shorter of the others
+    assert high <= 2 / 2
+    assert bootstrap_rate([0] * 5, [3] * 5) == (0.0, wilson(0, 5)[1])
+
+
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     values = np.array([1.0, 2.0, 2.0, 5.0])
     without = (values.sum() - values) / 3

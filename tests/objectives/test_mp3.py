@@ -106,6 +106,8 @@ def test_what_tells_tokens_their_places_is_refused():
         MP3(encoder(causal=True), positions=12)
     with pytest.raises(ValueError, match="transformer.causal, transformer.window"):
         MP3(encoder(window=3), positions=12)
+    with pytest.raises(ValueError, match="transformer.bias: whom a token sees, and how far off"):
+        MP3(encoder(bias={"name": "alibi"}), positions=12)
     with pytest.raises(ValueError, match="objective.positions=1"):
         MP3(encoder(), positions=1)
 
