@@ -7,10 +7,12 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmssl.nn.linear import Linear
 
 Metrics = dict[str, tuple[float | Tensor, float]]
+_LOGITS = 2**21  # that are kept at a time: 8 MB
 
 
 class Projector(nn.Module):
@@ -73,25 +75,44 @@ def both_ways(
         "accuracy" is the share of members whose partner is nearer than all negatives, "chance_accuracy" that of equal
         guesses.
     """
+    here = torch.ones(len(pairs), dtype=torch.bool) if present is None else present
+    counts, count = here.to(pairs.device), int(here.sum())
+    losses, right, chance = [], pairs.new_zeros(()), pairs.new_zeros(())
+    rows = torch.arange(len(pairs), device=pairs.device).split(max(1, _LOGITS // max(1, len(everyone))))
+    for part in rows:
+        given = (pairs[part], everyone, own[part], scale, within, None if negatives is None else negatives[part])
+        # of many clips the logits of all would be most of what a step keeps, and cost little to compute again
+        found = _told(*given) if len(rows) == 1 else checkpoint(_told, *given, use_reentrant=False)
+        losses.append(found[0])
+        right = right + found[1][counts[part]].sum()
+        chance = chance + found[2][counts[part]].sum()
+    return torch.cat(losses) * counts, {"accuracy": (right, count), "chance_accuracy": (chance, count)}
+
+
+def _told(
+    pairs: Tensor,
+    everyone: Tensor,
+    own: Tensor,
+    scale: Tensor | float,
+    within: bool,
+    negatives: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) the mean cross-entropy of both ways; the share of both members that was told; and that of equal guesses."""
     itself = own[:, None] == torch.arange(len(everyone), device=own.device)
     others = ~itself if negatives is None else negatives & ~itself
     # first those of the other kind, where the partner is, whom nobody lacks: a pair that does not count has it as well
     among = torch.cat([others | itself, others], 1) if within else others | itself
-    here = torch.ones(len(pairs), dtype=torch.bool) if present is None else present
-    counts, count = here.to(pairs.device), int(here.sum())
     choices = among.sum(1)
-    losses, right = pairs.new_zeros(len(pairs), dtype=torch.float32), pairs.new_zeros(())
+    several = choices > 1  # where there is no other, nothing was told
+    losses = right = pairs.new_zeros(len(pairs), dtype=torch.float32)
     with torch.autocast(pairs.device.type, enabled=False):
         for side in (0, 1):
             kinds = [everyone[:, 1 - side], everyone[:, side]] if within else [everyone[:, 1 - side]]
             logits = ((scale * pairs[:, side].float()) @ torch.cat(kinds).float().T).masked_fill(~among, -torch.inf)
             losses = losses + F.cross_entropy(logits, own, reduction="none") / 2
             found = logits.detach()
-            nearest = (found >= found.gather(1, own[:, None])).sum(1) == 1
-            # where there is no other, nothing was told
-            right = right + (nearest & (choices > 1) & counts).sum() / 2
-    chance = ((choices > 1) & counts).div(choices).sum()
-    return losses * counts, {"accuracy": (right, count), "chance_accuracy": (chance, count)}
+            right = right + ((found >= found.gather(1, own[:, None])).sum(1) == 1) * several / 2
+    return losses, right, several / choices
 
 
 def info_nce(

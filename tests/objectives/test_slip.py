@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pairs import POOL, batch, encoders
 
 from mmssl.modalities.image.views import distortions
+from mmssl.nn import partners
 from mmssl.nn.partners import both_ways
 from mmssl.objectives.clip import CLIP
 from mmssl.objectives.slip import SLIP
@@ -89,3 +91,22 @@ def test_the_views_weigh_as_much_as_is_said() -> None:
 def test_a_setting_that_cannot_be_is_one_sentence(settings, sentence) -> None:
     with pytest.raises(ValueError, match=sentence):
         SLIP(encoders("image", "text"), **BODY, **{**VIEWS, **settings})
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_rows_that_are_told_in_parts_are_told_the_same(monkeypatch: pytest.MonkeyPatch, within: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = F.normalize(torch.randn(7, 2, 5, generator=generator), dim=2)
+    here = torch.tensor([True, True, False, True, True, True, True])
+    negatives = torch.rand(7, 7, generator=generator) < 0.7
+    found = []
+    for most in (2**21, 15, 1):  # all rows, two at a time, one at a time
+        monkeypatch.setattr(partners, "_LOGITS", most)
+        pairs, scale = start.clone().requires_grad_(), torch.tensor(8.0, requires_grad=True)
+        given = {"scale": scale, "within": within, "present": here, "negatives": negatives}
+        losses, told = both_ways(pairs, pairs, torch.arange(7), **given)
+        losses.sum().backward()
+        found.append([losses.detach(), pairs.grad, scale.grad, told["accuracy"][0], told["chance_accuracy"][0]])
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-6)
