@@ -282,7 +282,7 @@ class Embedder:
                 `read_weighting`.
             pool: how tokens become the scene, see `Pool.named`; "joint" for vectors of length 1 in the space of several
                 modalities, of the output alone. By default "joint" where there is such a space, and else "mean".
-            rate: samples per second of arrays, where it is not the encoder's own.
+            rate: samples or frames per second of arrays, where it is not the encoder's own.
             tokens: keep every token, not only the scenes; "steps" keeps one for each step of time, the mean over the
                 bands or patches of that step. Their times are in `Embeddings.time_ms`.
             window: seconds: sound and video that are longer are cut into windows of that length, so that what is
