@@ -23,7 +23,7 @@ from torch import Tensor
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
 from mmssl.data.manifest import Manifest, Row, read_slice
-from mmssl.data.scan import tar_members
+from mmssl.data.scan import tar_members, walk
 from mmssl.data.units import check_units
 from mmssl.encoder import Encoder
 from mmssl.loading import Span, build_augment, build_reader, build_span, clips_of
@@ -102,7 +102,7 @@ def find_clips(
                 clips.add((caption, partial(ready, read, caption)))
         elif isinstance(item, (str, Path)):
             for path in _expand(str(item), kind.suffixes, modality):
-                if not path.endswith(".tar"):
+                if not path.lower().endswith(".tar"):
                     clips.add(path)
                     continue
                 try:
@@ -383,10 +383,12 @@ def _captions(item: object, name: str) -> list[str]:
 def _expand(text: str, suffixes: Collection[str], modality: str) -> list[str]:
     """The files that a path, a folder or a glob pattern means, sorted where there are several."""
     if os.path.isdir(text):
+        looked_for = {*suffixes, ".tar"}
         inside = sorted(
-            str(path)
-            for path in Path(text).rglob("*")
-            if (path.suffix.lower() in suffixes or path.suffix == ".tar") and path.is_file()
+            str(Path(where, file))
+            for where, files in walk(text)
+            for file in files
+            if os.path.splitext(file)[1].lower() in looked_for and not file.startswith(".")
         )
         if not inside:
             raise ValueError(f"{text}: no {modality} file in this folder ({' '.join(sorted(suffixes))})")

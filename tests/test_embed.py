@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from mmssl import clips
 from mmssl.build import build_encoder, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.data.scan import scan
 from mmssl.embed import Embedder, load
 from mmssl.encoder import Encoder
 from mmssl.modalities import MODALITIES
@@ -338,6 +340,28 @@ def test_a_folder_that_is_called_like_a_clip_is_no_clip(speech: Embedder, tmp_pa
     soundfile.write(tmp_path / "a.wav", np.zeros(900), 8000)
     (tmp_path / "b.wav").mkdir()
     assert speech.embed(tmp_path).ids == [str(tmp_path / "a.wav")]
+
+
+def test_a_folder_has_the_clips_that_a_manifest_of_it_has(speech: Embedder, tmp_path: Path) -> None:
+    files = ["b.wav", ".hidden.wav", "._b.WAV", "x/a.WAV", "x/notes.txt", ".trash/c.wav", "x/.trash/c.wav"]
+    for name in ["in/" + file for file in files] + ["elsewhere/d.wav"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / name, np.ones(300) / 4, 8000, format="WAV")
+    with tarfile.open(tmp_path / "in" / "shard.TAR", "w") as shard:
+        shard.add(tmp_path / "elsewhere" / "d.wav", "e.wav")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "f.wav").symlink_to(tmp_path / "elsewhere" / "d.wav")
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "lost.wav").symlink_to(tmp_path / "nowhere.wav")
+    found = speech.embed(tmp_path / "in", on_bad_clip="skip")
+    names = [str(Path(name).relative_to(tmp_path / "in")) for name in found.ids]
+    assert names == ["b.wav", "f.wav", "linked/d.wav", "lost.wav", "shard.TAR#e.wav", "x/a.WAV"]
+    assert found.bad == {str(tmp_path / "in" / "lost.wav"): "no such file or directory"}
+    kind = MODALITIES["speech"]
+    assert kind.probe is not None
+    listed = scan(tmp_path / "in", media="audio", probe=kind.probe, suffixes=kind.suffixes, progress=False)
+    assert {row["id"] for row in listed.rows} == {*names, "e.wav"} - {"shard.TAR#e.wav", "lost.wav"}
+    assert [path for path, _ in listed.bad] == list(found.bad)
 
 
 def test_a_folder_without_clips_is_refused(speech: Embedder, pictures: Path) -> None:
