@@ -23,12 +23,14 @@ from torch import Tensor
 from mmssl.data.batching import collate_samples
 from mmssl.data.dataset import ManifestDataset, Sample
 from mmssl.data.manifest import Manifest, Row, read_slice
-from mmssl.data.scan import tar_members
+from mmssl.data.scan import tar_members, walk
 from mmssl.data.units import check_units
 from mmssl.encoder import Encoder
-from mmssl.loading import build_augment, build_reader, build_span, clips_of
+from mmssl.loading import Span, build_augment, build_reader, build_span, clips_of
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Modality
+from mmssl.modalities.speech.reader import resample, samples_of
+from mmssl.modalities.video.reader import frames_of
 from mmssl.types import BadClip, Frontend
 
 Input: TypeAlias = str | Path | BinaryIO | np.ndarray | Tensor | Manifest
@@ -66,7 +68,7 @@ def find_clips(
 
     Args:
         config: what config.json holds.
-        rate: samples per second of arrays, where it is not the encoder's own.
+        rate: samples or frames per second of arrays, where it is not the encoder's own.
 
     Raises:
         ValueError: an input that is none, or nothing to embed.
@@ -82,7 +84,8 @@ def find_clips(
     augment = build_augment(config["augment_eval"], modality, frontend)
     read = build_reader(modality, frontend)
     span = build_span(config["augment_eval"], modality, frontend)
-    read_part = read if span is None else partial(read, span=partial(span, rng=np.random.default_rng(0)))
+    span = None if span is None else partial(span, rng=np.random.default_rng(0))
+    read_part = read if span is None else partial(read, span=span)
     settings = frontend.reader_settings
 
     def ready(make: Callable[..., Tensor], *given: Any) -> Tensor:
@@ -99,7 +102,7 @@ def find_clips(
                 clips.add((caption, partial(ready, read, caption)))
         elif isinstance(item, (str, Path)):
             for path in _expand(str(item), kind.suffixes, modality):
-                if not path.endswith(".tar"):
+                if not path.lower().endswith(".tar"):
                     clips.add(path)
                     continue
                 try:
@@ -114,9 +117,12 @@ def find_clips(
             for i, clip in enumerate(batch):
                 name = f"input {place}" if len(batch) == 1 else f"input {place}.{i}"
                 if kind.media == "audio":
-                    clips.add((name, partial(ready, _wave, clip, name, rate, settings["rate"])))
+                    clips.add((name, partial(ready, _wave, clip, name, rate, settings["rate"], span)))
                 elif kind.media == "codes":
                     clips.add((name, partial(ready, _codes, clip, name, settings["codes"])))
+                elif kind.media == "video":
+                    frames = partial(frames_of, own_rate=rate or settings["rate"], rate=settings["rate"], span=span)
+                    clips.add((name, partial(ready, _picture, clip, name, settings["channels"], frames)))
                 else:
                     clips.add((name, partial(ready, _picture, clip, name, settings["channels"])))
         elif hasattr(item, "read"):
@@ -377,10 +383,12 @@ def _captions(item: object, name: str) -> list[str]:
 def _expand(text: str, suffixes: Collection[str], modality: str) -> list[str]:
     """The files that a path, a folder or a glob pattern means, sorted where there are several."""
     if os.path.isdir(text):
+        looked_for = {*suffixes, ".tar"}
         inside = sorted(
-            str(path)
-            for path in Path(text).rglob("*")
-            if (path.suffix.lower() in suffixes or path.suffix == ".tar") and path.is_file()
+            str(Path(where, file))
+            for where, files in walk(text)
+            for file in files
+            if os.path.splitext(file)[1].lower() in looked_for and not file.startswith(".")
         )
         if not inside:
             raise ValueError(f"{text}: no {modality} file in this folder ({' '.join(sorted(suffixes))})")
@@ -414,8 +422,11 @@ def _split(array: np.ndarray | Tensor, name: str, media: str, shortest: int) -> 
     return [x] if x.ndim == axes else list(x)
 
 
-def _wave(x: Tensor, name: str, rate: float | None, own_rate: float) -> Tensor:
+def _wave(x: Tensor, name: str, rate: float | None, own_rate: float, span: Span | None) -> Tensor:
     """Samples as a reader would give them."""
+    rate = own_rate if rate is None else rate
+    if span is not None and len(x):
+        x = x[samples_of(span, len(x), rate)]
     if x.dtype == torch.int16:
         x = x / 32768
     if not x.is_floating_point():
@@ -423,11 +434,7 @@ def _wave(x: Tensor, name: str, rate: float | None, own_rate: float) -> Tensor:
     x = x.detach().float().cpu()
     if not len(x) or not torch.isfinite(x).all():
         raise BadClip(name, "holds no samples" if not len(x) else "samples are NaN or infinite")
-    if rate is not None and rate != own_rate:
-        from mmssl.modalities.speech.reader import resample
-
-        return torch.from_numpy(resample(x.numpy(), rate, own_rate))
-    return x
+    return torch.from_numpy(resample(x.numpy(), rate, own_rate))
 
 
 def _codes(x: Tensor, name: str, codes: Sequence[int]) -> Tensor:
@@ -442,11 +449,13 @@ def _codes(x: Tensor, name: str, codes: Sequence[int]) -> Tensor:
     return x
 
 
-def _picture(x: Tensor, name: str, channels: int) -> Tensor:
-    """Pixels as a reader would give them."""
+def _picture(x: Tensor, name: str, channels: int, frames: Callable[[int], Tensor] | None = None) -> Tensor:
+    """Pixels as a reader would give them; of video those of the frames that are chosen of so many."""
     if x.shape[0] != channels and x.shape[-1] == channels:
         meaning = _AXES["image" if x.ndim == 3 else "video"]
         raise BadClip(name, f"pixels of shape {tuple(x.shape)}; they must be {meaning}")
+    if frames is not None and x.shape[1]:
+        x = x[:, frames(x.shape[1])]
     if x.dtype == torch.uint8:
         x = x / 255
     x = x.detach().float().cpu()

@@ -271,10 +271,11 @@ class Embedder:
 
         Args:
             inputs: one of these or a sequence of them: a path; a glob pattern; a folder (all files of the modality
-                below it, those in uncompressed tars too); such a tar; a manifest (.jsonl); an open binary file; an
-                array or tensor: (L,) samples, (C, H, W) pixels in [0, 1], or (C, T, H, W) of frames, or with one axis
-                more several such clips. For an encoder of text a string is a caption, unless it names a manifest or a
-                .txt file with a caption in each line. Or what `find_clips` makes of them.
+                below it, those in linked folders and uncompressed tars too, and none whose name starts with a dot);
+                such a tar; a manifest (.jsonl); an open binary file; an array or tensor: (L,) samples, (C, H, W) pixels
+                in [0, 1], or (C, T, H, W) of frames, or with one axis more several such clips. For an encoder of text a
+                string is a caption, unless it names a manifest or a .txt file with a caption in each line. Or what
+                `find_clips` makes of them.
             modality: what the inputs are, for an encoder of several.
             layer: -1 the encoder's output, after its final norm where it has one; 0 the input of the first block; i the
                 output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass. A
@@ -282,7 +283,7 @@ class Embedder:
                 `read_weighting`.
             pool: how tokens become the scene, see `Pool.named`; "joint" for vectors of length 1 in the space of several
                 modalities, of the output alone. By default "joint" where there is such a space, and else "mean".
-            rate: samples per second of arrays, where it is not the encoder's own.
+            rate: samples or frames per second of arrays, where it is not the encoder's own.
             tokens: keep every token, not only the scenes; "steps" keeps one for each step of time, the mean over the
                 bands or patches of that step. Their times are in `Embeddings.time_ms`.
             window: seconds: sound and video that are longer are cut into windows of that length, so that what is

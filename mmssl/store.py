@@ -1,20 +1,24 @@
 """Embeddings of any number of clips to one file, in parts: memory stays flat, and a job that was cut off goes on.
 
 Parts are .npz files in a folder beside the file that is to come. They are put together, in the order of the clips, when
-the last of them is there.
+the last of them is there. Processes that share a job may start, end and be started again at any time: the folder comes
+into being with the job written in it, and whoever puts the parts together renames it, and holds a lock meanwhile.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -29,15 +33,18 @@ from mmssl.types import Embeddings
 # name of each clip that cannot be read, and why
 Spread = Callable[[Path, Sequence[range], Mapping[str, Any], bool], Iterable[tuple[str, str]]]
 
+_JOB = "job.json"  # in the folder of parts: what they are of
+_WAY_OUT = "delete it, or choose another --out"
+
 
 @dataclass(frozen=True)
 class Written:
     """What became of a job.
 
-    path: the file; None while parts that other processes work on are not there yet.
+    path: the file; None while parts that other processes work on are not there yet, or one of them puts all together.
     clips: all of them.
-    bad: those that could not be read.
-    width: of a scene.
+    bad: those that could not be read; 0 where there is no file yet.
+    width: of a scene; 0 where there is no file yet.
     """
 
     path: Path | None
@@ -120,9 +127,9 @@ def write_embeddings(
         "window": None if window is None else [window, overlap],
     }
     folder, merging = (out.with_name(f"{out.name}.{state}") for state in ("parts", "merging"))
-    if merging.exists() and not folder.exists():
-        merging.rename(folder)  # it was cut off while the parts were put together
-    _open(folder, job, clips)
+    left_to_others = Written(None, len(clips), 0, 0)
+    if not _open(folder, merging, job, clips):
+        return left_to_others
 
     mine = range(len(clips) * (number - 1) // of, len(clips) * number // of)
     settings: dict[str, Any] = {"layers": layers, "pool": pool, "tokens": tokens, "on_bad_clip": on_bad_clip}
@@ -132,8 +139,13 @@ def write_embeddings(
         told: Iterable[tuple[str, str]] = spread(folder, missing, settings, progress)
     else:
         told = (bad for places in missing for bad in write_parts(embedder, clips, folder, places, settings, progress))
-    for name, reason in told:
-        tell(name, reason)
+    try:
+        for name, reason in told:
+            tell(name, reason)
+    except FileNotFoundError:
+        if folder.exists() or not (merging.exists() or out.exists()):
+            raise
+        return left_to_others  # which had the same clips, and were faster
 
     def write(parts: Sequence[Path], path: Path) -> None:
         if not index:
@@ -152,7 +164,7 @@ def write_embeddings(
         }
         write_index(path, about, _scenes(parts, layers[0]), _rows(parts, clips), _bad(parts))
 
-    return _finish(folder, merging, out, len(clips), layers[0], write)
+    return _finish(folder, merging, out, len(clips), layers[0], write) or left_to_others
 
 
 def write_parts(
@@ -173,21 +185,60 @@ def write_parts(
         start = stop
 
 
-def _open(folder: Path, job: Mapping[str, Any], clips: Clips) -> None:
-    """Make the folder of parts, or see that those in it are of the same job."""
-    said = folder / "job.json"
-    if not said.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with _whole(said) as unfinished:
-            unfinished.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
-        return
-    way_out = "delete it, or choose another --out"
-    before = json.loads(said.read_text(encoding="utf-8"))
+def _open(folder: Path, merging: Path, job: Mapping[str, Any], clips: Clips) -> bool:
+    """Make the folder of parts, or see that those in it are of the same job.
+
+    Returns:
+        False where another process is putting them together.
+
+    Raises:
+        ValueError: they are of another job, or it is not known of which.
+    """
+    said = folder / _JOB
+    try:
+        if merging.exists() and not folder.exists():
+            with _alone(merging) as alone:
+                if not alone:
+                    _check_job(merging, job)
+                    return False
+                merging.rename(folder)  # it was cut off while the parts were put together
+        if not said.exists():
+            _begin(folder, job)
+        _check_job(folder, job)
+        _check_clips(folder, clips)
+    except FileNotFoundError:  # another process has begun to, or is done
+        if folder.exists() and not said.exists():
+            raise ValueError(f"{folder}: has no {_JOB}, which says what its parts are of; {_WAY_OUT}") from None
+        return False
+    return True
+
+
+def _begin(folder: Path, job: Mapping[str, Any]) -> None:
+    """Make the folder together with what says its job, so that of several processes exactly one does."""
+    new = folder.with_name(f"{folder.name}.{uuid4().hex}")
+    new.mkdir(parents=True)
+    with _whole(new / _JOB) as unfinished:
+        unfinished.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+    try:
+        new.rename(folder)
+    except OSError as error:
+        shutil.rmtree(new)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # which another process has made
+            raise
+
+
+def _check_job(folder: Path, job: Mapping[str, Any]) -> None:
+    """See that what a folder says its parts are of is this job."""
+    before = json.loads((folder / _JOB).read_text(encoding="utf-8"))
     for key, value in job.items():
         if before.get(key) != value:
             raise ValueError(
-                f"{folder}: holds parts of another job, where {key} is {before.get(key)} and not {value}; {way_out}"
+                f"{folder}: holds parts of another job, where {key} is {before.get(key)} and not {value}; {_WAY_OUT}"
             )
+
+
+def _check_clips(folder: Path, clips: Clips) -> None:
+    """See that the parts in a folder are of these clips."""
     for path in _parts(folder):
         first, stop = _places(path)
         with np.load(path, allow_pickle=False) as file:
@@ -196,34 +247,59 @@ def _open(folder: Path, job: Mapping[str, Any], clips: Clips) -> None:
             if clips.name(place) != name:
                 raise ValueError(
                     f"{folder}: holds parts of other clips, number {place} was {name} and is {clips.name(place)}; "
-                    f"{way_out}"
+                    f"{_WAY_OUT}"
                 )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether no other process is putting the parts in a folder together; until this ends none begins to.
+
+    Raises:
+        FileNotFoundError: the folder is gone.
+    """
+    # the file and not the folder: NFS locks only what is open for writing
+    with (folder / _JOB).open("r+b") as held:
+        alone = True
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alone = False
+        except OSError:
+            pass  # some shared file systems know no locks
+        yield alone
 
 
 def _finish(
     folder: Path, merging: Path, out: Path, clips: int, layer: Layer, write: Callable[[Sequence[Path], Path], None]
-) -> Written:
-    """Put the parts together where all of them are there, and remove them."""
-    covered = bad = width = 0
-    for path in _parts(folder):
-        first, covered_to = _places(path)
-        covered += covered_to - first
-        with np.load(path, allow_pickle=False) as file:
-            bad += int((file["errors"] != "").sum())
-            width = max(width, file[f"scene_{layer}"].shape[1])
-    if covered < clips:
-        return Written(None, clips, bad, width)
+) -> Written | None:
+    """Put the parts together where all of them are there and no other process does, and remove them."""
+    if any(_missing(range(clips), folder)):
+        return None
+    with ExitStack() as stack:
+        try:
+            if not stack.enter_context(_alone(folder)):
+                return None
+            folder.rename(merging)
+        except FileNotFoundError:  # another process has begun to
+            return None
+        parts = _parts(merging)
+        bad = width = 0
+        for path in parts:
+            with np.load(path, allow_pickle=False) as file:
+                bad += int((file["errors"] != "").sum())
+                width = max(width, file[f"scene_{layer}"].shape[1])
+        if bad < clips:
+            write(parts, out)
+        else:
+            with np.load(parts[0], allow_pickle=False) as file:
+                first_bad, reason = file["ids"][0], file["errors"][0]
+        for path in parts:
+            path.unlink()
+    # no sooner than the lock is gone: NFS keeps a file that is open, and with it the folder
+    shutil.rmtree(merging, ignore_errors=True)
     if bad == clips:
-        with np.load(_parts(folder)[0], allow_pickle=False) as file:
-            first_bad, reason = file["ids"][0], file["errors"][0]
-        shutil.rmtree(folder)
         raise ValueError(f"none of the {clips} clips can be read; the first is {first_bad} ({reason})")
-    try:
-        folder.rename(merging)
-    except FileNotFoundError:  # another process has begun to
-        return Written(None, clips, bad, width)
-    write(_parts(merging), out)
-    shutil.rmtree(merging)
     return Written(out, clips, bad, width)
 
 
@@ -267,14 +343,19 @@ def _write_part(path: Path, found: Sequence[Embeddings], layers: Sequence[Layer]
         arrays["lengths"] = valid.sum(1)
         if found[0].time_ms is not None:
             arrays["time_ms"] = found[0].time_ms.numpy()[valid]
-    with _whole(path) as unfinished, unfinished.open("wb") as file:
+    # two processes may be at the same part, where one was started again
+    with _whole(path, f".{uuid4().hex}") as unfinished, unfinished.open("wb") as file:
         np.savez(file, **arrays)
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A place to write to, which becomes `path` if nothing goes wrong."""
-    unfinished = path.with_name(path.name + ".tmp")
+def _whole(path: Path, mark: str = "") -> Iterator[Path]:
+    """A place to write to, which becomes `path` if nothing goes wrong.
+
+    Args:
+        mark: in its name, to tell it from those of others who write the same.
+    """
+    unfinished = path.with_name(f"{path.name}{mark}.tmp")
     try:
         yield unfinished
         os.replace(unfinished, path)

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor
 from mmssl import clips
 from mmssl.build import build_encoder, build_objective
 from mmssl.data.manifest import Manifest, write_manifest
+from mmssl.data.scan import scan
 from mmssl.embed import Embedder, load
 from mmssl.encoder import Encoder
+from mmssl.modalities import MODALITIES
 from mmssl.training.checkpoint import export_encoder
 from mmssl.types import BadClip, Batch, Raw
 
@@ -185,6 +188,55 @@ def test_an_array_at_another_rate_is_resampled(speech: Embedder) -> None:
     assert found.tokens[0, 5:-5].numpy() == pytest.approx(speech.embed(once).tokens[0, 5:-5].numpy(), abs=0.05)
 
 
+def test_a_span_of_an_array_of_sound_is_that_of_its_file(tmp_path: Path) -> None:
+    span = {"name": "center_span", "seconds": 0.2}
+    whole = load(exported(tmp_path / "whole", SPEECH))
+    middle, end = (
+        load(exported(tmp_path / str(at), {**SPEECH, "augment_eval": [{**span, "at": at}]})) for at in (0.5, 1.0)
+    )
+    long, short = (np.random.default_rng(n).standard_normal(n).astype(np.float32) / 4 for n in (7002, 1501))
+    assert torch.equal(middle.embed(long).tokens, whole.embed(long[2701:4301]).tokens)
+    assert torch.equal(end.embed(long).tokens, whole.embed(long[-1600:]).tokens)
+    # cut before it is resampled, as a file is
+    assert torch.equal(middle.embed(long, rate=16000).tokens, whole.embed(long[1901:5101], rate=16000).tokens)
+    assert torch.equal(middle.embed(short).tokens, whole.embed(short).tokens)
+    for rate in (8000, 16000):
+        for n, wave in enumerate((long, short)):
+            soundfile.write(tmp_path / f"{n}.wav", wave, rate, subtype="FLOAT")
+        files, arrays = middle.embed([tmp_path / "0.wav", tmp_path / "1.wav"]), middle.embed([long, short], rate=rate)
+        assert torch.equal(arrays.tokens, files.tokens)
+    # what is not read may be NaN
+    spoiled = [np.concatenate([wave[:-1], [np.float32("nan")]]) for wave in (long, short)]
+    assert list(middle.embed(spoiled, on_bad_clip="skip").bad) == ["input 1"]
+    assert middle.embed([np.zeros(0, np.float32), long], on_bad_clip="skip").bad == {"input 0": "holds no samples"}
+
+
+# the middle 6 of 16 frames begin with the sixth, and 7 of them at half a frame; 40 are more than there are
+@pytest.mark.parametrize(("frames", "part"), [(6, slice(5, 11)), (7, slice(5, 12)), (40, slice(16))])
+def test_a_span_of_an_array_of_video_is_that_of_its_file(
+    frames: int, part: slice, videos: Path, tmp_path: Path
+) -> None:
+    config: dict[str, Any] = {
+        **IMAGE,
+        "modality": "video",
+        "frontend": {**IMAGE["frontend"], "name": "tubes", "size": [1, 16, 16], "rate": 8},
+        "augment_eval": [],
+    }
+    cut = {**config, "augment_eval": [{"name": "center_span", "frames": frames}]}
+    slow = {**cut, "frontend": {**cut["frontend"], "rate": 4}}
+    file = videos / "train" / "up" / "0.mp4"
+    film = MODALITIES["video"].read(file, rate=8, channels=1)
+    assert film.shape[1] == 16
+    own = load(exported(tmp_path / "cut", cut))
+    found = own.embed(film).tokens
+    assert torch.equal(found, own.embed(file).tokens)
+    assert torch.equal(found, load(exported(tmp_path / "whole", config)).embed(film[:, part]).tokens)
+    # frames at another rate are taken by their time
+    other = load(exported(tmp_path / "slow", slow))
+    assert torch.equal(other.embed(film, rate=8).tokens, other.embed(file).tokens)
+    assert other.embed([film[:, :0], film], on_bad_clip="skip").bad.keys() == {"input 0"}
+
+
 def test_pictures_of_all_sizes_are_brought_to_the_runs_size(image: Embedder, pictures: Path) -> None:
     folder = image.embed(pictures / "train" / "checks")
     assert folder.tokens.shape == (6, 4, 16)
@@ -288,6 +340,28 @@ def test_a_folder_that_is_called_like_a_clip_is_no_clip(speech: Embedder, tmp_pa
     soundfile.write(tmp_path / "a.wav", np.zeros(900), 8000)
     (tmp_path / "b.wav").mkdir()
     assert speech.embed(tmp_path).ids == [str(tmp_path / "a.wav")]
+
+
+def test_a_folder_has_the_clips_that_a_manifest_of_it_has(speech: Embedder, tmp_path: Path) -> None:
+    files = ["b.wav", ".hidden.wav", "._b.WAV", "x/a.WAV", "x/notes.txt", ".trash/c.wav", "x/.trash/c.wav"]
+    for name in ["in/" + file for file in files] + ["elsewhere/d.wav"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / name, np.ones(300) / 4, 8000, format="WAV")
+    with tarfile.open(tmp_path / "in" / "shard.TAR", "w") as shard:
+        shard.add(tmp_path / "elsewhere" / "d.wav", "e.wav")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "f.wav").symlink_to(tmp_path / "elsewhere" / "d.wav")
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "lost.wav").symlink_to(tmp_path / "nowhere.wav")
+    found = speech.embed(tmp_path / "in", on_bad_clip="skip")
+    names = [str(Path(name).relative_to(tmp_path / "in")) for name in found.ids]
+    assert names == ["b.wav", "f.wav", "linked/d.wav", "lost.wav", "shard.TAR#e.wav", "x/a.WAV"]
+    assert found.bad == {str(tmp_path / "in" / "lost.wav"): "no such file or directory"}
+    kind = MODALITIES["speech"]
+    assert kind.probe is not None
+    listed = scan(tmp_path / "in", media="audio", probe=kind.probe, suffixes=kind.suffixes, progress=False)
+    assert {row["id"] for row in listed.rows} == {*names, "e.wav"} - {"shard.TAR#e.wav", "lost.wav"}
+    assert [path for path, _ in listed.bad] == list(found.bad)
 
 
 def test_a_folder_without_clips_is_refused(speech: Embedder, pictures: Path) -> None:

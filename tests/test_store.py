@@ -1,9 +1,13 @@
 """Embeddings on disk: the same however they were written, and never lost to one bad clip or to a cut."""
 
+import fcntl
 import gc
 import json
+import shutil
 import sys
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +179,131 @@ def test_several_processes_write_one_file(manifest: Path, tmp_path: Path) -> Non
     assert found["scene"] == pytest.approx(whole["scene"], abs=1e-5, nan_ok=True)
     with pytest.raises(ValueError, match="part=4/3: counts from 1"):
         write_embeddings(embedder(), manifest, tmp_path / "e.npz", part=(4, 3))
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, suffix: str, other: Callable[[], object]) -> None:
+    """Let another process do something while the first file with that suffix is written, but not yet in its place."""
+    whole, waiting = store._whole, [other]
+
+    @contextmanager
+    def slow(path: Path, *mark: str) -> Iterator[Path]:
+        with whole(path, *mark) as unfinished:
+            yield unfinished
+            if path.suffix == suffix and waiting:
+                waiting.pop()()
+
+    monkeypatch.setattr(store, "_whole", slow)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npz"])
+def test_one_part_may_be_started_twice_at_the_same_moment(
+    suffix: str, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = arrays(write_embeddings(embedder(), manifest, tmp_path / "whole.npz", **KEPT).path)
+    out = tmp_path / "new" / "e.npz"
+
+    def half(number: int) -> Path | None:
+        return write_embeddings(embedder(), manifest, out, part=(number, 2), **KEPT).path
+
+    interrupted(monkeypatch, suffix, lambda: half(1))
+    assert half(1) is None
+    found = arrays(half(2))
+    assert found["ids"].tolist() == whole["ids"].tolist()
+    assert found["scene"] == pytest.approx(whole["scene"], abs=1e-5, nan_ok=True)
+    assert [path.name for path in out.parent.iterdir()] == ["e.npz"]
+
+
+def test_of_two_jobs_that_start_at_the_same_moment_one_is_refused(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"part": (1, 2), **KEPT}
+    interrupted(
+        monkeypatch, ".json", lambda: write_embeddings(embedder(), manifest, tmp_path / "e", **{**given, "layers": [1]})
+    )
+    with pytest.raises(ValueError, match=r"another job, where layers is \[1\] and not \[0, 2\]; delete it"):
+        write_embeddings(embedder(), manifest, tmp_path / "e", **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["e.npz.parts"]
+
+
+def test_a_process_whose_clips_were_done_by_another_ends_in_peace(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Written] = []
+    interrupted(
+        monkeypatch, ".npz", lambda: done.append(write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT))
+    )
+    left = write_embeddings(embedder(), manifest, tmp_path / "e", part=(1, 2), **KEPT)
+    assert (left.path, left.clips) == (None, 13)
+    assert done == [Written(tmp_path / "e.npz", 13, 3, 16)]
+    assert [path.name for path in tmp_path.iterdir()] == ["e.npz"]
+
+    # but a folder that nobody put together is missed
+    interrupted(monkeypatch, ".npz", lambda: shutil.rmtree(tmp_path / "f.npz.parts"))
+    with pytest.raises(FileNotFoundError, match=r"f\.npz\.parts"):
+        write_embeddings(embedder(), manifest, tmp_path / "f", **KEPT)
+
+
+@pytest.mark.parametrize("listed", ["all", "none"])
+def test_parts_that_another_process_takes_are_left_to_it(
+    listed: str, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, parts = store._finish, store._parts
+
+    def beaten(folder: Path, merging: Path, *given: Any) -> Written | None:
+        with store._alone(folder):  # it is about to
+            assert finish(folder, merging, *given) is None
+        assert folder.exists()
+
+        def takes(where: Path) -> list[Path]:
+            found = parts(where)
+            folder.rename(merging)
+            return found if listed == "all" else []
+
+        with monkeypatch.context() as patched:
+            patched.setattr(store, "_parts", takes)
+            return finish(folder, merging, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_finish", beaten)
+        assert write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT) == Written(None, 13, 0, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["e.npz.merging"]
+    assert write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT).path == tmp_path / "e.npz"
+
+
+def test_a_file_system_without_locks_will_do(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*given: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    assert write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT).path == tmp_path / "e.npz"
+
+
+def test_who_comes_while_parts_are_put_together_leaves_them_to_that(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = arrays(write_embeddings(embedder(), manifest, tmp_path / "whole.npz", **KEPT).path)
+    out, put_together = tmp_path / "e" / "e.npz", store.FORMATS[".npz"]
+
+    def late(*given: Any) -> None:
+        assert [path.name for path in out.parent.iterdir()] == ["e.npz.merging"]
+        for part in ((1, 2), (1, 1)):
+            assert write_embeddings(embedder(), manifest, out, part=part, **KEPT) == Written(None, 13, 0, 0)
+        with pytest.raises(ValueError, match=r"e\.npz\.merging: holds parts of another job, where layers"):
+            write_embeddings(embedder(), manifest, out, **{**KEPT, "layers": [1]})
+        put_together(*given)
+
+    monkeypatch.setitem(store.FORMATS, ".npz", late)
+    found = arrays(write_embeddings(embedder(), manifest, out, **KEPT).path)
+    assert found["scene"] == pytest.approx(whole["scene"], abs=1e-5, nan_ok=True)
+    assert [path.name for path in out.parent.iterdir()] == ["e.npz"]
+
+
+def test_a_folder_of_parts_that_does_not_say_its_job_is_refused(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "e.npz.parts").mkdir()
+    (tmp_path / "e.npz.parts" / "000000000000-000000000002.npz").write_bytes(b"of something")
+    with pytest.raises(ValueError, match=r"e\.npz\.parts: has no job\.json, which says what .*; delete it, or choose"):
+        write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT)
+    assert [path.name for path in tmp_path.iterdir()] == ["e.npz.parts"]
 
 
 def test_fewer_processes_go_on_where_more_were_cut_off(manifest: Path, tmp_path: Path) -> None:

@@ -240,8 +240,12 @@ def read_table(path: str | Path) -> list[tuple[int, dict[str, str]]]:
     return table
 
 
-def _walk(root: str, suffixes: frozenset[str], result: ScanResult) -> Iterator[_Clip]:
-    """Clips below `root`, by name; folders and files whose names start with a dot are left out."""
+def walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """`root` and the folders below it, each with its files, by name.
+
+    Links to folders are followed, to each folder once. Folders whose names start with a dot are left out; files whose
+    names do are given, and are no clips.
+    """
     seen = set()
     for where, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(where)
@@ -250,13 +254,19 @@ def _walk(root: str, suffixes: frozenset[str], result: ScanResult) -> Iterator[_
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield where, sorted(files)
+
+
+def _walk(root: str, suffixes: frozenset[str], result: ScanResult) -> Iterator[_Clip]:
+    """Clips below `root`, by name."""
+    for where, files in walk(root):
         inside = os.path.relpath(where, root)
         notes = {
             f"{stem}{suffix.lower()}": (os.path.join(where, stem + suffix), None, None)
             for stem, suffix in map(os.path.splitext, files)
             if suffix.lower() in _BESIDE
         }
-        for file in sorted(files):
+        for file in files:
             name = os.path.normpath(os.path.join(inside, file)).replace(os.sep, "/")
             path, suffix = os.path.join(where, file), os.path.splitext(file)[1].lower()
             if file.startswith("."):

@@ -56,14 +56,19 @@ def read(
     if not len(wave):
         raise BadClip(name, "holds no samples")
     if span is not None:
-        first, seconds = span(len(wave) / own_rate)
-        begin = min(round(first * own_rate), len(wave) - 1)
-        wave = wave[begin : begin + max(1, round(seconds * own_rate))].copy()
+        wave = wave[samples_of(span, len(wave), own_rate)].copy()
     finite = np.isfinite(wave)
     if not finite.all():
         bad = int((~finite).sum())
         raise BadClip(name, f"{bad} of {len(wave)} samples are NaN or infinite, the first is number {finite.argmin()}")
     return torch.from_numpy(resample(wave, own_rate, rate))
+
+
+def samples_of(span: Callable[[float], tuple[float, float]], length: int, rate: float) -> slice:
+    """Which of so many samples a span chooses, at least one; see `read`."""
+    first, seconds = span(length / rate)
+    begin = min(round(first * rate), length - 1)
+    return slice(begin, begin + max(1, round(seconds * rate)))
 
 
 def probe(source: str | Path | BinaryIO) -> dict[str, Any]:

@@ -99,6 +99,13 @@ def read(
     return clip.contiguous()
 
 
+def frames_of(length: int, *, own_rate: float, rate: float, span: Span | None) -> Tensor:
+    """Which of so many frames at `own_rate` a second `read` would give of a file of them: (T,) int64, ascending."""
+    # a little later, as in a file: a time that is a frame's first moment must not be rounded to the frame before
+    numbers = ((_moments(length / own_rate, rate, span) + 1e-6) * own_rate).astype(np.int64)
+    return torch.from_numpy(numbers.clip(max=length - 1))
+
+
 def probe(source: str | Path | BinaryIO, *, limit: float = LIMIT) -> dict[str, Any]:
     """What a manifest says of a video: `seconds`, `fps`, `frames`, `height`, `width` (upright), `sound` (whether there
     is any), and `decoder`: "pyav" for files that decord does not read, or not right.
@@ -144,13 +151,16 @@ def _attempt(
         left = seconds - start
         if duration is not None and duration > left + _SLACK:
             raise BadClip(name, f"the segment of {duration:g} s from {start:g} s on ends after {left:g} s")
-        part = left if duration is None else duration
-        if span is not None:
-            inside, part = span(part)
-            start += inside
-        # in the middle of each frame's time, where no rounding can reach the frame before or after
-        times = start + (np.arange(max(1, round(part * rate))) + 0.5) / rate
+        times = start + _moments(left if duration is None else duration, rate, span)
         return _ask(worker, name, {"do": "frames", "times": times.tolist(), "decoder": decoder}, b"", limit)
+
+
+def _moments(seconds: float, rate: float, span: Span | None) -> np.ndarray:
+    """(T,) seconds at which the frames are looked at that are read of a part so long."""
+    start, seconds = (0.0, seconds) if span is None else span(seconds)
+    # in the middle of each frame's time, where no rounding can reach the frame before or after
+    moments: np.ndarray = start + (np.arange(max(1, round(seconds * rate))) + 0.5) / rate
+    return moments
 
 
 def _ask(
