@@ -300,6 +300,30 @@ def test_skipped_clips_are_replaced_in_training_and_too_many_end_it(tmp_path: Pa
         take(Loader(dataset, plan), plan.count(0))
 
 
+def test_what_stands_in_for_a_bad_clip_keeps_the_bound_of_its_batch(tmp_path: Path) -> None:
+    # one in seven is 0.1 s, as short as bad clip 105 is said to be, and the others are longer
+    dataset, plan = make(tmp_path, [*range(100), 105], on_bad_clip="skip", max_bad_share=0.1)
+    found = set()
+    for epoch in range(30):
+        [(place, clips)] = [(i, batch) for i, batch in enumerate(plan.batches(epoch)) if 100 in batch]
+        before = sum(plan.count(past) for past in range(epoch))
+        [batch] = take(Loader(dataset, plan, consumed=before + place, epoch_start=(epoch, before)), 1)
+        assert len(batch) == len(clips) > 2
+        assert len(batch) * batch.raw.data.shape[1] <= 15
+        assert len(set(batch.ids)) == len(batch)
+        found |= set(batch.ids) - {f"{n}.txt" for n in clips}
+    assert len(found) > 3  # not one clip for all of them
+
+
+def test_who_may_stand_in_is_as_short_as_the_batch_has_room_for_and_not_in_it() -> None:
+    lengths = np.array([1.0, 1.0, 2.0, 4.0], np.float32)
+    plan = BatchPlan(lengths, max_length=4.0)
+    assert plan.stand_ins(np.array([0, 1])).tolist() == [2]
+    assert plan.stand_ins(np.array([0])).tolist() == [1, 2, 3]
+    assert plan.stand_ins(np.array([1, 0, 2])).tolist() == [1, 0, 2]  # where there is no other
+    assert BatchPlan(lengths, batch_size=2).stand_ins(np.array([0, 1])).tolist() == [2, 3]
+
+
 def test_one_pass_gives_every_clip_once_and_leaves_out_bad_ones(tmp_path: Path) -> None:
     dataset, plan = make(tmp_path, [*range(30), 105], on_bad_clip="skip", max_bad_share=0.05)
     ordered = BatchPlan(dataset.manifest.lengths(), max_length=1.5, shuffle=False)
