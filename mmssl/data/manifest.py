@@ -205,8 +205,8 @@ def split_rows(
 
     Args:
         shares: split name -> share of the rows; None to go by each row's own "split".
-        by: with `shares`, rows that agree in this key stay together ("speaker" keeps a voice on one side). A row's side
-            depends on that key alone, so adding files later moves no other.
+        by: with `shares`, rows that agree in this key stay together ("speaker" keeps a voice on one side); "id" keeps
+            parts of one file together. A row's side depends on that key alone, so adding files later moves no other.
 
     Raises:
         ValueError: shares that do not add up to 1, or a row without the key.
@@ -224,7 +224,8 @@ def split_rows(
         if shares is None:
             found[str(row["split"])].append(row)
             continue
-        digest = blake2b(str(row[by]).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        value = str(row[by]).removesuffix(segment(row) if by == "id" else "")
+        digest = blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         # its place in [0, 1), where the shares lie end to end
         place = np.searchsorted(np.cumsum(list(shares.values())), int.from_bytes(digest, "little") / 2.0**64, "right")
         name = list(shares)[min(int(place), len(shares) - 1)]
@@ -262,13 +263,25 @@ def _map_paths(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _default_id(row: Row) -> str:
-    """The path as written, with what tells apart two clips of one file."""
+    """The paths as written, each with what tells apart two clips of one file."""
     value = next((row[key] for key in READ if key in row), None)
-    part = value[0] if isinstance(value, list) and value else value
-    part = part if isinstance(part, dict) else {**row, "path": part}
-    name = str(part.get("path"))
-    name += "".join(f"#{part[key]}" for key in ("offset", "first") if key in part)
-    return name + (f"@{part['start']:g}" if "start" in part else "")
+    names = []
+    for part in value if isinstance(value, list) and value else [value]:
+        place = part if isinstance(part, dict) else {**row, "path": part}
+        inside = "".join(f"#{place[key]}" for key in ("offset", "first") if key in place)
+        names.append(f"{place.get('path')}{inside}{segment(place)}")
+    return ",".join(names)
+
+
+def segment(place: Mapping[str, Any]) -> str:
+    """What tells a part of a file from other parts, to be put behind its name: "@start" or "@start+duration".
+
+    Nothing without a start: a duration alone may be that of the whole file.
+    """
+    # 15 digits: as many as whoever writes seconds can mean, and 2.0 and 2 are the same
+    if "start" not in place:
+        return ""
+    return f"@{place['start']:.15g}" + (f"+{place['duration']:.15g}" if "duration" in place else "")
 
 
 def _json_line(row: Row) -> str:

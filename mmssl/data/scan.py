@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmssl.data.manifest import MEDIA, Row, read_slice
+from mmssl.data.manifest import MEDIA, Row, read_slice, segment
 from mmssl.progress import bar
 from mmssl.types import BadClip
 
@@ -85,7 +85,8 @@ def scan(
 
     What lies beside a clip under its name says more of it, in a folder and in a tar, as WebDataset lays them out:
     `0001.txt` its text, `0001.cls` its label, and `0001.json` whatever of its keys means text, label, split or speaker.
-    A clip's id is its name below the folder; where two tars have one name, that of the tar stands before it.
+    A clip's id is its name below the folder, with "@start+duration" where it is a part of a file; where two tars have
+    one name, that of the tar stands before it.
 
     Args:
         media: the key that names a row's file: "audio", "image", "video", "codes".
@@ -178,7 +179,8 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
         for row in one.rows:
             shard = row[media] if "offset" in row else ""
             # one media may have a name in several tars, and another in this one only
-            folder, base = posixpath.split(row["id"].removeprefix(f"{os.path.basename(shard)}/"))
+            name = row["id"].removeprefix(f"{os.path.basename(shard)}/").removesuffix(segment(row))
+            folder, base = posixpath.split(name)
             stem = base.partition(".")[0] if shard else os.path.splitext(base)[0]
             group = groups[shard, posixpath.join(folder, stem)]
             if media in group:
@@ -366,7 +368,7 @@ def _probe(
     levels: Mapping[str, int | None],
     columns: Mapping[str, str],
 ) -> Row | tuple[str, str]:
-    row: Row = {"id": clip.id or clip.name, media: clip.path}
+    row: Row = {media: clip.path}
     place = clip.path
     try:
         if clip.offset is None:
@@ -396,7 +398,7 @@ def _probe(
         row["seconds"] = row.get("duration", row.get("seconds", math.inf) - row.get("start", 0.0))
         if not 0 < row["seconds"] < math.inf:
             return place, f"the segment that starts at {row.get('start', 0.0):g} s is {row['seconds']:g} s long"
-    return row
+    return {"id": (clip.id or clip.name) + segment(row), **row}
 
 
 # row key -> names of columns that mean it

@@ -133,6 +133,21 @@ def test_a_table_may_cut_files_into_segments(tmp_path: Path) -> None:
     assert row["seconds"] == 6.0
 
 
+def test_each_part_of_a_file_has_an_id_of_its_own(tmp_path: Path) -> None:
+    make(tmp_path, {"a/1.wav": "90000"})
+    parts = ["0\t2", "0\t4.5", "70000.125\t2", "70000.25\t2"]
+    tsv = write(tmp_path / "t.tsv", "file\tfrom\tlong\tname", *(f"1.wav\t{part}\tn{part[0]}" for part in parts))
+    columns = {"start": "from", "duration": "long"}
+    rows = look(tmp_path, tsv=tsv, columns=columns).rows
+    ids = ["a/1.wav@0+2", "a/1.wav@0+4.5", "a/1.wav@70000.125+2", "a/1.wav@70000.25+2"]
+    assert [row["id"] for row in rows] == ids
+    # the same as without: what a manifest calls the parts by itself
+    write_manifest(tmp_path / "m.jsonl", [{key: row[key] for key in row if key != "id"} for row in rows])
+    assert list(Manifest(tmp_path / "m.jsonl").values("id")) == ids
+    named = look(tmp_path, tsv=tsv, columns={**columns, "id": "name"}).rows
+    assert [row["id"] for row in named] == ["n0", "n0", "n7", "n7"]  # as was asked for
+
+
 def test_a_table_that_cannot_be_read_is_named_by_its_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index.tsv:3: 1 columns, but the first line names 2"):
         read_table(write(tmp_path / "index.tsv", "file\ttext", "a\tb", "c"))
