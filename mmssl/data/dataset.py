@@ -248,7 +248,9 @@ class ManifestDataset(Dataset[Sample]):
     ) -> Tensor:
         place = part if isinstance(part, dict) else {**row, "path": part}
         path = place["path"]
-        segment: dict[str, Any] = {key: float(place[key]) for key in ("start", "duration") if key in place}
+        # a picture has no time: what its row says of that is of the sound beside it
+        timed = () if self.media[name] == "image" else ("start", "duration")
+        segment: dict[str, Any] = {key: float(place[key]) for key in timed if key in place}
         segment |= {key: place[key] for key in self.hints.get(name, ()) if key in place}
         if name in self.spans:
             segment["span"] = partial(self._draw, name, row["id"], generator, drawn)

@@ -26,8 +26,8 @@ Row = dict[str, Any]
 MEDIA = ("audio", "image", "video", "codes")  # the keys of a row whose values are files
 READ = (*MEDIA, "text")  # the keys whose values a modality may read
 INDEX_FROM = 200_000  # rows: reading fewer takes a second or so, and a file beside each small manifest is clutter
-# key -> what it must be, its types, its least value
-_PLACES: dict[str, tuple[str, type[Any] | UnionType, float]] = {
+# what says which part of a file a clip is: key -> what it must be, its types, its least value
+PLACES: dict[str, tuple[str, type[Any] | UnionType, float]] = {
     "start": ("seconds from 0 on", int | float, 0),
     "duration": ("seconds above 0", int | float, 0),
     "offset": ("a number of bytes", int, 0),
@@ -358,8 +358,9 @@ def _checked(line: bytes) -> tuple[float, int]:
         raise ValueError(f"not a JSON object: {_shown(line)}")
     if not isinstance(row.get("id", ""), str | int):
         raise ValueError(f"'id' must be text or a number, got {row['id']!r}")
-    if not row.keys().isdisjoint(_PLACES):
+    if not row.keys().isdisjoint(PLACES):
         _check_place(row)
+        _check_start(row)
     seconds = row.get("seconds", row.get("duration", math.nan))
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0 or math.isinf(seconds):
         raise ValueError(f"'seconds' must be a number above 0, got {seconds!r}")
@@ -393,7 +394,7 @@ def _check_media(key: str, value: Any) -> None:
 
 def _check_place(place: Row) -> None:
     """What says which part of a file a clip is."""
-    for key, (rule, kinds, least) in _PLACES.items():
+    for key, (rule, kinds, least) in PLACES.items():
         value = place.get(key, least)
         if value is None and key == "size":
             continue  # to the end of the file
@@ -401,6 +402,18 @@ def _check_place(place: Row) -> None:
             raise ValueError(f"{key!r} must be {rule}, got {value!r}")
     if "duration" in place and not place["duration"]:
         raise ValueError("'duration' must be seconds above 0, got 0")
+
+
+def _check_start(row: Row) -> None:
+    """A second at which a row begins must not pass by one of its files: members of a pair would be of other times."""
+    for key in ("audio", "video") if "start" in row else ():
+        value = row.get(key)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict) and "start" not in part:
+                raise ValueError(
+                    f"'start' of a row is of files that are paths, and {key!r} is an object, which says its own; write "
+                    "it beside its 'path', 0 for all of the file"
+                )
 
 
 def _shown(line: bytes) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmssl.data.manifest import MEDIA, Row, read_slice, segment
+from mmssl.data.manifest import MEDIA, PLACES, Row, read_slice, segment
 from mmssl.progress import bar
 from mmssl.types import BadClip
 
@@ -195,9 +195,9 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
         seconds = [row["seconds"] for row in group.values() if "seconds" in row]
         merged |= {"seconds": max(seconds)} if seconds else {}
         for media, row in group.items():
-            own = {key: row[key] for key in ("offset", "size", *hints[media]) if key in row}
+            own = {key: row[key] for key in (*PLACES, *hints[media]) if key in row}
             merged[media] = {"path": row[media], **own} if own else row[media]
-        for key in ("offset", "size"):
+        for key in PLACES:
             merged.pop(key, None)
         if sum(key in merged for key in wanted) < 2:
             lacking = " or ".join(key for key in wanted if key not in merged)
@@ -390,6 +390,8 @@ def _probe(
             return place, f"has no folder of level {level} to take its {key} from (its folders: {folders or 'none'})"
         row[key] = folders[level - (level > 0)]
     row |= clip.known
+    if media == "image":  # it has no time: what a note says of that is of the sound or video beside it
+        row = {key: value for key, value in row.items() if key not in ("start", "duration")}
     try:
         row |= {key: float(row[key]) for key in ("start", "duration") if key in row}
     except ValueError as error:

@@ -106,6 +106,12 @@ def test_every_clip_has_an_id_of_its_own(tmp_path: Path, row: dict[str, Any], id
         ('{"image": ""}', "a.jsonl:3: 'image' must be a path, got ''"),
         ('{"audio": ["a", 7]}', "a.jsonl:3: 'audio' must be a path, got 7"),
         ('{"audio": {"offset": 3}}', "a.jsonl:3: 'audio' must be a path, got {'offset': 3}"),
+        (
+            '{"audio": {"path": "a"}, "start": 2}',
+            "a.jsonl:3: 'start' of a row is of files that are paths, and 'audio' is",
+        ),
+        ('{"audio": "a", "video": {"path": "a", "duration": 2}, "start": 2}', "a.jsonl:3: .* and 'video' is an object"),
+        ('{"audio": ["a", {"path": "a"}], "start": 2}', "beside its 'path', 0 for all of the file$"),
         ('{"audio": [{"path": "a", "offset": "3"}]}', "a.jsonl:3: 'offset' must be a number of bytes, got '3'"),
     ],
 )

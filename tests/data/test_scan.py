@@ -340,6 +340,38 @@ def test_files_of_one_name_are_one_row(tmp_path: Path) -> None:
         assert three.bad == [("2.wav", "there is no image or text of this name beside it")]
 
 
+@pytest.mark.parametrize("layout", ["folder", "shard"])
+def test_a_note_of_a_time_holds_for_each_member_that_has_one(tmp_path: Path, layout: str) -> None:
+    files = {f"{n}{suffix}": "9" for n in (1, 2) for suffix in (".wav", ".mp4", ".png")}
+    files |= {"1.json": '{"begin": 5.0, "length": 2.5}', "2.json": '{"begin": 0, "length": 1}'}
+    if layout == "folder":
+        make(tmp_path, files)
+    else:
+        shard(tmp_path / "0.tar", files)
+    kinds = {"video": (".mp4", ["rate"]), "audio": (".wav", ()), "image": (".png", ())}
+    found = {
+        media: scan(
+            tmp_path,
+            media=media,
+            probe=probe if media != "image" else lambda source: {"height": 8},
+            suffixes={suffix},
+            columns={"start": "begin", "duration": "length"},
+            progress=False,
+        )
+        for media, (suffix, _) in kinds.items()
+    }
+    result = pair(found, {media: hints for media, (_, hints) in kinds.items()}, text=False)
+    assert not result.bad
+    write_manifest(tmp_path / "m.jsonl", result.rows)
+    for row, name, time in zip(Manifest(tmp_path / "m.jsonl"), "12", [(5.0, 2.5), (0.0, 1.0)], strict=True):
+        assert row["id"] == name
+        assert row["seconds"] == time[1]
+        assert not {"start", "duration"} & row.keys()
+        for media in ("video", "audio"):
+            assert (row[media]["start"], row[media]["duration"]) == time
+        assert "start" not in row["image"]
+
+
 def test_names_that_come_twice_are_no_pair_and_equal_names_in_two_shards_are_two(tmp_path: Path) -> None:
     for n in range(2):
         shard(tmp_path / f"{n}.tar", {"1.left.wav": "1", "1.right.wav": "2", "1.png": "3"})
