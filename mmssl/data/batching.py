@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmssl.data.dataset import BadClips, ManifestDataset, Sample
+from mmssl.data.dataset import ATTEMPTS, BadClips, ManifestDataset, Sample
 from mmssl.types import BadClip, Batch, Raw, Units
 
 AHEAD = 2  # micro-batches that the thread, or each worker, reads before they are asked for
@@ -94,15 +94,17 @@ class BatchPlan:
     def stand_ins(self, clips: np.ndarray) -> np.ndarray:
         """The clips of which any may take the place of one of a micro-batch, which stays within `max_length`.
 
-        Those that it has already are among them only where there are no others: a clip that is there twice would be a
-        negative of itself.
+        Those that it has already are among them only where there are few others, which may be bad too: a clip that is
+        there twice would be a negative of itself.
         """
         if self.max_length is None:
             fit = np.full(len(self.lengths), True)
         else:
             fit = self.lengths <= np.float64(self.max_length / len(clips))
         fit[clips] = False
-        return np.flatnonzero(fit) if fit.any() else clips
+        if fit.sum() < ATTEMPTS:
+            fit[clips] = True
+        return np.flatnonzero(fit)
 
     def padding(self, epoch: int = 0) -> float:
         """The share of an epoch's padded length that is padding."""
