@@ -107,7 +107,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         valid = Manifest(data["valid"])
         held_out = build_dataset(one, own, body, valid, side="eval")
         if config["vocabulary"] is not None:
-            texts = {row["id"]: row["text"] for row in valid if "text" in row}
+            texts = _texts(valid)
             held_out.label = partial(_spelled, CharVocabulary(config["vocabulary"]))
         if data["on_bad_clip"] == "raise" and held_out.label is not None:
             check_labels(held_out.label, valid)
@@ -302,6 +302,22 @@ def _flat(labels: Iterable[Any], objective: Config) -> Iterator[Any]:
     several = objective.get("multi_label")
     for label in labels:
         yield from label if several and isinstance(label, list) else [label]
+
+
+def _texts(manifest: Manifest) -> dict[str, str]:
+    """id -> transcript, of the rows that have one.
+
+    Raises:
+        ValueError: two rows of one id have several, by the place of the second.
+    """
+    texts: dict[str, str] = {}
+    for place, row in enumerate(manifest):
+        if "text" in row and texts.setdefault(row["id"], row["text"]) != row["text"]:
+            raise ValueError(
+                f"{manifest.place(place)}: a row before it has the same id, {row['id']}, and another text, and error "
+                "rates go by ids; give each row an id of its own"
+            )
+    return texts
 
 
 def _spelled(vocabulary: CharVocabulary, row: dict[str, Any]) -> list[int]:

@@ -241,6 +241,19 @@ def test_error_rates_while_training_are_those_of_the_command(sounds: Path, tmp_p
     assert not (folder / "bad_clips.jsonl").exists()
 
 
+def test_held_out_texts_that_share_an_id_are_refused(sounds: Path, tmp_path: Path) -> None:
+    def rows(name: str, ids: Sequence[str], texts: Sequence[str]) -> Path:
+        path, file = tmp_path / f"{name}.jsonl", str(next(sounds.rglob("*.wav")))
+        pairs = zip(ids, texts, strict=True)
+        write_manifest(path, [{"id": id, "audio": file, "seconds": 0.7, "text": text} for id, text in pairs])
+        return path
+
+    train_rows, valid = rows("train", "aa", ["low", "high"]), rows("valid", "aba", ["low", "high", "high"])
+    with pytest.raises(ValueError, match=f"{valid}:3: a row before it has the same id, a, and another text"):
+        train("small/ctc_speech", tmp_path / "run", [f"data.train={train_rows}", f"data.valid={valid}", *TOY[:-1]])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stopped_run_can_be_used_and_goes_on_with_other_practical_settings(
     image_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmssl.data.dataset import BadClips, ManifestDataset, Sample
+from mmssl.data.dataset import ATTEMPTS, BadClips, ManifestDataset, Sample
 from mmssl.types import BadClip, Batch, Raw, Units
 
 AHEAD = 2  # micro-batches that the thread, or each worker, reads before they are asked for
@@ -89,6 +90,21 @@ class BatchPlan:
         """The clips of one micro-batch."""
         order, starts = self._plan(epoch)
         return order[starts[place] : starts[place + 1] if place + 1 < len(starts) else len(order)]
+
+    def stand_ins(self, clips: np.ndarray) -> np.ndarray:
+        """The clips of which any may take the place of one of a micro-batch, which stays within `max_length`.
+
+        Those that it has already are among them only where there are few others, which may be bad too: a clip that is
+        there twice would be a negative of itself.
+        """
+        if self.max_length is None:
+            fit = np.full(len(self.lengths), True)
+        else:
+            fit = self.lengths <= np.float64(self.max_length / len(clips))
+        fit[clips] = False
+        if fit.sum() < ATTEMPTS:
+            fit[clips] = True
+        return np.flatnonzero(fit)
 
     def padding(self, epoch: int = 0) -> float:
         """The share of an epoch's padded length that is padding."""
@@ -191,7 +207,7 @@ class Loader:
     def __iter__(self) -> Generator[Batch, None, None]:
         """Go on after what is consumed; a batch counts as consumed once it is handed out."""
         wanted = _endless(self.plan, self.consumed + self.rank, self.world, self.epoch_start)
-        batches = _Batches(self.dataset, self.collate, substitute=True)
+        batches = _Batches(self.dataset, self.collate, self.plan)
         with closing(_fetch(batches, wanted, self.workers)) as fetched:
             for item in fetched:
                 if isinstance(item, Exception):
@@ -229,7 +245,7 @@ def one_pass(
     _check(dataset, plan, rank, world)
     report = BadClips(bad_clips, manifest=dataset.manifest, max_share=dataset.max_bad_share)
     wanted = (((epoch, 0), epoch, plan.batch(epoch, place)) for place in range(rank, plan.count(epoch), world))
-    batches = _Batches(dataset, collate or collate_samples, substitute=False)
+    batches = _Batches(dataset, collate or collate_samples)
     with closing(_fetch(batches, wanted, workers)) as fetched:
         for item in fetched:
             if isinstance(item, Exception):
@@ -348,12 +364,17 @@ class _Batches(Dataset["_Fetched | ValueError"]):
 
     Errors that have a sentence for the user are handed back as values: a worker's exceptions come back from torch as
     a page of traceback, and those with arguments of their own as something else altogether.
+
+    Args:
+        plan: says which clips may take the place of a bad one; None to leave bad clips out.
     """
 
-    def __init__(self, dataset: ManifestDataset, collate: Callable[[list[Sample]], Batch], *, substitute: bool) -> None:
+    def __init__(
+        self, dataset: ManifestDataset, collate: Callable[[list[Sample]], Batch], plan: BatchPlan | None = None
+    ) -> None:
         self.dataset = dataset
         self.collate = collate
-        self.substitute = substitute
+        self.plan = plan
 
     def __getitem__(self, wanted: _Wanted) -> _Fetched | ValueError:
         start, done, clips = wanted
@@ -362,17 +383,16 @@ class _Batches(Dataset["_Fetched | ValueError"]):
         bad: list[dict[str, Any]] = []
         try:
             for index in clips.tolist():
+                if self.plan is not None:
+                    samples.append(self.dataset[index, epoch, partial(self.plan.stand_ins, clips)])
+                    bad += samples[-1].bad
+                    continue
                 try:
-                    sample = self.dataset[index, epoch] if self.substitute else self.dataset.read(index, epoch)
+                    samples.append(self.dataset.read(index, epoch))
                 except BadClip as error:
-                    if self.substitute:
-                        raise
                     if self.dataset.on_bad_clip == "raise":
                         raise self.dataset.refusal(index, error) from None
                     bad.append(self.dataset.describe(index, epoch, error))
-                    continue
-                samples.append(sample)
-                bad += sample.bad
             return _Fetched(self.collate(samples) if samples else None, done, start, bad)
         except ValueError as error:
             return error

@@ -47,7 +47,7 @@ class Sample:
 class ManifestDataset(Dataset[Sample]):
     """The clips of a manifest, read, augmented and labelled.
 
-    An item is asked for as (row, epoch).
+    An item is asked for as (row, epoch), or as (row, epoch, function that gives the rows that may take its place).
 
     Args:
         media: modality -> the key of a row that names its file, or holds what it reads: a "text".
@@ -68,7 +68,8 @@ class ManifestDataset(Dataset[Sample]):
             it makes the clip a bad one.
         optional: modalities that a row may lack, as long as it has two.
         seed: of the run.
-        on_bad_clip: "raise" stops at the first one; "skip" puts another clip, always the same one, in its place.
+        on_bad_clip: "raise" stops at the first one; "skip" puts another clip in its place, always the same one of those
+            that may take it; any may where an item does not say.
         max_bad_share: of the manifest's clips, beyond which "skip" stops too.
         cache: keep decoded clips, not yet augmented, in memory: once for every loader worker. Not with spans, which
             read another part each time.
@@ -127,13 +128,13 @@ class ManifestDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def __getitem__(self, item: tuple[int, int]) -> Sample:
+    def __getitem__(self, item: tuple[int, int] | tuple[int, int, Callable[[], np.ndarray]]) -> Sample:
         """The clip of (row, epoch), or with "skip" another one in its place, which names the bad one.
 
         Raises:
             BadClip: with "raise", or when `ATTEMPTS` substitutes are bad as well.
         """
-        index, epoch = item
+        index, epoch = item[:2]
         bad: list[dict[str, Any]] = []
         place = index
         for attempt in range(ATTEMPTS):
@@ -144,7 +145,9 @@ class ManifestDataset(Dataset[Sample]):
                     raise self.refusal(place, error) from None
                 bad.append(self.describe(place, epoch, error))
                 last = error
-                place = _hash(self.seed, epoch, index, attempt) % len(self.manifest)
+                # asked for here alone: it looks at every clip's length, and bad clips are few
+                others = item[2]() if len(item) == 3 else range(len(self))
+                place = int(others[_hash(self.seed, epoch, index, attempt) % len(others)])
                 continue
             return Sample(sample.id, sample.inputs, sample.rates, sample.label, sample.seed, bad, sample.units)
         raise BadClip(last.path, f"{last.reason}; and so were {ATTEMPTS - 1} clips taken at random in its place")
@@ -245,7 +248,9 @@ class ManifestDataset(Dataset[Sample]):
     ) -> Tensor:
         place = part if isinstance(part, dict) else {**row, "path": part}
         path = place["path"]
-        segment: dict[str, Any] = {key: float(place[key]) for key in ("start", "duration") if key in place}
+        # a picture has no time: what its row says of that is of the sound beside it
+        timed = () if self.media[name] == "image" else ("start", "duration")
+        segment: dict[str, Any] = {key: float(place[key]) for key in timed if key in place}
         segment |= {key: place[key] for key in self.hints.get(name, ()) if key in place}
         if name in self.spans:
             segment["span"] = partial(self._draw, name, row["id"], generator, drawn)

@@ -26,8 +26,8 @@ Row = dict[str, Any]
 MEDIA = ("audio", "image", "video", "codes")  # the keys of a row whose values are files
 READ = (*MEDIA, "text")  # the keys whose values a modality may read
 INDEX_FROM = 200_000  # rows: reading fewer takes a second or so, and a file beside each small manifest is clutter
-# key -> what it must be, its types, its least value
-_PLACES: dict[str, tuple[str, type[Any] | UnionType, float]] = {
+# what says which part of a file a clip is: key -> what it must be, its types, its least value
+PLACES: dict[str, tuple[str, type[Any] | UnionType, float]] = {
     "start": ("seconds from 0 on", int | float, 0),
     "duration": ("seconds above 0", int | float, 0),
     "offset": ("a number of bytes", int, 0),
@@ -205,8 +205,8 @@ def split_rows(
 
     Args:
         shares: split name -> share of the rows; None to go by each row's own "split".
-        by: with `shares`, rows that agree in this key stay together ("speaker" keeps a voice on one side). A row's side
-            depends on that key alone, so adding files later moves no other.
+        by: with `shares`, rows that agree in this key stay together ("speaker" keeps a voice on one side); "id" keeps
+            parts of one file together. A row's side depends on that key alone, so adding files later moves no other.
 
     Raises:
         ValueError: shares that do not add up to 1, or a row without the key.
@@ -224,7 +224,8 @@ def split_rows(
         if shares is None:
             found[str(row["split"])].append(row)
             continue
-        digest = blake2b(str(row[by]).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        value = str(row[by]).removesuffix(segment(row) if by == "id" else "")
+        digest = blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         # its place in [0, 1), where the shares lie end to end
         place = np.searchsorted(np.cumsum(list(shares.values())), int.from_bytes(digest, "little") / 2.0**64, "right")
         name = list(shares)[min(int(place), len(shares) - 1)]
@@ -262,13 +263,25 @@ def _map_paths(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _default_id(row: Row) -> str:
-    """The path as written, with what tells apart two clips of one file."""
+    """The paths as written, each with what tells apart two clips of one file."""
     value = next((row[key] for key in READ if key in row), None)
-    part = value[0] if isinstance(value, list) and value else value
-    part = part if isinstance(part, dict) else {**row, "path": part}
-    name = str(part.get("path"))
-    name += "".join(f"#{part[key]}" for key in ("offset", "first") if key in part)
-    return name + (f"@{part['start']:g}" if "start" in part else "")
+    names = []
+    for part in value if isinstance(value, list) and value else [value]:
+        place = part if isinstance(part, dict) else {**row, "path": part}
+        inside = "".join(f"#{place[key]}" for key in ("offset", "first") if key in place)
+        names.append(f"{place.get('path')}{inside}{segment(place)}")
+    return ",".join(names)
+
+
+def segment(place: Mapping[str, Any]) -> str:
+    """What tells a part of a file from other parts, to be put behind its name: "@start" or "@start+duration".
+
+    Nothing without a start: a duration alone may be that of the whole file.
+    """
+    # 15 digits: as many as whoever writes seconds can mean, and 2.0 and 2 are the same
+    if "start" not in place:
+        return ""
+    return f"@{place['start']:.15g}" + (f"+{place['duration']:.15g}" if "duration" in place else "")
 
 
 def _json_line(row: Row) -> str:
@@ -345,8 +358,9 @@ def _checked(line: bytes) -> tuple[float, int]:
         raise ValueError(f"not a JSON object: {_shown(line)}")
     if not isinstance(row.get("id", ""), str | int):
         raise ValueError(f"'id' must be text or a number, got {row['id']!r}")
-    if not row.keys().isdisjoint(_PLACES):
+    if not row.keys().isdisjoint(PLACES):
         _check_place(row)
+        _check_start(row)
     seconds = row.get("seconds", row.get("duration", math.nan))
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0 or math.isinf(seconds):
         raise ValueError(f"'seconds' must be a number above 0, got {seconds!r}")
@@ -380,7 +394,7 @@ def _check_media(key: str, value: Any) -> None:
 
 def _check_place(place: Row) -> None:
     """What says which part of a file a clip is."""
-    for key, (rule, kinds, least) in _PLACES.items():
+    for key, (rule, kinds, least) in PLACES.items():
         value = place.get(key, least)
         if value is None and key == "size":
             continue  # to the end of the file
@@ -388,6 +402,18 @@ def _check_place(place: Row) -> None:
             raise ValueError(f"{key!r} must be {rule}, got {value!r}")
     if "duration" in place and not place["duration"]:
         raise ValueError("'duration' must be seconds above 0, got 0")
+
+
+def _check_start(row: Row) -> None:
+    """A second at which a row begins must not pass by one of its files: members of a pair would be of other times."""
+    for key in ("audio", "video") if "start" in row else ():
+        value = row.get(key)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict) and "start" not in part:
+                raise ValueError(
+                    f"'start' of a row is of files that are paths, and {key!r} is an object, which says its own; write "
+                    "it beside its 'path', 0 for all of the file"
+                )
 
 
 def _shown(line: bytes) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmssl.data.manifest import MEDIA, Row, read_slice
+from mmssl.data.manifest import MEDIA, PLACES, Row, read_slice, segment
 from mmssl.progress import bar
 from mmssl.types import BadClip
 
@@ -85,7 +85,8 @@ def scan(
 
     What lies beside a clip under its name says more of it, in a folder and in a tar, as WebDataset lays them out:
     `0001.txt` its text, `0001.cls` its label, and `0001.json` whatever of its keys means text, label, split or speaker.
-    A clip's id is its name below the folder; where two tars have one name, that of the tar stands before it.
+    A clip's id is its name below the folder, with "@start+duration" where it is a part of a file; where two tars have
+    one name, that of the tar stands before it.
 
     Args:
         media: the key that names a row's file: "audio", "image", "video", "codes".
@@ -178,7 +179,8 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
         for row in one.rows:
             shard = row[media] if "offset" in row else ""
             # one media may have a name in several tars, and another in this one only
-            folder, base = posixpath.split(row["id"].removeprefix(f"{os.path.basename(shard)}/"))
+            name = row["id"].removeprefix(f"{os.path.basename(shard)}/").removesuffix(segment(row))
+            folder, base = posixpath.split(name)
             stem = base.partition(".")[0] if shard else os.path.splitext(base)[0]
             group = groups[shard, posixpath.join(folder, stem)]
             if media in group:
@@ -193,9 +195,9 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
         seconds = [row["seconds"] for row in group.values() if "seconds" in row]
         merged |= {"seconds": max(seconds)} if seconds else {}
         for media, row in group.items():
-            own = {key: row[key] for key in ("offset", "size", *hints[media]) if key in row}
+            own = {key: row[key] for key in (*PLACES, *hints[media]) if key in row}
             merged[media] = {"path": row[media], **own} if own else row[media]
-        for key in ("offset", "size"):
+        for key in PLACES:
             merged.pop(key, None)
         if sum(key in merged for key in wanted) < 2:
             lacking = " or ".join(key for key in wanted if key not in merged)
@@ -376,7 +378,7 @@ def _probe(
     levels: Mapping[str, int | None],
     columns: Mapping[str, str],
 ) -> Row | tuple[str, str]:
-    row: Row = {"id": clip.id or clip.name, media: clip.path}
+    row: Row = {media: clip.path}
     place = clip.path
     try:
         if clip.offset is None:
@@ -398,6 +400,8 @@ def _probe(
             return place, f"has no folder of level {level} to take its {key} from (its folders: {folders or 'none'})"
         row[key] = folders[level - (level > 0)]
     row |= clip.known
+    if media == "image":  # it has no time: what a note says of that is of the sound or video beside it
+        row = {key: value for key, value in row.items() if key not in ("start", "duration")}
     try:
         row |= {key: float(row[key]) for key in ("start", "duration") if key in row}
     except ValueError as error:
@@ -406,7 +410,7 @@ def _probe(
         row["seconds"] = row.get("duration", row.get("seconds", math.inf) - row.get("start", 0.0))
         if not 0 < row["seconds"] < math.inf:
             return place, f"the segment that starts at {row.get('start', 0.0):g} s is {row['seconds']:g} s long"
-    return row
+    return {"id": (clip.id or clip.name) + segment(row), **row}
 
 
 # row key -> names of columns that mean it

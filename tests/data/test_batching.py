@@ -300,6 +300,33 @@ def test_skipped_clips_are_replaced_in_training_and_too_many_end_it(tmp_path: Pa
         take(Loader(dataset, plan), plan.count(0))
 
 
+def test_what_stands_in_for_a_bad_clip_keeps_the_bound_of_its_batch(tmp_path: Path) -> None:
+    # 42 of 0.1 s, as short as bad clip 105 is said to be, in batches of 14; the others are longer
+    numbers = [*range(0, 98, 7)] * 3 + [n for n in range(98) if n % 7]
+    dataset, plan = make(tmp_path, [*numbers, 105], on_bad_clip="skip", max_bad_share=0.1)
+    found = set()
+    for epoch in range(30):
+        [(place, clips)] = [(i, batch) for i, batch in enumerate(plan.batches(epoch)) if len(numbers) in batch]
+        before = sum(plan.count(past) for past in range(epoch))
+        [batch] = take(Loader(dataset, plan, consumed=before + place, epoch_start=(epoch, before)), 1)
+        assert len(batch) == len(clips) > 2
+        assert len(batch) * batch.raw.data.shape[1] <= 15
+        found |= {name for name, row in zip(batch.ids, clips, strict=True) if row == len(numbers)}
+    assert len(found) > 3  # not one clip for all of them
+
+
+def test_who_may_stand_in_is_as_short_as_the_batch_has_room_for_and_not_in_it() -> None:
+    lengths = np.repeat(np.array([1.0, 2.0, 4.0], np.float32), 30)
+    plan = BatchPlan(lengths, max_length=4.0)
+    assert plan.stand_ins(np.array([0, 1])).tolist() == [*range(2, 60)]
+    assert plan.stand_ins(np.array([60])).tolist() == [*range(60), *range(61, 90)]
+    assert plan.stand_ins(np.arange(4)).tolist() == [*range(4, 30)]
+    assert BatchPlan(lengths, batch_size=2).stand_ins(np.array([0, 1])).tolist() == [*range(2, 90)]
+    # where there are few others, those that it has may do as well
+    few = BatchPlan(lengths[::6], max_length=4.0)
+    assert few.stand_ins(np.arange(4)).tolist() == [*range(5)]
+
+
 def test_one_pass_gives_every_clip_once_and_leaves_out_bad_ones(tmp_path: Path) -> None:
     dataset, plan = make(tmp_path, [*range(30), 105], on_bad_clip="skip", max_bad_share=0.05)
     ordered = BatchPlan(dataset.manifest.lengths(), max_length=1.5, shuffle=False)

@@ -119,6 +119,25 @@ def test_a_row_may_have_several_modalities(tmp_path: Path) -> None:
     assert sample.rates == {"speech": 10.0, "image": None}
 
 
+def test_a_picture_has_no_part_of_the_time_that_its_row_says(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("1 2 3 4")
+    path = str(tmp_path / "a.txt")
+    rows = [
+        {"audio": path, "image": path, "start": 0.2},
+        {"audio": path, "image": {"path": path}, "start": 0.1, "duration": 0.2},
+        {"audio": path, "video": {"path": path, "start": 0}, "start": 0.3},
+    ]
+    write_manifest(tmp_path / "a.jsonl", rows)
+    media = {key: key for key in ("audio", "image", "video")}
+    clips = ManifestDataset(
+        Manifest(tmp_path / "a.jsonl"), media=media, readers=dict.fromkeys(media, read), optional=list(media)
+    )
+    found = [{name: clip.tolist() for name, clip in clips[place, 0].inputs.items()} for place in range(3)]
+    assert found[0] == {"audio": [3, 4], "image": [1, 2, 3, 4]}
+    assert found[1] == {"audio": [2, 3], "image": [1, 2, 3, 4]}
+    assert found[2] == {"audio": [4], "video": [1, 2, 3, 4]}
+
+
 def test_a_bad_clip_stops_a_run_that_does_not_skip(tmp_path: Path) -> None:
     sentence = r"1.txt: unreadable \(ValueError\) \(at .*a.jsonl:2\); data.on_bad_clip=skip goes on without such clips$"
     with pytest.raises(BadClip, match=sentence):

@@ -72,7 +72,12 @@ def test_paths_are_seen_from_the_folder_of_the_manifest(tmp_path: Path) -> None:
         ({"audio": "a.wav", "id": 7}, "7"),
         ({"audio": "a.tar", "offset": 512, "size": 1}, "a.tar#512"),
         ({"audio": "a.wav", "start": 1.5}, "a.wav@1.5"),
-        ({"audio": [{"path": "a.tar", "offset": 9}, {"path": "a.tar", "offset": 2}]}, "a.tar#9"),
+        ({"audio": "a.wav", "start": 2.0, "duration": 0.5}, "a.wav@2+0.5"),
+        ({"audio": "a.wav", "start": 36000.125}, "a.wav@36000.125"),
+        ({"audio": "a.wav", "duration": 3.5}, "a.wav"),  # which may be that of the whole file
+        ({"audio": [{"path": "a.tar", "offset": 9}, {"path": "a.tar", "offset": 2}]}, "a.tar#9,a.tar#2"),
+        ({"audio": ["a.wav", {"path": "b.wav", "start": 1}]}, "a.wav,b.wav@1"),
+        ({"audio": ["a.wav"]}, "a.wav"),
         ({"audio": {"path": "a.tar", "offset": 9}}, "a.tar#9"),
     ],
 )
@@ -101,6 +106,12 @@ def test_every_clip_has_an_id_of_its_own(tmp_path: Path, row: dict[str, Any], id
         ('{"image": ""}', "a.jsonl:3: 'image' must be a path, got ''"),
         ('{"audio": ["a", 7]}', "a.jsonl:3: 'audio' must be a path, got 7"),
         ('{"audio": {"offset": 3}}', "a.jsonl:3: 'audio' must be a path, got {'offset': 3}"),
+        (
+            '{"audio": {"path": "a"}, "start": 2}',
+            "a.jsonl:3: 'start' of a row is of files that are paths, and 'audio' is",
+        ),
+        ('{"audio": "a", "video": {"path": "a", "duration": 2}, "start": 2}', "a.jsonl:3: .* and 'video' is an object"),
+        ('{"audio": ["a", {"path": "a"}], "start": 2}', "beside its 'path', 0 for all of the file$"),
         ('{"audio": [{"path": "a", "offset": "3"}]}', "a.jsonl:3: 'offset' must be a number of bytes, got '3'"),
     ],
 )
@@ -250,6 +261,20 @@ def test_rows_are_split_by_their_split_or_by_shares() -> None:
     sides = [{row["speaker"] for row in part} for part in voices.values()]
     assert len(sides) == 2
     assert not sides[0] & sides[1]
+
+
+def test_parts_of_a_file_stay_on_one_side_where_the_file_would_be() -> None:
+    shares = {"train": 0.5, "test": 0.5}
+    files = split_rows([{"id": f"{i}.wav"} for i in range(20)], shares=shares)
+    places: dict[str, dict[str, float]] = {
+        "@0+2.5": {"start": 0.0, "duration": 2.5},
+        "@0+4": {"start": 0.0, "duration": 4.0},
+        "@36000.125": {"start": 36000.125},
+    }
+    parts = [{"id": f"{i}.wav{end}", **place} for i in range(20) for end, place in places.items()]
+    for name, found in split_rows(parts, shares=shares).items():
+        assert {row["id"].partition("@")[0] for row in found} == {row["id"] for row in files[name]}
+        assert len(found) == 3 * len(files[name])
 
 
 def test_splits_that_cannot_be_made_are_refused() -> None:

@@ -133,6 +133,21 @@ def test_a_table_may_cut_files_into_segments(tmp_path: Path) -> None:
     assert row["seconds"] == 6.0
 
 
+def test_each_part_of_a_file_has_an_id_of_its_own(tmp_path: Path) -> None:
+    make(tmp_path, {"a/1.wav": "90000"})
+    parts = ["0\t2", "0\t4.5", "70000.125\t2", "70000.25\t2"]
+    tsv = write(tmp_path / "t.tsv", "file\tfrom\tlong\tname", *(f"1.wav\t{part}\tn{part[0]}" for part in parts))
+    columns = {"start": "from", "duration": "long"}
+    rows = look(tmp_path, tsv=tsv, columns=columns).rows
+    ids = ["a/1.wav@0+2", "a/1.wav@0+4.5", "a/1.wav@70000.125+2", "a/1.wav@70000.25+2"]
+    assert [row["id"] for row in rows] == ids
+    # the same as without: what a manifest calls the parts by itself
+    write_manifest(tmp_path / "m.jsonl", [{key: row[key] for key in row if key != "id"} for row in rows])
+    assert list(Manifest(tmp_path / "m.jsonl").values("id")) == ids
+    named = look(tmp_path, tsv=tsv, columns={**columns, "id": "name"}).rows
+    assert [row["id"] for row in named] == ["n0", "n0", "n7", "n7"]  # as was asked for
+
+
 def test_a_table_that_cannot_be_read_is_named_by_its_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index.tsv:3: 1 columns, but the first line names 2"):
         read_table(write(tmp_path / "index.tsv", "file\ttext", "a\tb", "c"))
@@ -323,6 +338,38 @@ def test_files_of_one_name_are_one_row(tmp_path: Path) -> None:
         three = pair(found, {"audio": (), "image": ()}, text=True)
         assert [row["id"] for row in three.rows] == ["1", "3"]
         assert three.bad == [("2.wav", "there is no image or text of this name beside it")]
+
+
+@pytest.mark.parametrize("layout", ["folder", "shard"])
+def test_a_note_of_a_time_holds_for_each_member_that_has_one(tmp_path: Path, layout: str) -> None:
+    files = {f"{n}{suffix}": "9" for n in (1, 2) for suffix in (".wav", ".mp4", ".png")}
+    files |= {"1.json": '{"begin": 5.0, "length": 2.5}', "2.json": '{"begin": 0, "length": 1}'}
+    if layout == "folder":
+        make(tmp_path, files)
+    else:
+        shard(tmp_path / "0.tar", files)
+    kinds = {"video": (".mp4", ["rate"]), "audio": (".wav", ()), "image": (".png", ())}
+    found = {
+        media: scan(
+            tmp_path,
+            media=media,
+            probe=probe if media != "image" else lambda source: {"height": 8},
+            suffixes={suffix},
+            columns={"start": "begin", "duration": "length"},
+            progress=False,
+        )
+        for media, (suffix, _) in kinds.items()
+    }
+    result = pair(found, {media: hints for media, (_, hints) in kinds.items()}, text=False)
+    assert not result.bad
+    write_manifest(tmp_path / "m.jsonl", result.rows)
+    for row, name, time in zip(Manifest(tmp_path / "m.jsonl"), "12", [(5.0, 2.5), (0.0, 1.0)], strict=True):
+        assert row["id"] == name
+        assert row["seconds"] == time[1]
+        assert not {"start", "duration"} & row.keys()
+        for media in ("video", "audio"):
+            assert (row[media]["start"], row[media]["duration"]) == time
+        assert "start" not in row["image"]
 
 
 def test_names_that_come_twice_are_no_pair_and_equal_names_in_two_shards_are_two(tmp_path: Path) -> None:
