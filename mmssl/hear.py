@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmssl.embed import Embedder, load
+from mmssl.modalities import MODALITIES
 
 LONG: dict[str, Any] = {"window": 60.0, "overlap": 2.0}  # seconds: HEAR asks that 20 minutes fit into a GPU
 
@@ -26,7 +27,16 @@ class Model(nn.Module):
         rate = embedder.encoder.frontend.reader_settings.get("rate")
         if rate is None or embedder.config["modality"] not in ("speech", "audio"):
             raise ValueError(f"{embedder.name}: HEAR measures sound, and this encoder is for {embedder.modality}")
-        self.embedder = embedder
+        # HEAR's times are those of whole clips, whatever part of one this run was trained to read
+        changing = MODALITIES[embedder.modality].durations
+        kept = [step for step in embedder.config["augment_eval"] if step["name"] not in changing]
+        self.embedder = Embedder(
+            embedder.encoder,
+            {**embedder.config, "augment_eval": kept},
+            device=str(embedder.device),
+            precision=embedder.precision,
+            name=embedder.name,
+        )
         self.sample_rate = int(rate)
         self.scene_embedding_size = self.timestamp_embedding_size = embedder.dim
 

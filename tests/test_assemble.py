@@ -479,9 +479,9 @@ def test_views_are_named_where_a_modality_has_some(image_rows: Callable[..., Pat
     assert (pretrain(load("small/mae_image", [settings, *data]), tmp_path / "run") / "encoder.safetensors").is_file()
     with pytest.raises(RecipeError, match="unknown objective.views 'frames'.* Known: crops"):
         resolve(load("small/mae_image", [settings.replace("crops", "frames"), *data]))
-    sound = settings.replace("pixels", "spectrogram").replace(", views: crops", "")
-    with pytest.raises(RecipeError, match="two views of a clip, and there are none for SpectrogramPatches"):
-        pretrain(load("small/mae_audio", [sound, *data]), tmp_path / "none")
+    sound = settings.replace("normalized_pixels", "log_mel").replace(", views: crops", "")
+    with pytest.raises(RecipeError, match="two views of a clip, and there are none for LogMel"):
+        pretrain(load("small/tera_speech", [sound, *data]), tmp_path / "none")
 
 
 def test_a_run_over_a_folder_of_which_a_third_is_broken_uses_every_good_clip(

@@ -171,3 +171,6 @@ def test_hear_gets_one_scene_and_evenly_spaced_timestamps(config: dict[str, Any]
     assert scenes.numpy() == pytest.approx(stamps.mean(1).numpy(), abs=1e-5)
     gaps = times.diff(dim=1)
     assert gaps.numpy() == pytest.approx(10.0 if config is SPEECH else 80.0)
+    # a run that reads the middle of a clip is measured on all of it
+    middle = {**config, "augment_eval": [{"name": "center_crop", "seconds": 0.5}]}
+    assert torch.equal(hear.get_timestamp_embeddings(audio, hear.Model(embedder(middle)))[1], times)
