@@ -170,6 +170,8 @@ class _Run:
 
     def follow(self, batches: Iterator[Batch]) -> dict[str, float]:
         settings, place = self.settings, self.place
+        if self.evaluation_due:  # this update was saved before it was evaluated, as where that failed
+            self.score()
         while place.step < settings.steps and not self.patient_enough:
             parts = []
             for _ in range(settings.accumulate):
@@ -184,10 +186,9 @@ class _Run:
                         self.save()
                     raise
             if self.update(parts):
-                last = place.step == settings.steps
-                if last or place.step % settings.log_every == 0:
+                if place.step == settings.steps or place.step % settings.log_every == 0:
                     self.report()
-                if settings.eval_every and (last or place.step % settings.eval_every == 0):
+                if self.evaluation_due:
                     try:
                         self.score()
                     except Exception:
@@ -299,10 +300,17 @@ class _Run:
             if name in verdicts:
                 self.stop_for(f"{name}: {verdicts[name]}")
 
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the last update is one to be evaluated after, and was not yet."""
+        place, every = self.place, self.settings.eval_every
+        if self.evaluate is None or not every or place.evaluated == place.step:
+            return False
+        return place.step == self.settings.steps or place.step % every == 0
+
     def score(self) -> None:
         """Evaluate, and log it."""
-        if self.evaluate is None:
-            return
+        assert self.evaluate is not None
         self.objective.eval()
         with undisturbed(self.device), gathered(self.model):
             scores = self.evaluate(self.place.step)
@@ -312,6 +320,7 @@ class _Run:
         self.place.final |= {f"evaluation/{name}": value for name, value in row["evaluation"].items()}
         if self.settings.best is not None:
             self.compare(self.settings.best, row["evaluation"])
+        self.place.evaluated = self.place.step
 
     @property
     def patient_enough(self) -> bool:

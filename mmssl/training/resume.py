@@ -30,6 +30,7 @@ class Place:
     clips: that all processes together were given.
     seconds: that the run took, without the time between being cut off and going on.
     skipped: attempts in a row that gave no update.
+    evaluated: the update after which the last evaluation was made.
     best, best_step: the best value of an evaluation so far, and after which update; None where there is none.
     waited: evaluations since then.
     final: what `train` returns if nothing follows; None for what is not finite.
@@ -40,6 +41,7 @@ class Place:
     clips: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    evaluated: int = 0
     best: float | None = None
     best_step: int = 0
     waited: int = 0
@@ -102,6 +104,8 @@ def begin(
     state, rng = checkpoint.load(Path(found), objective, optimizer)
     own = f"{distributed.rank()}."
     set_random_state({name.removeprefix(own): value for name, value in rng.items() if name.startswith(own)}, device)
+    # checkpoints were made after the evaluation of their update before they said so
+    state = {"evaluated": state["step"]} | state
     place = Place(**{name: state[name] for name in Place.__dataclass_fields__ if name in state})
     place.epoch_start = (place.epoch_start[0], place.epoch_start[1])  # a list as JSON has it
     remarks.append(f"{run}: goes on after update {place.step} of {settings.steps}")
