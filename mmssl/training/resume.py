@@ -6,7 +6,7 @@ import difflib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,8 +82,13 @@ def begin(
     settings: TrainSettings,
     recipe: str | None,
     resume: bool,
+    made: Mapping[str, Any],
 ) -> tuple[Place, list[str]]:
-    """Where the run begins, and what is to be said about it. The main process looks, so that all agree."""
+    """Where the run begins, and what is to be said about it. The main process looks, so that all agree.
+
+    Args:
+        made: what `made_with` gives now.
+    """
     remarks: list[str] = []
     found, refusal = "", ""
     if distributed.is_main():
@@ -112,16 +117,16 @@ def begin(
     if recipe is not None and state["recipe"] is not None and recipe != state["recipe"]:
         changes = [line for line in difflib.ndiff(state["recipe"].splitlines(), recipe.splitlines()) if line[0] in "+-"]
         remarks.append(f"{run}: the recipe is not that of the checkpoint: {'; '.join(changes[:8])}")
-    # nothing was sharded before there was a choice
-    before, now = {"sharding": "none"} | state["made_with"], made_with(device, settings)
-    changes = [f"{name} {before.get(name)} -> {now[name]}" for name in now if now[name] != before.get(name)]
+    # nothing was sharded before there was a choice, and what else was not noted then is taken to be the same
+    before = {**made, "sharding": "none", **state["made_with"]}
+    changes = [f"{name} {before[name]} -> {made[name]}" for name in made if made[name] != before[name]]
     if changes:
         remarks.append(f"{run}: goes on as the same run, but not to the bit, because of {', '.join(changes)}")
     return place, remarks
 
 
-def made_with(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same to the bit."""
+def made_with(device: torch.device, settings: TrainSettings, data: Mapping[str, str]) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same to the bit; `data` as `train` has it."""
     return {
         "torch": torch.__version__,
         "device": device.type,
@@ -130,4 +135,5 @@ def made_with(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
         "sharding": settings.sharding if distributed.world_size() > 1 else "none",
         "accumulate": settings.accumulate,
         "precision": settings.precision,
+        **data,
     }

@@ -294,6 +294,18 @@ def test_a_changed_recipe_or_machine_is_said_when_a_run_goes_on(tmp_path: Path) 
     assert "not to the bit, because of accumulate 1 -> 2" in said
 
 
+def test_other_data_are_said_when_a_run_goes_on_and_what_was_not_noted_is_not(tmp_path: Path) -> None:
+    run(tmp_path, built(), steps=1)  # as of a version that noted none
+    run(tmp_path, built(), steps=2, resume=True, data={"data.train": "4 rows (a)"})
+    assert "not to the bit" not in notes(tmp_path)
+    run(tmp_path, built(), steps=3, resume=True, data={"data.train": "4 rows (a)"})
+    assert "not to the bit" not in notes(tmp_path)
+    run(tmp_path, built(), steps=4, resume=True, data={"data.train": "5 rows (b)"})
+    assert "but not to the bit, because of data.train 4 rows (a) -> 5 rows (b)" in notes(tmp_path)
+    run(tmp_path, built(), steps=5, resume=True, data={"data.train": "5 rows (b)"})
+    assert notes(tmp_path).count("not to the bit") == 1
+
+
 class Broken(Toy):
     """Gives NaN for every batch that holds one of some clips."""
 

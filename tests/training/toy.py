@@ -160,9 +160,8 @@ def run(
 ) -> dict[str, float]:
     """Train; `options` are those of `train` and of `TrainSettings`."""
     rank, world = distributed.rank(), distributed.world_size()
-    inner = {
-        name: options.pop(name) for name in ("evaluate", "export", "recipe", "resume", "schedule") if name in options
-    }
+    own = ("evaluate", "export", "recipe", "data", "resume", "schedule")
+    inner = {name: options.pop(name) for name in own if name in options}
     optimizer: torch.optim.Optimizer
     if sgd:  # one update of rate 1 moves the weights by the gradient itself
         optimizer = torch.optim.SGD(objective.parameters(), lr=1.0)
