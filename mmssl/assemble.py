@@ -139,6 +139,10 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         evaluate=evaluate,
         export=export,
         recipe=recipe.dump(),
+        data={
+            f"data.train.{name}" if len(manifests) > 1 else "data.train": f"{len(manifest)} rows ({manifest.digest})"
+            for name, manifest in manifests.items()
+        },
         resume=resume,
     )
     return run
@@ -166,7 +170,10 @@ def export_config(recipe: Recipe, manifest: Manifest, run: Path | None = None) -
     Classes and characters are those of the training manifest, and so is a tokenizer that is learned.
 
     Args:
-        run: folder of a run that may go on; its tokenizer stays the same.
+        run: folder of a run that may go on; its classes, characters and tokenizer stay the same.
+
+    Raises:
+        RecipeError: settings that cannot be used, or labels that the run did not begin with.
     """
     values = recipe.values
     key = LABELLED.get(values["objective"]["name"])
@@ -176,19 +183,41 @@ def export_config(recipe: Recipe, manifest: Manifest, run: Path | None = None) -
     else:
         encoder = {key: values[key] for key in ("backbone", "transformer") if key in values}
         encoder["modality"] = {name: _exported(own) for name, own in values["modality"].items()}
+    names: dict[str, list[str] | None] = {
+        "classes": Classes.from_labels(_flat(labels, values["objective"])).names if key == "label" else None,
+        "vocabulary": CharVocabulary.from_texts(labels).symbols if key == "text" else None,
+    }
+    kept = {} if run is None or key is None else _by_main(partial(_began_with, run))
+    for name in names.keys() & kept.keys():
+        new = sorted(set(names[name] or ()) - set(kept[name]))
+        if new:
+            more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
+            raise recipe.error(
+                "data.train",
+                f"data.train: {new[0]!r}{more} is not in the {name} that the run in {run} began with, so its model has "
+                "no output for it; take out the rows that have it, or choose another folder with --out",
+            )
+        names[name] = kept[name]
     config = {
         "format": checkpoint.ENCODER_FORMAT,
         **encoder,
         "objective": values["objective"],
-        "classes": Classes.from_labels(_flat(labels, values["objective"])).names if key == "label" else None,
-        "vocabulary": CharVocabulary.from_texts(labels).symbols if key == "text" else None,
+        **names,
         **({} if (tokenizer := learn_tokenizer(recipe, manifest, run)) is None else {"tokenizer": tokenizer}),
     }
     if values["objective"].get("class_weights") is not None and not values["objective"].get("multi_label"):
         classes = Classes(config["classes"])
         counts = Counter(classes.encode(label) for label in manifest.values("label"))
-        config["class_counts"] = [counts[number] for number in range(len(classes))]
+        config["class_counts"] = kept.get("class_counts") or [counts[number] for number in range(len(classes))]
     return config
+
+
+def _began_with(run: Path) -> dict[str, Any]:
+    """What config.json of a run that goes on holds of its labels: the model knows them by number."""
+    going_on = checkpoint.latest(run / "checkpoints", say=lambda sentence: None) is not None
+    # where the disk was full there may be none yet
+    config = checkpoint.read_config(run) if going_on and (run / "config.json").is_file() else {}
+    return {name: config[name] for name in ("classes", "vocabulary", "class_counts") if config.get(name) is not None}
 
 
 def _one_after_the_other(passes: Sequence[Callable[[], Iterator[Batch]]]) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -206,6 +207,87 @@ def test_labels_are_those_of_the_training_manifest(image_rows: Callable[..., Pat
     bare = image_rows("train", lambda row: {"image": row["image"]})
     with pytest.raises(ValueError, match=f"{bare}:1: the row has no 'label'"):
         train(classify(image_rows, f"data.train={bare}"), tmp_path / "other")
+
+
+def rewrite(manifest: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in change(rows)), encoding="utf-8")
+
+
+def notes(run: Path) -> list[str]:
+    said = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["note"] for line in said if "not to the bit" in line.get("note", "")]
+
+
+def test_a_run_goes_on_with_the_classes_that_it_began_with(image_rows: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = classify(image_rows, "objective.class_weights=balanced", "data.valid=null")
+    rows, folder = Path(recipe.get("data.train")), tmp_path / "run"
+    whole = rows.read_text(encoding="utf-8")
+    train(recipe, folder)
+    config = (folder / "config.json").read_bytes()
+    assert json.loads(config)["classes"] == ["checks", "stripes"]
+
+    rewrite(rows, lambda rows: [{**row, "label": row["label"].replace("checks", "zigzag")} for row in rows])
+    with pytest.raises(RecipeError, match=r"data.train: 'zigzag' is not in the classes that the run in .* began with"):
+        train(recipe, folder)
+    assert (folder / "config.json").read_bytes() == config
+
+    # without clips of one class the other keeps its number, and its weight
+    rewrite(rows, lambda rows: [row for row in map(json.loads, whole.splitlines()) if row["label"] == "stripes"])
+    train(recipe, folder)
+    assert (folder / "config.json").read_bytes() == config
+    [note] = notes(folder)
+    assert re.search(r"because of data\.train 12 rows \(\w{16}\) -> 6 rows \(\w{16}\)$", note)
+
+    # a folder without a checkpoint is begun with the classes of now
+    shutil.rmtree(folder / "checkpoints")
+    rows.write_text(whole.replace('"label": "checks"', '"label": "zigzag"'), encoding="utf-8")
+    train(recipe, folder)
+    assert json.loads((folder / "config.json").read_text())["classes"] == ["stripes", "zigzag"]
+
+
+def test_a_run_goes_on_with_the_characters_that_it_began_with(sounds: Path, tmp_path: Path) -> None:
+    files = sorted((sounds / "train").rglob("*.wav"))
+    rows = [{"audio": str(file), "seconds": 0.7, "text": file.parent.name} for file in files]
+    write_manifest(tmp_path / "train.jsonl", rows)
+    sizes = ["positions.kernel=4", "objective.mask_prob=0", "data.max_seconds=null"]
+    settings = [f"data.train={tmp_path / 'train.jsonl'}", *sizes, *TOY[:-1]]
+    folder = train("small/ctc_speech", tmp_path / "run", settings)
+    config = (folder / "config.json").read_bytes()
+    assert json.loads(config)["vocabulary"] == ["<blank>", "|", *"ghilow"]
+    rewrite(tmp_path / "train.jsonl", lambda rows: [{**row, "text": "hi"} for row in rows])
+    train("small/ctc_speech", folder, settings)
+    assert (folder / "config.json").read_bytes() == config
+    rewrite(tmp_path / "train.jsonl", lambda rows: [{**row, "text": "haé"} for row in rows])
+    with pytest.raises(RecipeError, match=r"data.train: 'a' \(and 1 more\) is not in the vocabulary that the run in"):
+        train("small/ctc_speech", folder, settings)
+
+
+def test_a_run_whose_folders_were_moved_says_nothing_of_other_data(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(pictures / "train", here / "clips")
+    files = sorted((here / "clips").rglob("*.png"))
+    write_manifest(here / "train.jsonl", [{"id": file.name, "image": str(file)} for file in files])
+    write_manifest(here / "lists" / "train.jsonl", [{"id": file.name, "image": str(file)} for file in files])
+    monkeypatch.chdir(here)
+    settings = [*TOY, *DECODER, "trainer.eval_every=0"]
+    for manifest, run in (("train.jsonl", "run"), ("lists/train.jsonl", "other")):
+        train("small/mae_image", run, [f"data.train={manifest}", *settings])
+    there = tmp_path / "there"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(here, there)
+    shutil.rmtree(here)
+    monkeypatch.chdir(there)
+    for manifest, run in (("train.jsonl", "run"), ("lists/train.jsonl", "other")):
+        text = Path(manifest).read_text(encoding="utf-8")
+        Path(manifest).write_text(text.replace(str(here), str(there)), encoding="utf-8")  # paths that are no longer
+        train("small/mae_image", run, [f"data.train={manifest}", *settings])
+        assert not notes(Path(run))
+    rewrite(Path("train.jsonl"), lambda rows: rows[::-1])
+    train("small/mae_image", "run", ["data.train=train.jsonl", *settings])
+    assert "because of data.train 12 rows" in notes(Path("run"))[0]
 
 
 def test_validation_does_not_depend_on_batches(image_rows: Callable[..., Path], tmp_path: Path) -> None:

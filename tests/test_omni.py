@@ -1,6 +1,7 @@
 """A run of several modalities without pairs, from the recipe to the encoder of one of them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import mmssl
 from mmssl.assemble import export_config, train
 from mmssl.build import build_encoders
 from mmssl.cli import _done
-from mmssl.data.manifest import Manifest
+from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.encoder import Encoder
 from mmssl.objectives.omni import Omni
 from mmssl.recipe import RecipeError, apart, load
@@ -174,6 +175,17 @@ def test_a_run_that_was_cut_off_goes_on_to_the_bit(settings: list, objective: li
     assert {name: again[name] for name in again if "loss" in name} == {
         name: value for name, value in lines[-1]["metrics"].items() if "loss" in name
     }
+
+
+def test_a_run_that_goes_on_with_other_clips_says_of_which_modality(settings: list, heard: dict[str, Path]) -> None:
+    rows = list(Manifest(heard["train"]))
+    settings = [*settings, "data.train.speech=own.jsonl", "trainer.steps=1"]
+    for count in (12, 12, 11):
+        write_manifest("own.jsonl", rows[:count])
+        run = train("toy.yaml", "run", settings)
+    notes = [json.loads(line).get("note", "") for line in (run / "log.jsonl").read_text().splitlines()]
+    [said] = [note.partition(" because of ")[2] for note in notes if "not to the bit" in note]
+    assert re.fullmatch(r"data\.train\.speech 12 rows \(\w{16}\) -> 11 rows \(\w{16}\)", said)
 
 
 def test_one_line_gives_each_modality_a_transformer_of_its_own(settings: list) -> None:

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ PLACES: dict[str, tuple[str, type[Any] | UnionType, float]] = {
     "offset": ("a number of bytes", int, 0),
     "size": ("a number of bytes", int, 0),
 }
+# where a file lies that is not below the manifest: rows that have an id are the same clips wherever that is
+_ELSEWHERE = re.compile(rb'"/[^"]*/')
 # read: bit i is set where the row has the key READ[i]
 _INDEX = np.dtype([("offset", "<i8"), ("seconds", "<f4"), ("read", "u1")])
 
@@ -41,7 +44,7 @@ class Manifest(Sequence[Row]):
     """The rows of a .jsonl file, each read when it is asked for.
 
     Every line is checked when the manifest is opened, so a broken one stops a run before it starts. A million rows of
-    190 bytes take 6 s of one core to check; from `INDEX_FROM` rows on, what was found is kept in `<name>.index` beside
+    190 bytes take 8 s of one core to check; from `INDEX_FROM` rows on, what was found is kept in `<name>.index` beside
     the manifest and mapped into memory the next time (1 ms), as long as the manifest's size and date stay the same.
 
     Rows come with the paths of their media and units joined to the manifest's folder, and with an `id`. A video that
@@ -54,7 +57,7 @@ class Manifest(Sequence[Row]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._index = _read_index(self.path)
+        self._index, self.digest = _read_index(self.path)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -145,7 +148,7 @@ class Manifest(Sequence[Row]):
     def select(self, indices: np.ndarray | Sequence[int]) -> Manifest:
         """A manifest of these rows only, in this order."""
         part = Manifest.__new__(Manifest)
-        part.path = self.path
+        part.path, part.digest = self.path, self.digest
         part._index = self._index[np.asarray(indices, dtype=np.int64)]
         return part
 
@@ -294,34 +297,36 @@ def _json_line(row: Row) -> str:
     return line + "\n"
 
 
-def _read_index(path: Path) -> np.ndarray:
+def _read_index(path: Path) -> tuple[np.ndarray, str]:
+    """The index of a manifest and the digest of its rows, from the file beside it where there is one."""
     if not path.is_file():
         what = "a folder, not a manifest" if path.is_dir() else "no such manifest"
         raise ValueError(f"{path}: {what}; `mmssl manifest FOLDER` writes one")
     stat = path.stat()
-    digest = blake2b(f"{stat.st_size} {stat.st_mtime_ns} with sound".encode(), digest_size=8).digest()
-    stamp = int.from_bytes(digest, "little") >> 1
+    stamp = _whole_number(blake2b(f"{stat.st_size} {stat.st_mtime_ns} with digest".encode(), digest_size=8))
     kept = path.with_name(path.name + ".index")
     if kept.is_file():
         try:
             index = np.load(kept, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError):
             index = np.empty(0, _INDEX)  # torn or foreign: made anew
-        if index.dtype == _INDEX and len(index) > 1 and index["offset"][0] == stamp:
-            return index[1:]
-    index = _make_index(path)
+        if index.dtype == _INDEX and len(index) > 2 and index["offset"][0] == stamp:
+            return index[2:], f"{index['offset'][1]:016x}"
+    index, digest = _make_index(path)
     if len(index) >= INDEX_FROM:
         unfinished = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
         try:
             with open(unfinished, "wb") as handle:
-                np.save(handle, np.concatenate([np.array([(stamp, math.nan, 0)], _INDEX), index]))
+                head = np.array([(stamp, math.nan, 0), (digest, math.nan, 0)], _INDEX)
+                np.save(handle, np.concatenate([head, index]))
             os.replace(unfinished, kept)
         except OSError:
             unfinished.unlink(missing_ok=True)  # a read-only folder or a full disk: it is only slower the next time
-    return index
+    return index, f"{digest:016x}"
 
 
-def _make_index(path: Path) -> np.ndarray:
+def _make_index(path: Path) -> tuple[np.ndarray, int]:
+    digest = blake2b(digest_size=8)
     offsets, seconds, read = array("q"), array("f"), array("B")
     offset = 0
     with open(path, "rb") as handle:
@@ -334,12 +339,19 @@ def _make_index(path: Path) -> np.ndarray:
                 offsets.append(offset)
                 seconds.append(stated)
                 read.append(bits)
+                # ends of lines aside, which editors add and change
+                digest.update((_ELSEWHERE.sub(b'"', line) if b'"id"' in line else line).rstrip() + b"\n")
             offset += len(line)
     if not offsets:
         raise ValueError(f"{path}: the manifest has no rows")
     index = np.empty(len(offsets), _INDEX)
     index["offset"], index["seconds"], index["read"] = offsets, seconds, read
-    return index
+    return index, _whole_number(digest)
+
+
+def _whole_number(digest: blake2b) -> int:
+    """A digest of 8 bytes, but for a bit, as an index can hold it."""
+    return int.from_bytes(digest.digest(), "little") >> 1
 
 
 def _checked(line: bytes) -> tuple[float, int]:

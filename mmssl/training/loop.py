@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -71,6 +71,7 @@ def train(
     evaluate: Callable[[int], dict[str, float]] | None = None,
     export: Callable[[], None] | None = None,
     recipe: str | None = None,
+    data: Mapping[str, str] | None = None,
     resume: bool = False,
 ) -> dict[str, float]:
     """Train an objective to the last update, and save it there.
@@ -91,6 +92,8 @@ def train(
             each checkpoint, or with `best` after each evaluation that is the best so far; it takes all of them to put
             sharded weights together.
         recipe: text that is kept in the run folder and in its checkpoints.
+        data: what the loader reads, setting -> words that are others where the data are: kept in the checkpoints, and a
+            run that goes on with other data says so.
 
     Returns:
         "loss" and metrics of the last line of the log, the last evaluation's numbers as "evaluation/name" and, with
@@ -112,7 +115,8 @@ def train(
     torch.manual_seed(settings.seed + distributed.rank())
     model = parallelize(objective, optimizer, device, sharded=settings.sharding == "full")
     with held(run):
-        place, remarks = begin(objective, optimizer, run, device, settings, recipe, resume)
+        made = made_with(device, settings, data or {})
+        place, remarks = begin(objective, optimizer, run, device, settings, recipe, resume, made)
         if settings.sharding == "full" and distributed.world_size() == 1:
             remarks.append("trainer.sharding=full: nothing is sharded on one process; torchrun starts several")
         loader.consumed, loader.epoch_start = place.consumed, place.epoch_start
@@ -123,7 +127,20 @@ def train(
             for remark in remarks:
                 log.note(place.step, remark)
             return _Run(
-                model, objective, optimizer, schedule, settings, evaluate, export, run, recipe, device, place, log, stop
+                model,
+                objective,
+                optimizer,
+                schedule,
+                settings,
+                evaluate,
+                export,
+                run,
+                recipe,
+                made,
+                device,
+                place,
+                log,
+                stop,
             ).go(loader)
 
 
@@ -141,6 +158,7 @@ class _Run:
         export: Callable[[], None] | None,
         run: Path,
         recipe: str | None,
+        made: Mapping[str, Any],
         device: torch.device,
         place: Place,
         log: RunLog,
@@ -148,7 +166,7 @@ class _Run:
     ) -> None:
         self.model, self.objective, self.optimizer, self.schedule = model, objective, optimizer, schedule
         self.settings, self.evaluate, self.export, self.run, self.recipe = settings, evaluate, export, run, recipe
-        self.device, self.place, self.log, self.stop = device, place, log, stop
+        self.made, self.device, self.place, self.log, self.stop = made, device, place, log, stop
         self.world = distributed.world_size()
         self.window = Window(place)
         self.started = time.monotonic() - place.seconds
@@ -170,6 +188,8 @@ class _Run:
 
     def follow(self, batches: Iterator[Batch]) -> dict[str, float]:
         settings, place = self.settings, self.place
+        if self.evaluation_due:  # this update was saved before it was evaluated, as where that failed
+            self.score()
         while place.step < settings.steps and not self.patient_enough:
             parts = []
             for _ in range(settings.accumulate):
@@ -184,10 +204,9 @@ class _Run:
                         self.save()
                     raise
             if self.update(parts):
-                last = place.step == settings.steps
-                if last or place.step % settings.log_every == 0:
+                if place.step == settings.steps or place.step % settings.log_every == 0:
                     self.report()
-                if settings.eval_every and (last or place.step % settings.eval_every == 0):
+                if self.evaluation_due:
                     try:
                         self.score()
                     except Exception:
@@ -299,10 +318,17 @@ class _Run:
             if name in verdicts:
                 self.stop_for(f"{name}: {verdicts[name]}")
 
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the last update is one to be evaluated after, and was not yet."""
+        place, every = self.place, self.settings.eval_every
+        if self.evaluate is None or not every or place.evaluated == place.step:
+            return False
+        return place.step == self.settings.steps or place.step % every == 0
+
     def score(self) -> None:
         """Evaluate, and log it."""
-        if self.evaluate is None:
-            return
+        assert self.evaluate is not None
         self.objective.eval()
         with undisturbed(self.device), gathered(self.model):
             scores = self.evaluate(self.place.step)
@@ -312,6 +338,7 @@ class _Run:
         self.place.final |= {f"evaluation/{name}": value for name, value in row["evaluation"].items()}
         if self.settings.best is not None:
             self.compare(self.settings.best, row["evaluation"])
+        self.place.evaluated = self.place.step
 
     @property
     def patient_enough(self) -> bool:
@@ -352,7 +379,7 @@ class _Run:
             for name, own in random_state(self.device).items()
             for rank, state in enumerate(distributed.all_gather(own))
         }
-        state = asdict(place) | {"recipe": self.recipe, "made_with": made_with(self.device, self.settings)}
+        state = asdict(place) | {"recipe": self.recipe, "made_with": self.made}
         unsaved = ""
         try:
             checkpoint.save(path.parent, self.objective, self.optimizer, rng=rng, state=state, keep=self.settings.keep)

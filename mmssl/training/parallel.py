@@ -79,7 +79,8 @@ class Sharded(nn.Module):
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         for module in (*self.kept, self.root):
             fully_shard(module, mesh=mesh, reshard_after_forward=False)
-        register_fsdp_forward_method(self.root, "statistics")
+        for name in ("statistics", "begin"):
+            register_fsdp_forward_method(self.root, name)
         _hand_over(optimizer, names, dict(objective.named_parameters()))
 
     def forward(self, batch: Batch) -> Loss:
@@ -110,6 +111,9 @@ class _Root(nn.Module):
     def statistics(self, batch: Batch) -> Tensor:
         found: Tensor = self.objective.statistics(batch)  # type: ignore[operator]
         return found
+
+    def begin(self) -> None:
+        """A forward pass of nothing: torch wants the root's first one before any of its blocks."""
 
     def _agreed(self, total: Tensor) -> Tensor:
         """The loss, with a gradient of zero for each parameter of the root that only other processes' losses depend on.
@@ -150,6 +154,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, Sharded):
         yield
         return
+    model.root.begin()
     for unit in (*model.released, *model.kept, model.root):
         unit.unshard()
     for block in model.released:

@@ -6,7 +6,7 @@ import difflib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ class Place:
     clips: that all processes together were given.
     seconds: that the run took, without the time between being cut off and going on.
     skipped: attempts in a row that gave no update.
+    evaluated: the update after which the last evaluation was made.
     best, best_step: the best value of an evaluation so far, and after which update; None where there is none.
     waited: evaluations since then.
     final: what `train` returns if nothing follows; None for what is not finite.
@@ -40,6 +41,7 @@ class Place:
     clips: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    evaluated: int = 0
     best: float | None = None
     best_step: int = 0
     waited: int = 0
@@ -80,8 +82,13 @@ def begin(
     settings: TrainSettings,
     recipe: str | None,
     resume: bool,
+    made: Mapping[str, Any],
 ) -> tuple[Place, list[str]]:
-    """Where the run begins, and what is to be said about it. The main process looks, so that all agree."""
+    """Where the run begins, and what is to be said about it. The main process looks, so that all agree.
+
+    Args:
+        made: what `made_with` gives now.
+    """
     remarks: list[str] = []
     found, refusal = "", ""
     if distributed.is_main():
@@ -102,22 +109,24 @@ def begin(
     state, rng = checkpoint.load(Path(found), objective, optimizer)
     own = f"{distributed.rank()}."
     set_random_state({name.removeprefix(own): value for name, value in rng.items() if name.startswith(own)}, device)
+    # checkpoints were made after the evaluation of their update before they said so
+    state = {"evaluated": state["step"]} | state
     place = Place(**{name: state[name] for name in Place.__dataclass_fields__ if name in state})
     place.epoch_start = (place.epoch_start[0], place.epoch_start[1])  # a list as JSON has it
     remarks.append(f"{run}: goes on after update {place.step} of {settings.steps}")
     if recipe is not None and state["recipe"] is not None and recipe != state["recipe"]:
         changes = [line for line in difflib.ndiff(state["recipe"].splitlines(), recipe.splitlines()) if line[0] in "+-"]
         remarks.append(f"{run}: the recipe is not that of the checkpoint: {'; '.join(changes[:8])}")
-    # nothing was sharded before there was a choice
-    before, now = {"sharding": "none"} | state["made_with"], made_with(device, settings)
-    changes = [f"{name} {before.get(name)} -> {now[name]}" for name in now if now[name] != before.get(name)]
+    # nothing was sharded before there was a choice, and what else was not noted then is taken to be the same
+    before = {**made, "sharding": "none", **state["made_with"]}
+    changes = [f"{name} {before[name]} -> {made[name]}" for name in made if made[name] != before[name]]
     if changes:
         remarks.append(f"{run}: goes on as the same run, but not to the bit, because of {', '.join(changes)}")
     return place, remarks
 
 
-def made_with(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same to the bit."""
+def made_with(device: torch.device, settings: TrainSettings, data: Mapping[str, str]) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same to the bit; `data` as `train` has it."""
     return {
         "torch": torch.__version__,
         "device": device.type,
@@ -126,4 +135,5 @@ def made_with(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
         "sharding": settings.sharding if distributed.world_size() > 1 else "none",
         "accumulate": settings.accumulate,
         "precision": settings.precision,
+        **data,
     }

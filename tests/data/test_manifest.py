@@ -180,6 +180,7 @@ def test_the_index_of_a_long_manifest_is_kept_until_the_manifest_changes(
     assert list(again.values("id")) == ["0", "1", "2", "3"]
     assert again.lengths().tolist() == [1, 2, 3, 4]
     assert isinstance(again._index, np.memmap)  # costs no memory in any process
+    assert again.digest == again.select([2]).digest == Manifest(write(tmp_path / "b.jsonl", path.read_bytes())).digest
     content = path.read_text().replace('"1"', '"x"')
     path.write_text(content)
     os.utime(path, ns=(0, 0))
@@ -187,6 +188,26 @@ def test_the_index_of_a_long_manifest_is_kept_until_the_manifest_changes(
     for rubbish in (b"", b"rubbish", kept.read_bytes()[:-10]):
         kept.write_bytes(rubbish)
         assert Manifest(path).lengths().tolist() == [1, 2, 3, 4]
+
+
+def test_the_digest_tells_other_rows_and_not_other_places(tmp_path: Path) -> None:
+    def digest(*lines: str, name: str = "a.jsonl") -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        return Manifest(write(tmp_path / name, *lines)).digest
+
+    rows = ['{"id": "a", "audio": "/one/x/a.wav", "label": "n/y"}', '{"id": "b", "audio": "b.wav", "label": 1}']
+    same = digest(*rows)
+    assert len(same) == 16
+    assert digest(*rows, name="other/b.jsonl") == same
+    assert digest(rows[0] + "\r", "", rows[1] + "\r", "") == same
+    os.utime(tmp_path / "a.jsonl", ns=(0, 0))
+    assert Manifest(tmp_path / "a.jsonl").digest == same
+    assert digest(rows[0].replace("/one/x", "/two"), rows[1]) == same  # the clips were moved
+    different = [rows[::-1], rows[:1], [*rows, rows[1]], [rows[0], rows[1].replace("1", "2")]]
+    different += [[rows[0].replace(*change), rows[1]] for change in (("a.wav", "c.wav"), ("n/", "m/"), ('"a"', '"c"'))]
+    assert len({same, *(digest(*lines) for lines in different)}) == 1 + len(different)
+    # a row without an id is called by its path, and masks are drawn by that
+    assert len({digest(f'{{"audio": "/{folder}/a.wav"}}') for folder in ("one", "two")}) == 2
 
 
 # writing

@@ -294,6 +294,18 @@ def test_a_changed_recipe_or_machine_is_said_when_a_run_goes_on(tmp_path: Path) 
     assert "not to the bit, because of accumulate 1 -> 2" in said
 
 
+def test_other_data_are_said_when_a_run_goes_on_and_what_was_not_noted_is_not(tmp_path: Path) -> None:
+    run(tmp_path, built(), steps=1)  # as of a version that noted none
+    run(tmp_path, built(), steps=2, resume=True, data={"data.train": "4 rows (a)"})
+    assert "not to the bit" not in notes(tmp_path)
+    run(tmp_path, built(), steps=3, resume=True, data={"data.train": "4 rows (a)"})
+    assert "not to the bit" not in notes(tmp_path)
+    run(tmp_path, built(), steps=4, resume=True, data={"data.train": "5 rows (b)"})
+    assert "but not to the bit, because of data.train 4 rows (a) -> 5 rows (b)" in notes(tmp_path)
+    run(tmp_path, built(), steps=5, resume=True, data={"data.train": "5 rows (b)"})
+    assert notes(tmp_path).count("not to the bit") == 1
+
+
 class Broken(Toy):
     """Gives NaN for every batch that holds one of some clips."""
 
@@ -591,6 +603,83 @@ def test_an_evaluation_that_fails_costs_no_update(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zebra"):
         run(tmp_path, built(), evaluate=evaluate, steps=4, eval_every=4, save_every=0)
     assert checkpoint.latest(tmp_path / "checkpoints", say=print) is not None
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_an_evaluation_that_failed_is_made_up_for_when_the_run_goes_on(tmp_path: Path, steps: int) -> None:
+    # after update 4, the last one or not, the validation clips cannot be read at the first two starts
+    settings: dict[str, Any] = {"steps": steps, "eval_every": 2, "best": "accuracy", "patience": 3}
+    scores = {2: 0.5, 4: 0.7, 6: 0.6, 8: 0.6}
+    exports: list[int] = []
+    evaluated: list[int] = []
+
+    def evaluate(step: int) -> dict[str, float]:
+        evaluated.append(step)
+        if step == 4 and evaluated.count(4) < 3:
+            raise BadClip("valid.wav", "no such file")
+        return {"accuracy": scores[step] + 0.0 * float(torch.rand(()))}
+
+    unbroken = built(dropout=0.3)
+    first = run(tmp_path / "unbroken", unbroken, evaluate=lambda step: {"accuracy": scores[step]}, **settings)
+    for _ in range(2):
+        with pytest.raises(BadClip):
+            run(tmp_path / "broken", built(dropout=0.3), evaluate=evaluate, resume=True, **settings)
+    resumed = built(dropout=0.3)
+    settings["export"] = lambda: exports.append(evaluated[-1])
+    mended = run(tmp_path / "broken", resumed, evaluate=evaluate, resume=True, **settings)
+    assert mended == first
+    assert (mended["best/accuracy"], mended["best/step"], exports) == (0.7, 4, [4])
+    assert same(weights(unbroken), weights(resumed))
+    made = [line["step"] for line in lines(tmp_path / "broken") if "evaluation" in line]
+    assert made == list(range(2, steps + 1, 2))
+    # and once it was made it is not made again
+    assert run(tmp_path / "broken", built(), evaluate=evaluate, resume=True, **settings) == first
+    assert evaluated == [2, 4, 4, *made[1:]]
+
+
+def test_an_evaluation_that_a_verdict_came_before_is_made_up_for_and_may_end_the_run(tmp_path: Path) -> None:
+    class Guessing(Toy):
+        def forward(self, batch: Batch) -> Loss:
+            loss = super().forward(batch)
+            return Loss(loss.total, loss.count, {"accuracy": (0.1, 1), "chance_accuracy": (0.1, 1)})
+
+    evaluated: list[int] = []
+
+    def evaluate(step: int) -> dict[str, float]:
+        evaluated.append(step)
+        return {"loss": float(len(evaluated))}
+
+    settings: dict[str, Any] = {"steps": 700, "log_every": 100, "save_every": 0, "eval_every": 250, "patience": 1}
+    settings |= {"best": "loss", "evaluate": evaluate, "stop_on": ["chance_plateau"], "loader": Loader(1)}
+    with pytest.raises(RunStopped, match="chance_plateau"):
+        run(tmp_path, built(Guessing), **settings)
+    assert evaluated == [250]
+    for _ in range(2):  # the second finds it made, and the run ended
+        run(tmp_path, built(Guessing), resume=True, **settings)
+        assert evaluated == [250, 500]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_500\n"
+    assert "and 1 evaluations since then were no better, so the run ends" in notes(tmp_path)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_run_that_is_told_to_stop_while_it_evaluates_does_not_evaluate_again(tmp_path: Path, older: bool) -> None:
+    evaluated: list[int] = []
+
+    def evaluate(step: int) -> dict[str, float]:
+        evaluated.append(step)
+        if len(evaluated) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": 1.0}
+
+    with pytest.raises(SystemExit):
+        run(tmp_path, built(), steps=4, eval_every=2, evaluate=evaluate)
+    if older:  # of a version that did not note which evaluation was the last
+        path = tmp_path / "checkpoints" / "step_2" / "state.json"
+        state = json.loads(path.read_text())
+        del state["evaluated"]
+        path.write_text(json.dumps(state))
+    run(tmp_path, built(), steps=4, eval_every=2, evaluate=evaluate, resume=True)
+    assert evaluated == [2, 4]
 
 
 class Leaving(Loader):

@@ -50,6 +50,8 @@ def test_two_processes_give_the_gradient_of_one_and_go_on_to_the_bit(tmp_path: P
         assert ranks[0]["final"]["full"][name] == pytest.approx(value, rel=1e-6)
     assert [own["resumed"] for own in ranks] == [[True, True]] * 2, "resumed with dropout, both equal the unbroken run"
 
+    assert [own["evaluated"] for own in ranks] == [[[4, 8]] * 2] * 2, "what the checkpoint lacks is made up for by both"
+
     # the first process judges for both, and both end after two evaluations that were no better
     assert [own["best"] for own in ranks] == [[0.5, 1, 0.3], [0.5, 1, 0.3]]
 

@@ -160,9 +160,8 @@ def run(
 ) -> dict[str, float]:
     """Train; `options` are those of `train` and of `TrainSettings`."""
     rank, world = distributed.rank(), distributed.world_size()
-    inner = {
-        name: options.pop(name) for name in ("evaluate", "export", "recipe", "resume", "schedule") if name in options
-    }
+    own = ("evaluate", "export", "recipe", "data", "resume", "schedule")
+    inner = {name: options.pop(name) for name in own if name in options}
     optimizer: torch.optim.Optimizer
     if sgd:  # one update of rate 1 moves the weights by the gradient itself
         optimizer = torch.optim.SGD(objective.parameters(), lr=1.0)
@@ -217,6 +216,16 @@ def at_its_own_pace(objective: Deep) -> Callable[[int], dict[str, float]]:
     return evaluate
 
 
+def noting(steps: list[int], evaluate: Callable[[int], dict[str, float]]) -> Callable[[int], dict[str, float]]:
+    """The evaluation, which notes when it is made."""
+
+    def noted(step: int) -> dict[str, float]:
+        steps.append(step)
+        return evaluate(step)
+
+    return noted
+
+
 def exchanges(**options: Any) -> dict[str, int]:
     """How often processes exchange parameters and gradients in an update of three micro-batches."""
     from torch.distributed.tensor.debug import CommDebugMode
@@ -265,7 +274,7 @@ def main(task: str, folder: str) -> None:
             }
             for sharding in ("none", "full")
         }
-        final, equal = {}, []
+        final, equal, evaluated = {}, [], []
         for sharding in ("none", "full"):
             whole = built(Deep, dropout=0.3)
             final[sharding] = run(
@@ -278,7 +287,16 @@ def main(task: str, folder: str) -> None:
             )
             run(here / f"half_{sharding}", built(Deep, dropout=0.3), steps=4, sharding=sharding)
             resumed = built(Deep, dropout=0.3)
-            run(here / f"half_{sharding}", resumed, steps=8, resume=True, sharding=sharding)
+            evaluated.append([])
+            run(
+                here / f"half_{sharding}",
+                resumed,
+                steps=8,
+                resume=True,
+                sharding=sharding,
+                eval_every=4,  # and the checkpoint after update 4 was saved without one
+                evaluate=noting(evaluated[-1], at_its_own_pace(resumed)),
+            )
             pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
             equal.append(all(torch.equal(distributed.whole(a), distributed.whole(b)) for a, b in pairs))
         trained_on(here / "given", 3, sharding="full")  # has made its three: it is loaded, saved and exported
@@ -299,7 +317,14 @@ def main(task: str, folder: str) -> None:
             export=lambda: export_encoder(here / "best", waiting.encoder, {}),
         )
         best = [judged["best/accuracy"], judged["best/step"], judged["evaluation/accuracy"]]
-        own = {"best": best, "gradients": found, "final": final, "resumed": equal, "exchanges": exchanges(sharded=True)}
+        own = {
+            "best": best,
+            "gradients": found,
+            "final": final,
+            "resumed": equal,
+            "evaluated": evaluated,
+            "exchanges": exchanges(sharded=True),
+        }
         (here / f"{distributed.rank()}.json").write_text(json.dumps(own))
         distributed.shutdown()
 
