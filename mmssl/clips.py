@@ -139,6 +139,12 @@ def rows_of(manifest: Manifest, modality: str) -> Manifest:
     return manifest.having([MODALITIES[modality].media])
 
 
+def whole(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that reads clips from their beginning to their end."""
+    changing = MODALITIES[config["modality"]].durations
+    return {**config, "augment_eval": [step for step in config["augment_eval"] if step["name"] not in changing]}
+
+
 def spread_out(config: Mapping[str, Any], *, spans: int, crops: int) -> list[dict[str, Any]]:
     """The configs that read so many parts of each clip in place of its middle.
 

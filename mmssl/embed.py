@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.build import build_encoders, build_objective
-from mmssl.clips import Clips, Input, Item, find_clips, groups, spread_out, windows
+from mmssl.clips import Clips, Input, Item, find_clips, groups, spread_out, whole, windows
 from mmssl.convert.folder import open_encoder
 from mmssl.data.batching import collate_samples
 from mmssl.data.text import CharVocabulary
@@ -214,6 +214,11 @@ class Embedder:
         return Embedder(
             self.encoder[modality], config, device=device, precision=self.precision, name=self.name, joint=joint
         )
+
+    def of_whole_clips(self) -> Embedder:
+        """The same of one modality, without the steps of evaluation that change how long a clip is."""
+        config, device = whole(self.config), str(self.device)
+        return Embedder(self.encoder, config, device=device, precision=self.precision, name=self.name)
 
     @overload
     def embed(

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmssl.embed import Embedder, load
-from mmssl.modalities import MODALITIES
 
 LONG: dict[str, Any] = {"window": 60.0, "overlap": 2.0}  # seconds: HEAR asks that 20 minutes fit into a GPU
 
@@ -28,15 +27,7 @@ class Model(nn.Module):
         if rate is None or embedder.config["modality"] not in ("speech", "audio"):
             raise ValueError(f"{embedder.name}: HEAR measures sound, and this encoder is for {embedder.modality}")
         # HEAR's times are those of whole clips, whatever part of one this run was trained to read
-        changing = MODALITIES[embedder.modality].durations
-        kept = [step for step in embedder.config["augment_eval"] if step["name"] not in changing]
-        self.embedder = Embedder(
-            embedder.encoder,
-            {**embedder.config, "augment_eval": kept},
-            device=str(embedder.device),
-            precision=embedder.precision,
-            name=embedder.name,
-        )
+        self.embedder = embedder.of_whole_clips()
         self.sample_rate = int(rate)
         self.scene_embedding_size = self.timestamp_embedding_size = embedder.dim
 
