@@ -67,7 +67,7 @@ def held(run: Path) -> Iterator[None]:
             except BlockingIOError:
                 refusal = f"{run}: another run is going on in this folder; wait until it ends, or choose another folder"
             except OSError:
-                pass  # some shared file systems know no locks
+                pass  # some shared file systems know no locks, and NFS none of folders: there nothing is held
         refusal = distributed.broadcast_text(refusal)
         if refusal:
             raise FileExistsError(refusal)
