@@ -4,23 +4,23 @@
 
 Prints seconds of audio embedded a second (median over rounds, in turn), at random weights: ours through
 `Embedder.embed` at three batch sizes, theirs as one padded batch with a mask, in four buckets by length, and one by
-one. `mmssl embed` keeps freed memory, and that is a setting of a whole process: so each has its own, and transformers
-is measured as it comes and with the same help. The ratios are over the best way of each in the same precision.
+one. All take turns in one process. `mmssl embed` keeps freed memory: before a side's turn the process is given the
+setting that it comes with, and one run that is not timed; transformers has another turn with ours. The ratios are over
+the best of their ways in the same precision.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
+from allocator import as_it_comes
 
 from mmssl.embed import Embedder
 from mmssl.encoder import Encoder
@@ -28,8 +28,6 @@ from mmssl.memory import keep_freed_memory
 from mmssl.modalities.speech.frontend import Waveform
 from mmssl.nn.positions import Convolutional
 from mmssl.nn.transformer import Transformer
-
-Ways = Callable[[list[np.ndarray], str], dict[str, Callable[[], object]]]
 
 RATE = 16_000
 
@@ -75,37 +73,18 @@ def theirs(waves: list[np.ndarray], precision: str) -> dict[str, Callable[[], ob
     }
 
 
-def serve(link: Connection, build: Ways, waves: list[np.ndarray], precision: str, kept: bool) -> None:
-    """Send the names of the ways; then, for each name that arrives, the seconds that it takes."""
-    warnings.filterwarnings("ignore")
-    if kept:
-        keep_freed_memory()
-    ways = build(waves, precision)
-    for run in ways.values():
-        run()
-    link.send(list(ways))
-    while name := link.recv():
-        start = time.perf_counter()
-        ways[name]()
-        link.send(time.perf_counter() - start)
-
-
 def compare(waves: list[np.ndarray], precision: str, rounds: int) -> None:
-    context = multiprocessing.get_context("spawn")
-    seconds: list[dict[str, list[float]]] = []
-    links = []
-    for build, kept in ((ours, True), (theirs, False), (theirs, True)):
-        link, end = context.Pipe()
-        context.Process(target=serve, args=(end, build, waves, precision, kept), daemon=True).start()
-        links.append(link)
-        seconds.append({name: [] for name in link.recv()})
+    own_ways, their_ways = ours(waves, precision), theirs(waves, precision)
+    turns = ((keep_freed_memory, own_ways), (as_it_comes, their_ways), (keep_freed_memory, their_ways))
+    seconds: list[dict[str, list[float]]] = [{name: [] for name in ways} for _, ways in turns]
     for _ in range(rounds):
-        for link, ways in zip(links, seconds, strict=True):
-            for name, times in ways.items():
-                link.send(name)
-                times.append(link.recv())
-    for link in links:
-        link.send("")
+        for (setting, ways), times in zip(turns, seconds, strict=True):
+            setting()
+            list(ways.values())[-1]()
+            for name, run in ways.items():
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
     audio = sum(map(len, waves)) / RATE
     own, comes, helped = ({name: audio / statistics.median(t) for name, t in ways.items()} for ways in seconds)
     best, best_helped = max(comes.values()), max(helped.values())
@@ -124,6 +103,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], action="append")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore")
     rng = np.random.default_rng(0)
     waves = [rng.standard_normal(int(n * RATE)).astype(np.float32) for n in rng.permutation(np.linspace(1, 16, 16))]
     print(

@@ -1,27 +1,27 @@
-"""One training step of ours against transformers' of the same size, in turn, each in a process of its own.
+"""One training step of ours against transformers' of the same size, in turn, in one process.
 
     python benchmarks/step_speed.py                      # base size, all modalities, float32 and bfloat16
     python benchmarks/step_speed.py --size small --modality speech --rounds 9
 
 Prints seconds (median over rounds), their ratio, and which share of the machine's own matrix-product rate, measured in
 the same run and precision, each step reaches. Both get the same input, masks of the same share, no dropout and AdamW;
-a step is forward, backward and update. `mmssl` keeps freed memory when it trains, and that is a setting of a whole
-process: so each has its own, and transformers is measured as it comes and, in the last column, with the same help.
+a step is forward, backward and update. `mmssl` keeps freed memory when it trains: before each turn the process is given
+the setting that it comes with, and a step that is not timed; transformers' last turn has our setting, for the last
+column.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 
 import torch
+from allocator import as_it_comes
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmssl.encoder import Encoder
@@ -217,46 +217,32 @@ def counted_by_torch() -> Iterator[None]:
         linear._HAS_ONEDNN = kept
 
 
-def serve(link: Connection, build: Builder, size: str, precision: torch.dtype, kept: bool) -> None:
-    """Send the floating-point operations of a step; then, whenever something arrives, the seconds of one more."""
-    warnings.filterwarnings("ignore")
-    if kept:
-        keep_freed_memory()
-    torch.manual_seed(0)
-    model, loss = build(size)
-    step = stepper(model, loss, precision)
-    with counted_by_torch(), FlopCounterMode(display=False) as counter:
-        step()
-    step()
-    link.send(counter.get_total_flops())
-    while link.recv():
-        start = time.perf_counter()
-        step()
-        link.send(time.perf_counter() - start)
-
-
 def compare(modality: str, size: str, precision: torch.dtype, rounds: int) -> None:
-    ours, theirs = {
+    builders = {
         "image": (our_image, their_image),
         "speech": (our_speech, their_speech),
         "video": (our_video, their_video),
     }[modality]
-    context = multiprocessing.get_context("spawn")
-    links, operations = [], []
-    for build, kept in ((ours, True), (theirs, False), (theirs, True)):
-        link, end = context.Pipe()
-        context.Process(target=serve, args=(end, build, size, precision, kept), daemon=True).start()
-        links.append(link)
-        operations.append(link.recv())
-    seconds: list[list[float]] = [[] for _ in links]
+    steps, operations = [], []
+    for build in builders:
+        torch.manual_seed(0)
+        step = stepper(*build(size), precision)
+        with counted_by_torch(), FlopCounterMode(display=False) as counter:
+            step()
+        steps.append(step)
+        operations.append(counter.get_total_flops())
+    ours, theirs = steps
+    turns = ((keep_freed_memory, ours), (as_it_comes, theirs), (keep_freed_memory, theirs))
+    seconds: list[list[float]] = [[] for _ in turns]
     rates = []
     for _ in range(rounds):
         rates.append(matrix_rate(precision))
-        for link, times in zip(links, seconds, strict=True):
-            link.send(True)
-            times.append(link.recv())
-    for link in links:
-        link.send(False)
+        for (setting, step), times in zip(turns, seconds, strict=True):
+            setting()
+            step()
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
     own, comes, helped = map(statistics.median, seconds)
     rate = statistics.median(rates)
     name = str(precision).removeprefix("torch.")
@@ -275,6 +261,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], action="append")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    warnings.filterwarnings("ignore")
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {args.rounds} rounds"
     )
