@@ -9,15 +9,16 @@ ROOT = Path(__file__).parents[1]
 PARTS = ["types", "nn"]
 ARROWS = {
     "types": [],
+    "files": ["types"],
     "distributed": [],
     "memory": [],
     "progress": [],
     "recipe": [],
     "nn": ["types"],
     "encoder": PARTS,
-    "modalities": [*PARTS, "data.units"],  # the codes that `mmssl units` writes are what one modality reads
+    "modalities": [*PARTS, "files", "data.units"],  # the codes that `mmssl units` writes are what one modality reads
     "objectives": [*PARTS, "encoder", "distributed"],
-    "data": ["types", "progress"],
+    "data": ["types", "files", "progress"],
     "evaluation": [*PARTS, "encoder"],
     "training": ["types", "data", "distributed", "memory"],
     "loading": ["recipe", *PARTS, "encoder", "objectives", "modalities", "data"],
@@ -40,7 +41,7 @@ ARROWS = {
         "build",
         "resolve",
     ],
-    "clips": [*PARTS, "encoder", "modalities", "data", "loading"],
+    "clips": [*PARTS, "files", "encoder", "modalities", "data", "loading"],
     "recordings": ["types"],
     "embed": ["recipe", *PARTS, "encoder", "data", "evaluation", "build", "clips", "convert", "progress", "recordings"],
     "hear": ["embed"],

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mmssl.files import open_clip
 from mmssl.types import BadClip
 
 Row = dict[str, Any]
@@ -438,16 +439,12 @@ def read_slice(path: str, offset: int, size: int | None) -> io.BytesIO:
     Raises:
         BadClip: the file is missing or ends before that.
     """
-    try:
-        with open(path, "rb") as handle:
+    with open_clip(path) as handle:
+        try:
             handle.seek(offset)
             content = handle.read(-1 if size is None else size)
-    except OSError as error:
-        raise BadClip(path, _os_reason(error)) from None
+        except OSError as error:
+            raise BadClip(path, (error.strerror or str(error)).lower()) from None
     if size is not None and len(content) < size:
         raise BadClip(path, f"the file ends before byte {offset + size}, where the clip at byte {offset} should end")
     return io.BytesIO(content)
-
-
-def _os_reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
