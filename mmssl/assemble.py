@@ -28,6 +28,7 @@ from mmssl.resolve import ENCODER, init_config, resolve
 from mmssl.training import checkpoint
 from mmssl.training.loop import train as train_loop
 from mmssl.training.optimizer import build_optimizer
+from mmssl.training.resume import LOCK
 from mmssl.training.schedule import SCHEDULES
 from mmssl.training.settings import TrainSettings
 from mmssl.types import Batch
@@ -292,7 +293,8 @@ def _holds(run: Path, recipe: Recipe) -> bool:
     if not run.is_dir():
         raise RecipeError(f"{run}: this is a file; give a folder with --out")
     if not (run / "recipe.yaml").is_file():
-        if any(path.name != "recipe.yaml.tmp" for path in run.iterdir()):  # that one is of a run killed as it began
+        # these two are of a run killed as it began
+        if any(path.name not in (LOCK, "recipe.yaml.tmp") for path in run.iterdir()):
             raise RecipeError(f"{run}: holds files that are not of a run; choose another folder with --out")
         return False
     try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,3 +39,24 @@ def refuse_special(path: str | Path) -> None:
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise BadClip(path, "is no file but a pipe, a socket or a device; write what it gives to a file, and give that")
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """Whether no other process holds a file. This one then does until this ends, however it ends: by the system.
+
+    Where a file system knows no locks nobody holds anything, and everyone is told to be alone.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    # a file and not its folder, and not to be read only: NFS locks only what is open for writing
+    with path.open("r+b") as file:
+        free = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:
+            pass  # it knows no locks
+        yield free

@@ -8,7 +8,6 @@ into being with the job written in it, and whoever puts the parts together renam
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ import torch
 from mmssl.clips import Clips, Input, find_clips
 from mmssl.data.manifest import Row
 from mmssl.embed import Embedder, Layer
+from mmssl.files import alone
 from mmssl.index import check, write_index
 from mmssl.types import Embeddings
 
@@ -33,7 +33,7 @@ from mmssl.types import Embeddings
 # name of each clip that cannot be read, and why
 Spread = Callable[[Path, Sequence[range], Mapping[str, Any], bool], Iterable[tuple[str, str]]]
 
-_JOB = "job.json"  # in the folder of parts: what they are of
+_JOB = "job.json"  # in the folder of parts: what they are of; whoever puts them together holds it
 _WAY_OUT = "delete it, or choose another --out"
 
 
@@ -197,8 +197,8 @@ def _open(folder: Path, merging: Path, job: Mapping[str, Any], clips: Clips) -> 
     said = folder / _JOB
     try:
         if merging.exists() and not folder.exists():
-            with _alone(merging) as alone:
-                if not alone:
+            with alone(merging / _JOB) as free:
+                if not free:
                     _check_job(merging, job)
                     return False
                 merging.rename(folder)  # it was cut off while the parts were put together
@@ -251,25 +251,6 @@ def _check_clips(folder: Path, clips: Clips) -> None:
                 )
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Whether no other process is putting the parts in a folder together; until this ends none begins to.
-
-    Raises:
-        FileNotFoundError: the folder is gone.
-    """
-    # the file and not the folder: NFS locks only what is open for writing
-    with (folder / _JOB).open("r+b") as held:
-        alone = True
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            alone = False
-        except OSError:
-            pass  # some shared file systems know no locks
-        yield alone
-
-
 def _finish(
     folder: Path, merging: Path, out: Path, clips: int, layer: Layer, write: Callable[[Sequence[Path], Path], None]
 ) -> Written | None:
@@ -278,7 +259,7 @@ def _finish(
         return None
     with ExitStack() as stack:
         try:
-            if not stack.enter_context(_alone(folder)):
+            if not stack.enter_context(alone(folder / _JOB)):
                 return None
             folder.rename(merging)
         except FileNotFoundError:  # another process has begun to

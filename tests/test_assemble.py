@@ -409,6 +409,7 @@ def test_a_folder_without_a_checkpoint_is_begun_again_by_the_same_command_alone(
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "recipe.yaml.tmp").write_text("modality: im")  # killed as it began
+    (folder / "lock").touch()
     recipe = mae(image_rows)
 
     def die(self: Validation, step: int) -> dict[str, float]:

@@ -1,15 +1,20 @@
-"""Nothing waits for ever for what is no file, nor for a file that another process holds."""
+"""What is no file is not waited for, and what one process holds no other does."""
 
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmssl.clips import _captions
 from mmssl.data.manifest import read_slice
 from mmssl.data.scan import scan, tar_members
+from mmssl.files import alone
 from mmssl.modalities import MODALITIES
+from mmssl.training.resume import held
 from mmssl.types import BadClip
 
 RULE = r"is no file but a pipe, a socket or a device; write what it gives to a file, and give that"
@@ -58,3 +63,40 @@ def test_captions_are_read_from_no_pipe(
     monkeypatch.setattr(Path, "read_text", lambda *given, **settings: pytest.fail("it was opened"))
     with pytest.raises(BadClip, match=RULE):
         _captions(kind(path), "input 0")
+
+
+def test_a_file_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with pytest.raises(FileNotFoundError), alone(path):
+        pass
+    path.touch()
+    with alone(path) as first:
+        for _ in range(2):  # who comes too late and goes again takes nothing away
+            with alone(path) as second:
+                assert (first, second) == (True, False)
+    with alone(path) as third:
+        assert third
+
+
+def test_where_there_are_no_locks_everyone_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with held(tmp_path), held(tmp_path), alone(tmp_path / "lock") as free:
+        assert free
+
+
+def test_a_run_folder_is_held_where_only_what_is_open_for_writing_can_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def of_nfs(file: Any, operation: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    with held(tmp_path), pytest.raises(FileExistsError, match="another run is going on in this folder"), held(tmp_path):
+        pass

@@ -1,6 +1,5 @@
 """Embeddings on disk: the same however they were written, and never lost to one bad clip or to a cut."""
 
-import fcntl
 import gc
 import json
 import shutil
@@ -20,6 +19,7 @@ from mmssl import clips, store
 from mmssl.build import build_encoder
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import Embedder
+from mmssl.files import alone
 from mmssl.store import Written, write_embeddings
 
 SPEECH: dict[str, Any] = {
@@ -250,7 +250,7 @@ def test_parts_that_another_process_takes_are_left_to_it(
     finish, parts = store._finish, store._parts
 
     def beaten(folder: Path, merging: Path, *given: Any) -> Written | None:
-        with store._alone(folder):  # it is about to
+        with alone(folder / "job.json"):  # it is about to
             assert finish(folder, merging, *given) is None
         assert folder.exists()
 
@@ -267,14 +267,6 @@ def test_parts_that_another_process_takes_are_left_to_it(
         patched.setattr(store, "_finish", beaten)
         assert write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT) == Written(None, 13, 0, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["e.npz.merging"]
-    assert write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT).path == tmp_path / "e.npz"
-
-
-def test_a_file_system_without_locks_will_do(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(*given: Any) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", refuses)
     assert write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT).path == tmp_path / "e.npz"
 
 
