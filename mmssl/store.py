@@ -180,7 +180,7 @@ def write_parts(
     start = places.start
     for found in embedder.stream(clips, places=places, progress=progress, **settings):
         stop = start + len(found[0].ids)
-        _write_part(folder / f"{start:012}-{stop:012}.npz", found, settings["layers"])
+        _write_part(_part(folder, start, stop), found, settings["layers"])
         yield from found[0].bad.items()
         start = stop
 
@@ -264,7 +264,7 @@ def _finish(
             folder.rename(merging)
         except FileNotFoundError:  # another process has begun to
             return None
-        parts = _parts(merging)
+        parts = _end_to_end(merging)
         bad = width = 0
         for path in parts:
             with np.load(path, allow_pickle=False) as file:
@@ -300,6 +300,40 @@ def _missing(mine: range, folder: Path) -> Iterator[range]:
         yield range(at, mine.stop)
 
 
+def _end_to_end(folder: Path) -> list[Path]:
+    """The parts in the order of their clips, each clip in one of them only.
+
+    Where two processes were at the same clips at the same time, and shared the job otherwise or with another batch
+    size, their parts do not begin at the same clips.
+    """
+    parts, kept = _parts(folder), []
+    at = 0
+    for path in parts:
+        first, stop = _places(path)
+        if at < stop:
+            kept.append(_part(folder, at, stop))
+            if first < at:
+                _write_arrays(kept[-1], _without_first(path, at - first))
+            at = stop
+    for path in set(parts) - set(kept):
+        path.unlink()
+    return kept
+
+
+def _without_first(path: Path, clips: int) -> dict[str, np.ndarray]:
+    """What a part holds but for its first clips."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    good = int((arrays["errors"][:clips] == "").sum())
+    tokens = int(arrays["lengths"][:clips].sum()) if "lengths" in arrays else 0
+    each = {"ids": clips, "errors": clips, "lengths": clips}
+    return {name: x[each.get(name, good if name.startswith("scene_") else tokens) :] for name, x in arrays.items()}
+
+
+def _part(folder: Path, first: int, stop: int) -> Path:
+    return folder / f"{first:012}-{stop:012}.npz"
+
+
 def _places(path: Path) -> tuple[int, int]:
     """The first clip of a part, and the one after its last."""
     first, _, stop = path.stem.partition("-")
@@ -324,6 +358,10 @@ def _write_part(path: Path, found: Sequence[Embeddings], layers: Sequence[Layer]
         arrays["lengths"] = valid.sum(1)
         if found[0].time_ms is not None:
             arrays["time_ms"] = found[0].time_ms.numpy()[valid]
+    _write_arrays(path, arrays)
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     # two processes may be at the same part, where one was started again
     with _whole(path, f".{uuid4().hex}") as unfinished, unfinished.open("wb") as file:
         np.savez(file, **arrays)

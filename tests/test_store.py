@@ -213,6 +213,28 @@ def test_one_part_may_be_started_twice_at_the_same_moment(
     assert [path.name for path in out.parent.iterdir()] == ["e.npz"]
 
 
+@pytest.mark.parametrize("other", [{"batch_size": 3}, {"batch_size": 1}, {"part": (2, 3)}])
+def test_processes_that_divide_the_same_clips_otherwise_write_each_clip_once(
+    other: dict[str, Any], manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = arrays(write_embeddings(embedder(), manifest, tmp_path / "whole.npz", **KEPT).path)
+    half: dict[str, Any] = {"part": (1, 2), **KEPT}
+    # while the first part of the first process is not yet in its place, as where both were started at once
+    interrupted(
+        monkeypatch, ".npz", lambda: write_embeddings(embedder(), manifest, tmp_path / "e", **{**half, **other})
+    )
+    write_embeddings(embedder(), manifest, tmp_path / "e", **half)
+    done = write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT)
+    assert done == Written(tmp_path / "e.npz", 13, 3, 16)
+    found = arrays(done.path)
+    assert set(found) == set(whole)
+    for name, expected in whole.items():
+        if expected.dtype == np.float32:
+            assert found[name] == pytest.approx(expected, abs=1e-5, nan_ok=True)
+        else:
+            assert found[name].tolist() == expected.tolist()
+
+
 def test_of_two_jobs_that_start_at_the_same_moment_one_is_refused(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
