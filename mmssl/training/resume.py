@@ -122,6 +122,13 @@ def begin(
     return place, remarks
 
 
+def trained_on(run: Path) -> dict[str, str]:
+    """`data` of `train`, as the latest checkpoint of a run has it; empty where there is none."""
+    path = checkpoint.latest(run / "checkpoints", say=lambda sentence: None)
+    made = {} if path is None else json.loads((path / "state.json").read_text(encoding="utf-8")).get("made_with", {})
+    return {name: said for name, said in made.items() if name.startswith("data.")}
+
+
 def made_with(device: torch.device, settings: TrainSettings, data: Mapping[str, str]) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same to the bit; `data` as `train` has it."""
     return {
