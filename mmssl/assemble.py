@@ -28,6 +28,7 @@ from mmssl.resolve import ENCODER, init_config, resolve
 from mmssl.training import checkpoint
 from mmssl.training.loop import train as train_loop
 from mmssl.training.optimizer import build_optimizer
+from mmssl.training.resume import LOCK, trained_on
 from mmssl.training.schedule import SCHEDULES
 from mmssl.training.settings import TrainSettings
 from mmssl.types import Batch
@@ -139,10 +140,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         evaluate=evaluate,
         export=export,
         recipe=recipe.dump(),
-        data={
-            f"data.train.{name}" if len(manifests) > 1 else "data.train": f"{len(manifest)} rows ({manifest.digest})"
-            for name, manifest in manifests.items()
-        },
+        data=_said_of(manifests),
         resume=resume,
     )
     return run
@@ -292,7 +290,8 @@ def _holds(run: Path, recipe: Recipe) -> bool:
     if not run.is_dir():
         raise RecipeError(f"{run}: this is a file; give a folder with --out")
     if not (run / "recipe.yaml").is_file():
-        if any(path.name != "recipe.yaml.tmp" for path in run.iterdir()):  # that one is of a run killed as it began
+        # these two are of a run killed as it began
+        if any(path.name not in (LOCK, "recipe.yaml.tmp") for path in run.iterdir()):
             raise RecipeError(f"{run}: holds files that are not of a run; choose another folder with --out")
         return False
     try:
@@ -305,6 +304,9 @@ def _holds(run: Path, recipe: Recipe) -> bool:
         raise RecipeError(f"{run}: its recipe cannot be read ({error}); choose another folder with --out") from None
     now = dict(leaves(recipe.values))
     differing = [key for key in before | now if not _practical(key) and before.get(key) != now.get(key)]
+    elsewhere = [key for key in differing if _section_key(key) == "data.train"]
+    if elsewhere and _same_rows(run, recipe):
+        differing = [key for key in differing if key not in elsewhere]
     if differing:
         key = differing[0]
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
@@ -323,7 +325,27 @@ def _holds(run: Path, recipe: Recipe) -> bool:
 
 def _practical(key: str) -> bool:
     """Whether a dotted key, which may go on with a modality, is one of `PRACTICAL`."""
-    return ".".join(key.split(".")[:2]) in PRACTICAL
+    return _section_key(key) in PRACTICAL
+
+
+def _section_key(key: str) -> str:
+    """A dotted key without the modality that it may go on with."""
+    return ".".join(key.split(".")[:2])
+
+
+def _same_rows(run: Path, recipe: Recipe) -> bool:
+    """Whether the training manifests of a recipe hold the rows that a run was trained on, wherever those were then."""
+    known = trained_on(run)
+    names = {name: one.values["data"]["train"] for name, one in apart(recipe).items()} if known else {}
+    return bool(known) and known == _said_of({name: Manifest(path) for name, path in names.items()})
+
+
+def _said_of(manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    """What a checkpoint says of the training data, see `train` of the loop."""
+    return {
+        f"data.train.{name}" if len(manifests) > 1 else "data.train": f"{len(manifest)} rows ({manifest.digest})"
+        for name, manifest in manifests.items()
+    }
 
 
 def _flat(labels: Iterable[Any], objective: Config) -> Iterator[Any]:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
@@ -326,11 +326,14 @@ def evaluate(
     Every score comes with its interval and with one line that says how it was measured. What the layers of a run hold
     is kept in its folder, for `mmssl report`.
     """
-    from mmssl.evaluation.layers import layer_table, layers_file
+    from mmssl.evaluation.layers import layer_table, layers_file, weights_of
     from mmssl.evaluation.score import write_scores
     from mmssl.tasks.evaluate import evaluate
 
     neighbors = [_number("--k", part, int) for part in k.split(",")]
+    of_run = task == "layers" and baseline is None and (model / "recipe.yaml").is_file()
+    # looked at before they are read: a run that goes on may write others at any time
+    weights = weights_of(model) if of_run else None
     scores = evaluate(
         model,
         task=task,
@@ -370,9 +373,11 @@ def evaluate(
         print(score)
     if task == "layers":
         print(layer_table(scores))
+    if of_run:
+        scores = {name: replace(one, details={**one.details, "weights": weights}) for name, one in scores.items()}
     if out is not None:
         write_scores(out, scores)
-    if task == "layers" and baseline is None and (model / "recipe.yaml").is_file():
+    if of_run:
         kept = layers_file(model, next(iter(scores.values())).details["modality"])
         try:
             write_scores(kept, scores)

@@ -26,6 +26,7 @@ from mmssl.data.manifest import Manifest, Row, read_slice
 from mmssl.data.scan import tar_members, walk
 from mmssl.data.units import check_units
 from mmssl.encoder import Encoder
+from mmssl.files import refuse_special
 from mmssl.loading import Span, build_augment, build_reader, build_span, clips_of
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Modality
@@ -101,7 +102,10 @@ def find_clips(
             for caption in _captions(item, f"input {place}"):
                 clips.add((caption, partial(ready, read, caption)))
         elif isinstance(item, (str, Path)):
-            for path in _expand(str(item), kind.suffixes, modality):
+            paths, refused = _expand(str(item), kind.suffixes, modality)
+            for inside in refused:  # a folder of who knows how many is one bad clip
+                clips.add((inside.path, partial(_refuse, inside)))
+            for path in paths:
                 if not path.lower().endswith(".tar"):
                     clips.add(path)
                     continue
@@ -372,13 +376,14 @@ def _captions(item: object, name: str) -> list[str]:
     """The captions of an input for an encoder of text: a string is one, and a .txt file has one a line.
 
     Raises:
-        ValueError: another kind of input, or a file that cannot be read.
+        ValueError: another kind of input, a file that cannot be read, or none.
     """
-    if isinstance(item, str) and not (item.endswith(".txt") and os.path.isfile(item)):
+    if isinstance(item, str) and not (item.endswith(".txt") and os.path.exists(item)):
         return [item]
     if not isinstance(item, (str, Path)):
         raise ValueError(f"{name}: {type(item).__name__} is no caption; give text, a .txt file or a manifest")
     try:
+        refuse_special(item)
         lines = Path(item).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "not UTF-8"
@@ -386,25 +391,29 @@ def _captions(item: object, name: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _expand(text: str, suffixes: Collection[str], modality: str) -> list[str]:
-    """The files that a path, a folder or a glob pattern means, sorted where there are several."""
+def _expand(text: str, suffixes: Collection[str], modality: str) -> tuple[list[str], list[BadClip]]:
+    """The files that a path, a folder or a glob pattern means, sorted where there are several; and why there may be
+    more: the folders that cannot be read."""
     if os.path.isdir(text):
         looked_for = {*suffixes, ".tar"}
+        refused: list[BadClip] = []
         inside = sorted(
             str(Path(where, file))
-            for where, files in walk(text)
+            for where, files in walk(text, refused.append)
             for file in files
             if os.path.splitext(file)[1].lower() in looked_for and not file.startswith(".")
         )
+        if not inside and refused:
+            raise refused[0]
         if not inside:
             raise ValueError(f"{text}: no {modality} file in this folder ({' '.join(sorted(suffixes))})")
-        return inside
+        return inside, refused
     if os.path.exists(text) or not glob.has_magic(text):
-        return [text]
-    matching = sorted(path for path in glob.glob(text, recursive=True) if os.path.isfile(path))
+        return [text], []
+    matching = sorted(path for path in glob.glob(text, recursive=True) if not os.path.isdir(path))
     if not matching:
         raise ValueError(f"{text}: no file matches this pattern")
-    return matching
+    return matching, []
 
 
 def _split(array: np.ndarray | Tensor, name: str, media: str, shortest: int) -> list[Tensor]:

@@ -30,7 +30,7 @@ from mmssl.clips import find_clips, rows_of
 from mmssl.data.manifest import Manifest
 from mmssl.embed import Embedder, load
 from mmssl.evaluation.knn import knn_predict
-from mmssl.evaluation.layers import OUTPUT, dealt_out, layer_plot, layers_file, read_layers
+from mmssl.evaluation.layers import OUTPUT, dealt_out, layer_plot, layers_file, read_layers, weights_of
 from mmssl.recipe import Recipe, parse
 from mmssl.thumbnails import MOST_BYTES, SECONDS, Thumbnail, data_url, thumbnails
 from mmssl.training.health import diagnose
@@ -357,20 +357,26 @@ def _analyses(folder: Path, recipe: Recipe | None) -> dict[str, str]:
         several = len(names) > 1
         heading = f"Layer-wise analysis ({escape(name)})" if several else "Layer-wise analysis"
         path = layers_file(folder, name)
+        command = f"--task layers{f' --modality {name}' if several else ''} --test MANIFEST"
         if path.is_file():
-            found[heading] = _analysis(path)
+            found[heading] = _analysis(path, folder, command)
         else:
-            what = f"--task layers{f' --modality {name}' if several else ''} --test MANIFEST"
-            found[heading] = _to_do("what each layer holds of the input and of labels", "evaluate", folder, what)
+            found[heading] = _to_do("what each layer holds of the input and of labels", "evaluate", folder, command)
     return found
 
 
-def _analysis(path: Path) -> str:
+def _analysis(path: Path, folder: Path, command: str) -> str:
     """The curves of each measure over layers with their intervals, and what each is."""
     try:
         scores = read_layers(path)
     except ValueError as error:
         return f'<p class="bad">{escape(str(error))}</p>'
+    # those that an earlier version has written do not say of which weights they are
+    measured = {str(score.details["weights"]) for score in scores.values() if score.details.get("weights")}
+    stale = ""
+    if measured and measured != {weights_of(folder)}:
+        again = _command("evaluate", folder, command)
+        stale = f'<p class="bad">Of other weights than the run holds now; {again} measures those.</p>'
     # of a picture inside a page the namespace goes without saying, and a page names no address
     drawn = layer_plot(scores).replace(' xmlns="http://www.w3.org/2000/svg"', ' role="img"')
     lines = "".join(
@@ -380,7 +386,7 @@ def _analysis(path: Path) -> str:
         for score in scores.values()
     )
     head = "<tr><th>measure</th><th>highest</th><th>95 % interval</th><th>layer</th><th>how it was measured</th></tr>"
-    return f"<figure>{drawn}</figure><table>{head}{lines}</table>"
+    return f"{stale}<figure>{drawn}</figure><table>{head}{lines}</table>"
 
 
 def _tells_classes(recipe: Recipe) -> bool:
@@ -390,7 +396,11 @@ def _tells_classes(recipe: Recipe) -> bool:
 
 def _to_do(what: str, verb: str, run: str | Path, settings: str) -> str:
     """What the page lacks, and the command that adds it."""
-    return f"<p>Not here yet: {what}; <code>mmssl {verb} {escape(shlex.quote(str(run)))} {escape(settings)}</code></p>"
+    return f"<p>Not here yet: {what}; {_command(verb, run, settings)}</p>"
+
+
+def _command(verb: str, run: str | Path, settings: str) -> str:
+    return f"<code>mmssl {verb} {escape(shlex.quote(str(run)))} {escape(settings)}</code>"
 
 
 def _embedded(

@@ -8,7 +8,6 @@ into being with the job written in it, and whoever puts the parts together renam
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ import torch
 from mmssl.clips import Clips, Input, find_clips
 from mmssl.data.manifest import Row
 from mmssl.embed import Embedder, Layer
+from mmssl.files import alone
 from mmssl.index import check, write_index
 from mmssl.types import Embeddings
 
@@ -33,7 +33,7 @@ from mmssl.types import Embeddings
 # name of each clip that cannot be read, and why
 Spread = Callable[[Path, Sequence[range], Mapping[str, Any], bool], Iterable[tuple[str, str]]]
 
-_JOB = "job.json"  # in the folder of parts: what they are of
+_JOB = "job.json"  # in the folder of parts: what they are of; whoever puts them together holds it
 _WAY_OUT = "delete it, or choose another --out"
 
 
@@ -180,7 +180,7 @@ def write_parts(
     start = places.start
     for found in embedder.stream(clips, places=places, progress=progress, **settings):
         stop = start + len(found[0].ids)
-        _write_part(folder / f"{start:012}-{stop:012}.npz", found, settings["layers"])
+        _write_part(_part(folder, start, stop), found, settings["layers"])
         yield from found[0].bad.items()
         start = stop
 
@@ -197,8 +197,8 @@ def _open(folder: Path, merging: Path, job: Mapping[str, Any], clips: Clips) -> 
     said = folder / _JOB
     try:
         if merging.exists() and not folder.exists():
-            with _alone(merging) as alone:
-                if not alone:
+            with alone(merging / _JOB) as free:
+                if not free:
                     _check_job(merging, job)
                     return False
                 merging.rename(folder)  # it was cut off while the parts were put together
@@ -251,25 +251,6 @@ def _check_clips(folder: Path, clips: Clips) -> None:
                 )
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Whether no other process is putting the parts in a folder together; until this ends none begins to.
-
-    Raises:
-        FileNotFoundError: the folder is gone.
-    """
-    # the file and not the folder: NFS locks only what is open for writing
-    with (folder / _JOB).open("r+b") as held:
-        alone = True
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            alone = False
-        except OSError:
-            pass  # some shared file systems know no locks
-        yield alone
-
-
 def _finish(
     folder: Path, merging: Path, out: Path, clips: int, layer: Layer, write: Callable[[Sequence[Path], Path], None]
 ) -> Written | None:
@@ -278,12 +259,12 @@ def _finish(
         return None
     with ExitStack() as stack:
         try:
-            if not stack.enter_context(_alone(folder)):
+            if not stack.enter_context(alone(folder / _JOB)):
                 return None
             folder.rename(merging)
         except FileNotFoundError:  # another process has begun to
             return None
-        parts = _parts(merging)
+        parts = _end_to_end(merging)
         bad = width = 0
         for path in parts:
             with np.load(path, allow_pickle=False) as file:
@@ -319,6 +300,40 @@ def _missing(mine: range, folder: Path) -> Iterator[range]:
         yield range(at, mine.stop)
 
 
+def _end_to_end(folder: Path) -> list[Path]:
+    """The parts in the order of their clips, each clip in one of them only.
+
+    Where two processes were at the same clips at the same time, and shared the job otherwise or with another batch
+    size, their parts do not begin at the same clips.
+    """
+    parts, kept = _parts(folder), []
+    at = 0
+    for path in parts:
+        first, stop = _places(path)
+        if at < stop:
+            kept.append(_part(folder, at, stop))
+            if first < at:
+                _write_arrays(kept[-1], _without_first(path, at - first))
+            at = stop
+    for path in set(parts) - set(kept):
+        path.unlink()
+    return kept
+
+
+def _without_first(path: Path, clips: int) -> dict[str, np.ndarray]:
+    """What a part holds but for its first clips."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    good = int((arrays["errors"][:clips] == "").sum())
+    tokens = int(arrays["lengths"][:clips].sum()) if "lengths" in arrays else 0
+    each = {"ids": clips, "errors": clips, "lengths": clips}
+    return {name: x[each.get(name, good if name.startswith("scene_") else tokens) :] for name, x in arrays.items()}
+
+
+def _part(folder: Path, first: int, stop: int) -> Path:
+    return folder / f"{first:012}-{stop:012}.npz"
+
+
 def _places(path: Path) -> tuple[int, int]:
     """The first clip of a part, and the one after its last."""
     first, _, stop = path.stem.partition("-")
@@ -343,6 +358,10 @@ def _write_part(path: Path, found: Sequence[Embeddings], layers: Sequence[Layer]
         arrays["lengths"] = valid.sum(1)
         if found[0].time_ms is not None:
             arrays["time_ms"] = found[0].time_ms.numpy()[valid]
+    _write_arrays(path, arrays)
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     # two processes may be at the same part, where one was started again
     with _whole(path, f".{uuid4().hex}") as unfinished, unfinished.open("wb") as file:
         np.savez(file, **arrays)

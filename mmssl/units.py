@@ -534,10 +534,10 @@ def _finish(manifest: Manifest, folder: Path, key: str, stamp: str, bad: dict[st
 
 
 def _stamp(rows: Manifest, codebook: str) -> str:
-    """What a shard is of: these rows and this codebook."""
+    """What a shard is of: these clips and this codebook."""
     digest = blake2b(codebook.encode(), digest_size=8)
-    for row in rows:
-        digest.update(row["id"].encode("utf-8", "surrogatepass") + b"\n")
+    for identity in rows.identities():
+        digest.update(identity.encode() + b"\n")
     return digest.hexdigest()
 
 

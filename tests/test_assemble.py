@@ -290,6 +290,33 @@ def test_a_run_whose_folders_were_moved_says_nothing_of_other_data(
     assert "because of data.train 12 rows" in notes(Path("run"))[0]
 
 
+def test_a_run_goes_on_with_the_same_rows_wherever_its_manifest_is_now(pictures: Path, tmp_path: Path) -> None:
+    files = sorted((pictures / "train").rglob("*.png"))
+    rows = [{"id": file.name, "image": str(file)} for file in files]
+    paths = {name: tmp_path / name / "train.jsonl" for name in ("old", "new", "other")}
+    run, settings = tmp_path / "run", [*TOY, *DECODER, "trainer.eval_every=0"]
+
+    def go_on(name: str, *overrides: str) -> None:
+        train("small/mae_image", run, [f"data.train={paths[name]}", *settings, *overrides])
+
+    write_manifest(paths["old"], rows)
+    go_on("old")
+    paths["new"].parent.mkdir()
+    paths["old"].rename(paths["new"])
+    go_on("new")
+    assert not notes(run)
+    assert str(paths["new"]) in (run / "recipe.yaml").read_text()
+    write_manifest(paths["other"], rows[::-1])
+    with pytest.raises(RecipeError, match=r"holds another run, in which data\.train is '.*new/train\.jsonl'"):
+        go_on("other")
+    with pytest.raises(RecipeError, match=r"holds another run, in which trainer\.seed is 0 and not 1"):
+        go_on("new", "trainer.seed=1")
+    shutil.rmtree(run / "checkpoints")  # nothing says what it was trained on
+    write_manifest(paths["old"], rows)
+    with pytest.raises(RecipeError, match=r"holds another run, in which data\.train is"):
+        go_on("old")
+
+
 def test_validation_does_not_depend_on_batches(image_rows: Callable[..., Path], tmp_path: Path) -> None:
     lines = []
     for size in (1, 3, 4):
@@ -409,6 +436,7 @@ def test_a_folder_without_a_checkpoint_is_begun_again_by_the_same_command_alone(
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "recipe.yaml.tmp").write_text("modality: im")  # killed as it began
+    (folder / "lock").touch()
     recipe = mae(image_rows)
 
     def die(self: Validation, step: int) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """Embeddings of files and arrays: the same vectors whatever else is embedded, and one sentence where it fails."""
 
+import errno
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -362,6 +364,43 @@ def test_a_folder_has_the_clips_that_a_manifest_of_it_has(speech: Embedder, tmp_
     listed = scan(tmp_path / "in", media="audio", probe=kind.probe, suffixes=kind.suffixes, progress=False)
     assert {row["id"] for row in listed.rows} == {*names, "e.wav"} - {"shard.TAR#e.wav", "lost.wav"}
     assert [path for path, _ in listed.bad] == list(found.bad)
+
+
+def test_a_pipe_is_a_bad_clip_however_it_is_given(speech: Embedder, tmp_path: Path, waves: list[np.ndarray]) -> None:
+    soundfile.write(tmp_path / "a.wav", waves[0], 8000)
+    pipe = tmp_path / "b.wav"
+    os.mkfifo(pipe)
+    held = os.open(pipe, os.O_RDWR)  # so that this fails, and does not wait, where the pipe is opened all the same
+    try:
+        for given in (tmp_path, str(tmp_path / "*.wav"), [tmp_path / "a.wav", pipe]):
+            found = speech.embed(given, on_bad_clip="skip")
+            assert found.ids == [str(tmp_path / "a.wav"), str(pipe)]
+            assert "is no file but a pipe" in found.bad[str(pipe)]
+    finally:
+        os.close(held)
+
+
+def test_a_folder_that_cannot_be_read_is_a_bad_clip(
+    speech: Embedder, tmp_path: Path, waves: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    soundfile.write(tmp_path / "a.wav", waves[0], 8000)
+    scandir = os.scandir
+
+    def denied(path: str) -> Any:
+        if str(path) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    found = speech.embed(tmp_path, on_bad_clip="skip")
+    assert found.bad == {str(closed): "the folder cannot be read (permission denied)"}
+    assert len(found.ids) == 2
+    with pytest.raises(BadClip, match=r"closed: the folder cannot be read \(permission denied\); on_bad_clip=skip"):
+        speech.embed(tmp_path)
+    with pytest.raises(BadClip, match=r"closed: the folder cannot be read \(permission denied\)$"):
+        speech.embed(closed)
 
 
 def test_a_folder_without_clips_is_refused(speech: Embedder, pictures: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -384,6 +385,17 @@ def test_a_command_keeps_what_layers_hold_in_a_run_and_of_a_baseline_nothing(
         assert f"{measure}, layer 2: " in page.text
     # a path with a space, as a shell takes it
     assert f"mmssl report '{folder}' --data MANIFEST" in page.text
+    assert "Of other weights" not in page.text
+    weights = folder / "encoder.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))  # the run went on
+    page = Page(write_report(folder))
+    assert "Of other weights than the run holds now" in page.text
+    assert f"mmssl evaluate '{folder}' --task layers --test MANIFEST measures those." in page.text
+    assert "input, layer 2: " in page.text
+    weights.write_bytes(before)
+    os.utime(folder / "layers_image.json", (0, 0))  # copied in another order
+    assert "Of other weights" not in Page(write_report(folder)).text
     (folder / "layers_image.json").unlink()
     scores = read_layers(tmp_path / "out.json")
     monkeypatch.setattr("mmssl.tasks.evaluate.evaluate", lambda *args, **settings: scores)

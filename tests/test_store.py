@@ -1,6 +1,5 @@
 """Embeddings on disk: the same however they were written, and never lost to one bad clip or to a cut."""
 
-import fcntl
 import gc
 import json
 import shutil
@@ -20,6 +19,7 @@ from mmssl import clips, store
 from mmssl.build import build_encoder
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import Embedder
+from mmssl.files import alone
 from mmssl.store import Written, write_embeddings
 
 SPEECH: dict[str, Any] = {
@@ -213,6 +213,28 @@ def test_one_part_may_be_started_twice_at_the_same_moment(
     assert [path.name for path in out.parent.iterdir()] == ["e.npz"]
 
 
+@pytest.mark.parametrize("other", [{"batch_size": 3}, {"batch_size": 1}, {"part": (2, 3)}])
+def test_processes_that_divide_the_same_clips_otherwise_write_each_clip_once(
+    other: dict[str, Any], manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = arrays(write_embeddings(embedder(), manifest, tmp_path / "whole.npz", **KEPT).path)
+    half: dict[str, Any] = {"part": (1, 2), **KEPT}
+    # while the first part of the first process is not yet in its place, as where both were started at once
+    interrupted(
+        monkeypatch, ".npz", lambda: write_embeddings(embedder(), manifest, tmp_path / "e", **{**half, **other})
+    )
+    write_embeddings(embedder(), manifest, tmp_path / "e", **half)
+    done = write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT)
+    assert done == Written(tmp_path / "e.npz", 13, 3, 16)
+    found = arrays(done.path)
+    assert set(found) == set(whole)
+    for name, expected in whole.items():
+        if expected.dtype == np.float32:
+            assert found[name] == pytest.approx(expected, abs=1e-5, nan_ok=True)
+        else:
+            assert found[name].tolist() == expected.tolist()
+
+
 def test_of_two_jobs_that_start_at_the_same_moment_one_is_refused(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +272,7 @@ def test_parts_that_another_process_takes_are_left_to_it(
     finish, parts = store._finish, store._parts
 
     def beaten(folder: Path, merging: Path, *given: Any) -> Written | None:
-        with store._alone(folder):  # it is about to
+        with alone(folder / "job.json"):  # it is about to
             assert finish(folder, merging, *given) is None
         assert folder.exists()
 
@@ -267,14 +289,6 @@ def test_parts_that_another_process_takes_are_left_to_it(
         patched.setattr(store, "_finish", beaten)
         assert write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT) == Written(None, 13, 0, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["e.npz.merging"]
-    assert write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT).path == tmp_path / "e.npz"
-
-
-def test_a_file_system_without_locks_will_do(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(*given: Any) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", refuses)
     assert write_embeddings(embedder(), manifest, tmp_path / "e", **KEPT).path == tmp_path / "e.npz"
 
 

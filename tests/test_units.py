@@ -144,6 +144,23 @@ def test_shards_of_other_clips_are_written_again(manifests: list[Path], tmp_path
         assert len(units_of(row)) == (samples - 200) // 80 + 1
 
 
+def test_shards_of_other_files_of_the_same_names_are_written_again(manifests: list[Path], tmp_path: Path) -> None:
+    rows = [{**row, "id": str(n)} for n, row in enumerate(Manifest(manifests[0]))]
+    write_manifest(tmp_path / "m" / "train.jsonl", rows)
+    write_units([tmp_path / "m" / "train.jsonl"], tmp_path / "u", **MFCC_UNITS)  # type: ignore[arg-type]
+    before = {row["id"]: units_of(row) for row in Manifest(tmp_path / "u" / "train.jsonl")}
+    files = {"0": rows[1]["audio"], "1": rows[0]["audio"]}
+    changed = [{**row, "audio": files.get(row["id"], row["audio"])} for row in rows]
+    changed[2] |= {"start": 0.1, "duration": 0.2, "seconds": 0.2}
+    write_manifest(tmp_path / "m" / "train.jsonl", changed)
+    write_units([tmp_path / "m" / "train.jsonl"], tmp_path / "u", **MFCC_UNITS)  # type: ignore[arg-type]
+    after = {row["id"]: units_of(row) for row in Manifest(tmp_path / "u" / "train.jsonl")}
+    assert (after["0"], after["1"]) == (before["1"], before["0"])
+    assert before["0"] != before["1"]
+    assert len(after["2"]) == (1600 - 200) // 80 + 1
+    assert all(after[id] == before[id] for id in before.keys() - {"0", "1", "2"})
+
+
 def test_a_bad_clip_is_left_out_and_named(manifests: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"no sound")

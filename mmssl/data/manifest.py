@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mmssl.files import open_clip
 from mmssl.types import BadClip
 
 Row = dict[str, Any]
@@ -101,6 +102,15 @@ class Manifest(Sequence[Row]):
                 raise ValueError(f"{self.place(place)}: the row has no {key!r}, only {', '.join(sorted(row))}")
             yield row[key]
 
+    def identities(self) -> Iterator[str]:
+        """What tells each clip from others, row by row: its id, its files, and which part of them it is.
+
+        Of a file that does not lie below the manifest its name alone: it is the same clip wherever that is.
+        """
+        for row in self:
+            files = {key: _map_paths(row[key], self._below) for key in MEDIA if key in row}
+            yield json.dumps(files | {key: row[key] for key in ("id", "seconds", *PLACES) if key in row})
+
     def require(self, media: str, reader: str) -> None:
         """See that every row has a key of `READ`.
 
@@ -151,6 +161,11 @@ class Manifest(Sequence[Row]):
         part.path, part.digest = self.path, self.digest
         part._index = self._index[np.asarray(indices, dtype=np.int64)]
         return part
+
+    def _below(self, path: str) -> str:
+        """A path as it is seen from the manifest, where it lies below it, else the file's name."""
+        name = os.path.relpath(path, self.path.parent)
+        return os.path.basename(name) if name.startswith(os.pardir + os.sep) else name
 
     def _row(self, line: bytes, offset: int) -> Row:
         try:
@@ -438,16 +453,12 @@ def read_slice(path: str, offset: int, size: int | None) -> io.BytesIO:
     Raises:
         BadClip: the file is missing or ends before that.
     """
-    try:
-        with open(path, "rb") as handle:
+    with open_clip(path) as handle:
+        try:
             handle.seek(offset)
             content = handle.read(-1 if size is None else size)
-    except OSError as error:
-        raise BadClip(path, _os_reason(error)) from None
+        except OSError as error:
+            raise BadClip(path, (error.strerror or str(error)).lower()) from None
     if size is not None and len(content) < size:
         raise BadClip(path, f"the file ends before byte {offset + size}, where the clip at byte {offset} should end")
     return io.BytesIO(content)
-
-
-def _os_reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

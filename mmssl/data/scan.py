@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmssl.data.manifest import MEDIA, PLACES, Row, read_slice, segment
+from mmssl.files import open_clip
 from mmssl.progress import bar
 from mmssl.types import BadClip
 
@@ -27,7 +28,7 @@ class ScanResult:
     """What a scan found.
 
     rows: one a readable clip, in the order of their names (of the table, where there is one).
-    bad: (path, reason) of each file that cannot be read, and of each line of the table that names no file.
+    bad: (path, reason) of each file and folder that cannot be read, and of each line of the table that names no file.
     remarks: (path, sentence) of each file that is in `rows` and has something odd about it.
     unlisted: files that the table does not name; they are not in `rows`.
     ignored: suffix -> number of files that are not of this media.
@@ -204,6 +205,7 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
             result.bad.append((next(iter(group.values()))["id"], f"there is no {lacking} of this name beside it"))
         else:
             result.rows.append(merged)
+    result.bad = list(dict.fromkeys(result.bad))  # what no scan could read, each has named
     return result
 
 
@@ -242,14 +244,21 @@ def read_table(path: str | Path) -> list[tuple[int, dict[str, str]]]:
     return table
 
 
-def walk(root: str) -> Iterator[tuple[str, list[str]]]:
+def walk(root: str, refused: Callable[[BadClip], None]) -> Iterator[tuple[str, list[str]]]:
     """`root` and the folders below it, each with its files, by name.
 
     Links to folders are followed, to each folder once. Folders whose names start with a dot are left out; files whose
     names do are given, and are no clips.
+
+    Args:
+        refused: called with each folder that cannot be read, and why.
     """
     seen = set()
-    for where, folders, files in os.walk(root, followlinks=True):
+
+    def name(error: OSError) -> None:
+        refused(BadClip(error.filename, f"the folder cannot be read ({(error.strerror or str(error)).lower()})"))
+
+    for where, folders, files in os.walk(root, onerror=name, followlinks=True):
         real = os.path.realpath(where)
         if real in seen:  # a link to a folder above
             folders.clear()
@@ -261,7 +270,7 @@ def walk(root: str) -> Iterator[tuple[str, list[str]]]:
 
 def _walk(root: str, suffixes: frozenset[str], result: ScanResult) -> Iterator[_Clip]:
     """Clips below `root`, by name."""
-    for where, files in walk(root):
+    for where, files in walk(root, lambda error: result.bad.append((error.path, error.reason))):
         inside = os.path.relpath(where, root)
         notes = {
             f"{stem}{suffix.lower()}": (os.path.join(where, stem + suffix), None, None)
@@ -308,13 +317,14 @@ def tar_members(path: str) -> Iterator[tuple[str, int, int]]:
     Raises:
         BadClip: it is none, or it ends too early; what comes before is given all the same.
     """
-    try:
-        with tarfile.open(path, "r:") as shard:
-            for member in shard:
-                if member.isfile():
-                    yield posixpath.normpath(member.name).lstrip("/"), member.offset_data, member.size
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise BadClip(path, f"cannot be read as an uncompressed tar ({error})") from None
+    with open_clip(path) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as shard:
+                for member in shard:
+                    if member.isfile():
+                        yield posixpath.normpath(member.name).lstrip("/"), member.offset_data, member.size
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise BadClip(path, f"cannot be read as an uncompressed tar ({error})") from None
 
 
 def _beside(name: str, notes: Mapping[str, _Place]) -> dict[str, _Place]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmssl.files import refuse_special
 from mmssl.types import Units
 
 LARGEST = 2**16  # codewords that uint16 can number
@@ -132,6 +133,7 @@ def read_shard(path: str, first: int | None = None, count: int | None = None) ->
     if not whole and not all(isinstance(number, int) and number >= 0 for number in (first, count)):
         raise ValueError(f"units in a file need 'first' and 'count', whole numbers from 0 on; got {given}")
     try:
+        refuse_special(path)
         with safe_open(path, "np") as shard:
             part = shard.get_slice("units")
             total = part.get_shape()[0]

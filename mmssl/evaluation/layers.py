@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b, file_digest
 from html import escape
 from pathlib import Path
 
@@ -237,6 +239,15 @@ def over_layers(task: str, metric: str, values: Values, n: int, protocol: str, *
 def layers_file(run: str | Path, modality: str) -> Path:
     """Where a run's folder keeps what the layers of one of its encoders hold, for its page."""
     return Path(run) / f"layers_{modality}.json"
+
+
+def weights_of(run: str | Path) -> str | None:
+    """What tells the weights in the folder of a run from those of another time; None where there are none."""
+    file = Path(run) / "encoder.safetensors"
+    if not file.is_file():
+        return None
+    with file.open("rb") as content:
+        return file_digest(content, partial(blake2b, digest_size=8)).hexdigest()
 
 
 def read_layers(path: str | Path) -> dict[str, Score]:

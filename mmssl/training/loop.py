@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,59 +127,65 @@ def train(
             for remark in remarks:
                 log.note(place.step, remark)
             return _Run(
-                model,
-                objective,
-                optimizer,
-                schedule,
-                settings,
-                evaluate,
-                export,
-                run,
-                recipe,
-                made,
-                device,
-                place,
-                log,
-                stop,
-            ).go(loader)
+                model=model,
+                objective=objective,
+                loader=loader,
+                optimizer=optimizer,
+                schedule=schedule,
+                settings=settings,
+                evaluate=evaluate,
+                export=export,
+                run=run,
+                recipe=recipe,
+                made=made,
+                device=device,
+                place=place,
+                log=log,
+                stop=stop,
+            ).go()
 
 
+@dataclass(kw_only=True, eq=False)
 class _Run:
-    """The parts of a run between its first update and its last."""
+    """The parts of a run between its first update and its last; see `train` for those that it is given.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: Callable[[int], float],
-        settings: TrainSettings,
-        evaluate: Callable[[int], dict[str, float]] | None,
-        export: Callable[[], None] | None,
-        run: Path,
-        recipe: str | None,
-        made: Mapping[str, Any],
-        device: torch.device,
-        place: Place,
-        log: RunLog,
-        stop: StopSignal,
-    ) -> None:
-        self.model, self.objective, self.optimizer, self.schedule = model, objective, optimizer, schedule
-        self.settings, self.evaluate, self.export, self.run, self.recipe = settings, evaluate, export, run, recipe
-        self.made, self.device, self.place, self.log, self.stop = made, device, place, log, stop
+    model: the objective as it is called on this process: itself, or in DDP or FSDP.
+    made: what `made_with` gives.
+    saved, told: the update after which a checkpoint was last saved, -1 before; the signal that all processes stop for.
+    unsaved, unexported: why the last checkpoint could not be saved, and the encoder not be exported; empty if they
+        were.
+    """
+
+    model: nn.Module
+    objective: nn.Module
+    loader: Loader
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int], float]
+    settings: TrainSettings
+    evaluate: Callable[[int], dict[str, float]] | None
+    export: Callable[[], None] | None
+    run: Path
+    recipe: str | None
+    made: Mapping[str, Any]
+    device: torch.device
+    place: Place
+    log: RunLog
+    stop: StopSignal
+    saved: int = field(default=-1, init=False)
+    told: int | None = field(default=None, init=False)
+    unsaved: str = field(default="", init=False)
+    unexported: str = field(default="", init=False)
+    remark: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
         self.world = distributed.world_size()
-        self.window = Window(place)
-        self.started = time.monotonic() - place.seconds
-        self.weight_size = weight_size(optimizer)
-        self.saved = -1
-        self.unsaved = self.unexported = ""
-        self.told: int | None = None
-        self.remark = ""
+        self.window = Window(self.place)
+        self.started = time.monotonic() - self.place.seconds
+        self.weight_size = weight_size(self.optimizer)
 
-    def go(self, loader: Loader) -> dict[str, float]:
-        self.loader = loader
+    def go(self) -> dict[str, float]:
         # made after `stop`: workers that are forked inherit its handler, and so outlive a Ctrl-C until all is saved
-        batches = iter(loader)
+        batches = iter(self.loader)
         try:
             return self.follow(batches)
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,12 @@ import torch
 from torch import nn
 
 from mmssl import distributed
+from mmssl.files import alone
 from mmssl.training import checkpoint
 from mmssl.training.rng import set_random_state
 from mmssl.training.settings import TrainSettings
+
+LOCK = "lock"  # in the folder of a run, which holds it while it goes on
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Place:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Make a folder and keep it for this run alone until it ends, however it ends: the system lets go of it then.
+    """Make a folder and keep it for this run alone until it ends, however it ends; see `alone`.
 
     Raises:
         FileExistsError: on all processes, where another run is going on in it.
@@ -60,14 +62,9 @@ def held(run: Path) -> Iterator[None]:
     with ExitStack() as stack:
         if distributed.is_main():
             run.mkdir(parents=True, exist_ok=True)
-            folder = os.open(run, os.O_RDONLY)
-            stack.callback(os.close, folder)
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            (run / LOCK).touch()  # and never removed: another run may have opened it to see whether it is held
+            if not stack.enter_context(alone(run / LOCK)):
                 refusal = f"{run}: another run is going on in this folder; wait until it ends, or choose another folder"
-            except OSError:
-                pass  # some shared file systems know no locks, and NFS none of folders: there nothing is held
         refusal = distributed.broadcast_text(refusal)
         if refusal:
             raise FileExistsError(refusal)
@@ -123,6 +120,13 @@ def begin(
     if changes:
         remarks.append(f"{run}: goes on as the same run, but not to the bit, because of {', '.join(changes)}")
     return place, remarks
+
+
+def trained_on(run: Path) -> dict[str, str]:
+    """`data` of `train`, as the latest checkpoint of a run has it; empty where there is none."""
+    path = checkpoint.latest(run / "checkpoints", say=lambda sentence: None)
+    made = {} if path is None else json.loads((path / "state.json").read_text(encoding="utf-8")).get("made_with", {})
+    return {name: said for name, said in made.items() if name.startswith("data.")}
 
 
 def made_with(device: torch.device, settings: TrainSettings, data: Mapping[str, str]) -> dict[str, Any]:

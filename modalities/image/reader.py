@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmssl.files import open_clip
 from mmssl.types import BadClip
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's own "L"
@@ -77,10 +78,7 @@ def _opened(source: str | Path | BinaryIO) -> Iterator[tuple[Any, str]]:
     name = str(source if isinstance(source, str | Path) else getattr(source, "name", "picture in memory"))
     with ExitStack() as stack:
         if isinstance(source, str | Path):
-            try:
-                file: Any = stack.enter_context(open(source, "rb"))
-            except OSError as error:
-                raise BadClip(name, (error.strerror or str(error)).lower()) from None
+            file: Any = stack.enter_context(open_clip(source))
         else:
             file = source
         if not file.seek(0, io.SEEK_END):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmssl.files import open_clip
 from mmssl.types import BadClip
 
 _BLOCK = 1 << 20  # frames decoded at a time: a header that promises an hour costs no memory before the hour is there
@@ -147,11 +148,8 @@ def _opened(source: str | Path | BinaryIO) -> Iterator[tuple[BinaryIO | io.FileI
         yield source, name
         return
     with ExitStack() as stack:
-        try:
-            # unbuffered: soundfile moves the descriptor's own place
-            file = stack.enter_context(open(source, "rb", buffering=0))
-        except OSError as error:
-            raise BadClip(source, (error.strerror or str(error)).lower()) from None
+        # unbuffered: soundfile moves the descriptor's own place
+        file = stack.enter_context(open_clip(source, buffering=0))
         if not os.fstat(file.fileno()).st_size:
             raise BadClip(source, "the file is empty")
         yield file, str(source)

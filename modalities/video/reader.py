@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmssl.files import open_clip
 from mmssl.modalities.video.process import Decoder, Died, borrowed
 from mmssl.types import BadClip
 
@@ -175,11 +176,8 @@ def _ask(
 def _source(source: str | Path | BinaryIO) -> tuple[str, str | None, bytes]:
     """What to call it, its path, and its content where it has none."""
     if isinstance(source, str | Path):
-        try:
-            with open(source, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise BadClip(source, (error.strerror or str(error)).lower()) from None
+        with open_clip(source) as file:
+            size = os.fstat(file.fileno()).st_size
         if not size:
             raise BadClip(source, "the file is empty")
         return str(source), os.path.abspath(source), b""

@@ -210,6 +210,25 @@ def test_the_digest_tells_other_rows_and_not_other_places(tmp_path: Path) -> Non
     assert len({digest(f'{{"audio": "/{folder}/a.wav"}}') for folder in ("one", "two")}) == 2
 
 
+def test_a_clip_is_told_by_its_id_its_files_and_its_part_of_them(tmp_path: Path) -> None:
+    def identities(rows: list[dict[str, Any]], folder: str = "a") -> list[str]:
+        write_manifest(tmp_path / folder / "m.jsonl", rows)
+        return list(Manifest(tmp_path / folder / "m.jsonl").identities())
+
+    def clip(folder: str = "a", **other: Any) -> dict[str, Any]:
+        return {"id": "1", "audio": str(tmp_path / folder / "x" / "1.wav"), "seconds": 2.0, **other}
+
+    [same] = identities([clip()])
+    assert identities([clip("b")], "b") == [same]  # moved, with what lies below it
+    assert identities([clip(text="two", label="n", speaker=3)]) == [same]
+    parts = [clip(start=0.5), clip(start=0.5, duration=1.0), clip(offset=512, size=9), clip(seconds=2.5), clip(id="2")]
+    files = [clip(audio=str(tmp_path / "a" / name)) for name in ("y/1.wav", "x/2.wav")]
+    several = [clip(audio=[clip()["audio"], {"path": clip()["audio"], "start": 0.5}]), clip(image="/e/1.png")]
+    assert len({same, *identities([*parts, *files, *several])}) == 10
+    # elsewhere it is the same file wherever that is
+    assert len(set(identities([clip(audio=f"{where}/1.wav") for where in ("/e", "/f/g")]))) == 1
+
+
 # writing
 
 

@@ -1,5 +1,6 @@
 """A folder becomes the rows of a manifest without losing a file: what is left out is named."""
 
+import errno
 import io
 import os
 import tarfile
@@ -49,6 +50,25 @@ def test_a_folder_gives_a_row_for_each_clip_and_names_the_rest(tmp_path: Path) -
     assert [path for path, _ in result.bad] == [str(tmp_path / "a/bad.wav")]
     assert "could not convert" in result.bad[0][1]
     assert result.ignored == {".txt": 1}
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, {"a/1.wav": "1", "a/1.txt": "", "b/2.wav": "2"})
+    scandir = os.scandir
+
+    def denied(path: str) -> Any:
+        if str(path) == str(tmp_path / "b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    named = [(str(tmp_path / "b"), "the folder cannot be read (permission denied)")]
+    sounds = look(tmp_path)
+    assert [row["id"] for row in sounds.rows] == ["a/1.wav"]
+    assert sounds.bad == named
+    assert look(tmp_path / "b").bad == named  # and not: no audio file here
+    texts = scan(tmp_path, media="image", probe=lambda path: {}, suffixes={".txt"}, progress=False)
+    assert pair({"audio": sounds, "image": texts}, {"audio": (), "image": ()}, text=False).bad == named
 
 
 def test_the_order_of_rows_does_not_depend_on_the_workers(tmp_path: Path) -> None:
