@@ -34,6 +34,8 @@ from mmssl.types import BadClip, Batch, Embeddings, Encoded, Raw, Tokens, valid_
 
 log = logging.getLogger(__name__)
 
+NOT_FINITE = "its vector is not finite"
+
 Precision = Literal["float32", "bfloat16"]
 Weighting = tuple[tuple[int, float], ...]  # layers with their weights, ascending
 Layer = int | Weighting
@@ -325,6 +327,10 @@ class Embedder:
             self._embed(batch, layers, pooled, tokens, cut, places, gathered)
 
         names, bad = self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
+        for name in _overflowed(names, bad, gathered):
+            if on_bad_clip == "raise":
+                raise BadClip(name, f"{NOT_FINITE}; on_bad_clip=skip (--on-bad-clip skip) leaves such clips out")
+            bad[name] = NOT_FINITE
         found = [into.result(names, bad) for into in gathered]
         return found[0] if isinstance(layer, int | Mapping) else found
 
@@ -780,6 +786,15 @@ def _above(probabilities: Tensor, classes: Sequence[str], threshold: float) -> l
     """The classes whose probability is above a threshold, the likeliest first."""
     order = probabilities.argsort(descending=True, stable=True).tolist()
     return [classes[i] for i in order if float(probabilities[i]) > threshold]
+
+
+def _overflowed(names: Sequence[str], bad: Mapping[str, str], gathered: Sequence[_Gathered]) -> list[str]:
+    """The clips that were read and whose vectors are no numbers, as those of enormous samples are."""
+    scenes = [into.scene for into in gathered if into.scene is not None]
+    if not scenes:
+        return []
+    finite = torch.stack([scene.isfinite().all(1) for scene in scenes]).all(0)
+    return [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine and name not in bad]
 
 
 class _Gathered:

@@ -279,7 +279,7 @@ def find(source: str | Path) -> Path:
         raise RecipeError(f"{source}: no such file; `mmssl recipes` lists the shipped recipes")
     inside = [name for name in shipped() if str(source) in name]
     hint = f" Did you mean '{inside[0]}'?" if inside else _did_you_mean(str(source), shipped())
-    raise RecipeError(f"no recipe is called '{source}'.{hint} Shipped: {', '.join(shipped())}.")
+    raise RecipeError(f"no recipe is called '{source}'.{hint} `mmssl recipes` lists the shipped ones.")
 
 
 def shipped() -> dict[str, Path]:

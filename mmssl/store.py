@@ -24,7 +24,7 @@ import torch
 
 from mmssl.clips import Clips, Input, find_clips
 from mmssl.data.manifest import Row
-from mmssl.embed import Embedder, Layer
+from mmssl.embed import NOT_FINITE, Embedder, Layer
 from mmssl.files import alone
 from mmssl.index import check, write_index
 from mmssl.types import Embeddings
@@ -346,8 +346,7 @@ def _write_part(path: Path, found: Sequence[Embeddings], layers: Sequence[Layer]
     # no width where no clip of them is good; a name may come twice, good once and bad once
     finite = torch.stack([one.scene.isfinite().all(1) for one in found]).all(0)
     good = finite.numpy() & (found[0].scene.shape[1] > 0)
-    overflowed = "its vector is not finite"
-    errors = ["" if fine else found[0].bad.get(name, overflowed) for name, fine in zip(ids, good, strict=True)]
+    errors = ["" if fine else found[0].bad.get(name, NOT_FINITE) for name, fine in zip(ids, good, strict=True)]
     valid = found[0].valid.numpy() & good[:, None]
     arrays: dict[str, Any] = {"ids": np.array(ids, np.str_), "errors": np.array(errors, np.str_)}
     for layer, one in zip(layers, found, strict=True):

@@ -256,12 +256,14 @@ class Loss:
     metrics: name -> (sum, count) to be averaged in the same way for the log.
     answers: (B, classes) scores, and bool, which of the classes each clip has: for what all clips together tell, the
         mean average precision. Only while evaluating, where a clip has any number of classes.
+    nothing: why `count` is 0, where it is, for the sentence that names the clips of a skipped update.
     """
 
     total: Tensor
     count: float
     metrics: dict[str, tuple[float | Tensor, float]] = field(default_factory=dict)
     answers: tuple[Tensor, Tensor] | None = None
+    nothing: str = ""
 
 
 class BadClip(ValueError):

@@ -135,7 +135,7 @@ def test_a_folder_with_other_files_is_left_alone(pretrained: Path, manifests: Pa
         ),
         (
             ["pretrain", "small/mae_imag"],
-            "no recipe is called 'small/mae_imag'. Did you mean 'small/mae_image'? Shipped",
+            "no recipe is called 'small/mae_imag'. Did you mean 'small/mae_image'? `mmssl recipes` lists",
         ),
         (["pretrain", "small/mae_image"], "small/mae_image.yaml:"),
         (["pretrain", "small/mae_image", "data.train=no.jsonl"], "no.jsonl: no such manifest"),

@@ -21,6 +21,7 @@ from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.embed import Embedder
 from mmssl.files import alone
 from mmssl.store import Written, write_embeddings
+from mmssl.types import BadClip
 
 SPEECH: dict[str, Any] = {
     "format": 1,
@@ -66,6 +67,9 @@ def test_a_clip_whose_vector_overflows_in_any_layer_is_a_bad_clip(manifest: Path
     broken.encoder.transformer.blocks[1].mlp.down.weight.mul_(torch.inf)  # the second layer alone
     good = [str(Manifest(manifest)[place]["audio"]) for place in (2, 3)]
     told: dict[str, str] = {}
+    with pytest.raises(BadClip, match="its vector is not finite; on_bad_clip=skip"):
+        broken.embed(good, layer="all")
+    assert set(broken.embed(good, layer=2, on_bad_clip="skip").bad) == set(good)
     with pytest.raises(ValueError, match="none of the 2 clips can be read; .*its vector is not finite"):
         write_embeddings(broken, good, tmp_path / "e", tell=told.__setitem__, **KEPT)
 

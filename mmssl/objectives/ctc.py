@@ -137,7 +137,8 @@ class CTC(nn.Module):
             "characters": (int((label_lengths * feasible).sum()), n),
             "frozen": (frozen / (self.encoder.depth + 1), 1),
         }
-        return Loss(total, n, metrics)
+        nothing = "" if n else "transcripts cannot be spelled in so few frames"
+        return Loss(total, n, metrics, nothing=nothing)
 
     def after_step(self, step: int) -> None:
         self.updates.fill_(step)

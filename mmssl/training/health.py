@@ -194,13 +194,15 @@ def not_finite(step: int, ids: Sequence[str]) -> str:
     return f"NaN or infinity at update {step} from these clips: {_shown(ids, 8)}; the update is skipped"
 
 
-def nothing_to_learn(step: int, ids: Sequence[str]) -> str:
+def nothing_to_learn(step: int, ids: Sequence[str], reasons: Sequence[str]) -> str:
     """The sentence for an update whose losses count no item.
 
     Args:
         ids: all clips of the update.
+        reasons: `Loss.nothing` of them, where there is one.
     """
-    return f"update {step} is skipped: its {len(ids)} clips hold nothing to learn from: {_shown(ids, 3)}"
+    why = f" ({'; '.join(reasons)})" if reasons else ""
+    return f"update {step} is skipped: its {len(ids)} clips hold nothing to learn from{why}: {_shown(ids, 3)}"
 
 
 VERDICTS: dict[str, Callable[[Sequence[Line]], str | None]] = {

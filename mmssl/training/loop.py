@@ -290,7 +290,11 @@ class _Run:
         found = [(i, wrong) for part, wrong in zip(parts, odd, strict=True) for i in part.ids]
         named = [pair for text in distributed.gather_text(json.dumps(found)) for pair in json.loads(text)]
         ids = [i for i, wrong in named if wrong] or [i for i, _ in named]
-        sentence = health.not_finite(number, ids) if count else health.nothing_to_learn(number, ids)
+        sentence = (
+            health.not_finite(number, ids)
+            if count
+            else health.nothing_to_learn(number, ids, sorted({loss.nothing for loss in losses} - {""}))
+        )
         said = {"verdict": {"not_finite": sentence}} if count else {"note": sentence}
         self.log.write({"step": place.step, **said, "ids": ids})
         self.log.say(sentence)

@@ -65,6 +65,8 @@ def probe(source: str | Path | BinaryIO) -> dict[str, Any]:
     """
     with _opened(source) as (image, _):
         width, height = image.size
+        if image.format == "TIFF":  # of these alone Pillow may have turned the size already; the tags are as stored
+            width, height = image.tag_v2[256], image.tag_v2[257]
         if image.getexif().get(0x0112, 1) >= 5:  # orientations from 5 on lie on their side
             width, height = height, width
     return {"height": height, "width": width}
@@ -90,6 +92,12 @@ def _opened(source: str | Path | BinaryIO) -> Iterator[tuple[Any, str]]:
             raise
         except UnidentifiedImageError:
             raise BadClip(name, "not a picture that Pillow can read") from None
+        except Image.DecompressionBombError:
+            raise BadClip(
+                name,
+                f"has more than {2 * Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against files that would fill the "
+                "memory; make it smaller",
+            ) from None
         except Exception as error:
             # on damaged files its decoders raise nearly anything: OSError, SyntaxError, struct.error, EOFError, ...
             raise BadClip(name, f"damaged or cut off: {str(error) or type(error).__name__}") from error

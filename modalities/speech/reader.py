@@ -19,6 +19,7 @@ from mmssl.types import BadClip
 
 _BLOCK = 1 << 20  # frames decoded at a time: a header that promises an hour costs no memory before the hour is there
 _SLACK = 0.1  # seconds that a segment may be shorter than asked for: MP3 encoders pad and cut by some 50 ms
+_LOWEST = 50  # samples a second; a header that says 1 would make seven hours at 16 kHz of a second at 24 kHz
 _OPEN = 0x7FFFF000  # bytes: FFmpeg, sox and arecord leave 2^32 - 1, 2^31 - 1 and less, or 2^31 where they do not know
 _UNKNOWN = 1 << 62  # frames: libsndfile says 2^63 - 1 where a header leaves the length open, as encoders in a pipe do
 # libsndfile 1.2.2 finds a place in these to the sample; in Ogg Vorbis it now and then lands elsewhere
@@ -56,13 +57,18 @@ def read(
         wave, own_rate, _ = _decode(file, name, start, duration)
     if not len(wave):
         raise BadClip(name, "holds no samples")
+    if own_rate < _LOWEST:
+        raise BadClip(name, f"its header says {own_rate} samples a second; below {_LOWEST} is no sound")
     if span is not None:
         wave = wave[samples_of(span, len(wave), own_rate)].copy()
     finite = np.isfinite(wave)
     if not finite.all():
         bad = int((~finite).sum())
         raise BadClip(name, f"{bad} of {len(wave)} samples are NaN or infinite, the first is number {finite.argmin()}")
-    return torch.from_numpy(resample(wave, own_rate, rate))
+    wave = resample(wave, own_rate, rate)
+    if not np.isfinite(wave).all():
+        raise BadClip(name, f"its samples are too large to be resampled from {own_rate} to {rate} Hz")
+    return torch.from_numpy(wave)
 
 
 def samples_of(span: Callable[[float], tuple[float, float]], length: int, rate: float) -> slice:
@@ -183,7 +189,7 @@ def _decode(file: BinaryIO | io.FileIO, name: str, start: float, duration: float
         rate = sound.samplerate
         first, count = round(start * rate), _frames(duration, rate)
         try:
-            if first and sound.format in _SEEKS:
+            if first and sound.format in _SEEKS and sound.seekable():
                 sound.seek(first)
                 blocks = list(_blocks(sound, count))
             else:
@@ -201,7 +207,8 @@ def _decode(file: BinaryIO | io.FileIO, name: str, start: float, duration: float
 
 def _blocks(sound: Any, count: int | None) -> Iterator[np.ndarray]:
     """Up to `count` mono frames from where the file stands; None: to its real end."""
-    expected = max(0, sound.frames - sound.tell()) + 1  # one more, so that an honest header takes one call
+    # one more, so that an honest header takes one call; telephone codecs, such as G.721, know no places
+    expected = max(0, sound.frames - (sound.tell() if sound.seekable() else 0)) + 1
     while True:
         size = min(_BLOCK, expected if count is None else min(count, expected))
         block = np.empty((size, sound.channels), np.float32)

@@ -102,6 +102,7 @@ def test_a_clip_too_short_for_its_transcript_is_left_out_counted_and_named(caplo
     assert objective.infeasible_ids == {"clip0"}
     nothing = objective(short)
     assert nothing.count == 0
+    assert (nothing.nothing, loss.nothing) == ("transcripts cannot be spelled in so few frames", "")
     assert nothing.total.item() == 0.0
 
 

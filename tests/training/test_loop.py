@@ -359,11 +359,11 @@ def test_batches_without_anything_to_learn_are_skipped_by_name(tmp_path: Path) -
     class Empty(Toy):
         def forward(self, batch: Batch) -> Loss:
             loss = super().forward(batch)
-            return Loss(loss.total * 0, 0) if "clip0" in batch.ids else loss
+            return Loss(loss.total * 0, 0, nothing="all of it is known") if "clip0" in batch.ids else loss
 
     run(tmp_path, built(Empty), steps=2)
-    said = "update 1 is skipped: its 4 clips hold nothing to learn from: clip0, clip1, clip2 and 1 more"
-    assert said in notes(tmp_path)
+    why = "hold nothing to learn from (all of it is known)"
+    assert f"update 1 is skipped: its 4 clips {why}: clip0, clip1, clip2 and 1 more" in notes(tmp_path)
     assert lines(tmp_path)[0]["ids"] == ["clip0", "clip1", "clip2", "clip3"]
 
 

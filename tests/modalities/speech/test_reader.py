@@ -234,6 +234,28 @@ def test_nan_and_infinite_samples_are_named(write: Callable[..., Path], value: f
         read(write("a.wav", wave, subtype="FLOAT"), rate=RATE)
 
 
+@pytest.mark.parametrize("name", ["a.wav G721_32", "a.wav NMS_ADPCM_32", "a.au G723_40"])
+def test_telephone_codecs_that_know_no_places_are_read_whole_and_in_part(tmp_path: Path, name: str) -> None:
+    path, wave = tmp_path / name.split()[0], tone(0.5)
+    soundfile.write(path, wave, RATE, subtype=name.split()[1])
+    whole = read(path, rate=RATE)
+    # what differs in length is the codec's own block
+    assert np.corrcoef(whole[: len(wave)].numpy(), wave[: len(whole)])[0, 1] > 0.98
+    assert abs(len(whole) - 8000) < 300
+    assert torch.equal(read(path, rate=RATE, start=0.1, duration=0.2), whole[1600:4800])
+
+
+def test_a_header_with_hardly_a_sample_a_second_is_refused(write: Callable[..., Path]) -> None:
+    with pytest.raises(BadClip, match="its header says 1 samples a second; below 50 is no sound"):
+        read(write("a.wav", tone(0.1), 1), rate=RATE)
+
+
+def test_samples_too_large_for_the_resampler_are_a_bad_clip(write: Callable[..., Path]) -> None:
+    loud = (tone(0.5, 8000) * 3e38).astype(np.float32)
+    with pytest.raises(BadClip, match="too large to be resampled from 8000 to 16000 Hz"):
+        read(write("a.wav", loud, 8000, subtype="FLOAT"), rate=RATE)
+
+
 def test_what_is_no_sound_gets_one_sentence(tmp_path: Path, write: Callable[..., Path]) -> None:
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "page.wav").write_bytes(b"<html><body>404 not found</body></html>" * 20)
