@@ -360,7 +360,7 @@ def _write_part(path: Path, found: Sequence[Embeddings], layers: Sequence[Layer]
     _write_arrays(path, arrays)
 
 
-def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     # two processes may be at the same part, where one was started again
     with _whole(path, f".{uuid4().hex}") as unfinished, unfinished.open("wb") as file:
         np.savez(file, **arrays)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b, file_digest
 from html import escape
@@ -208,7 +208,7 @@ def probe_by_layer(
     """The accuracy of a classifier fitted on each layer for itself: see `measure`."""
 
     def only(split: Split | None, layer: int) -> Split | None:
-        return None if split is None else Split({layer: split.layers[layer]}, split.labels, split.groups)
+        return None if split is None else replace(split, features={layer: split.layers[layer]})
 
     found = {}
     for layer in sorted(test.layers):

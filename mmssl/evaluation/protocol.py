@@ -6,7 +6,7 @@ Whatever is fitted (kNN, linear probe) goes through `measure`, so that no evalua
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -41,11 +41,13 @@ class Split:
     features: (B, E), or all tokens of each clip; or one such for each layer.
     labels: (B,) int64, from 0.
     groups: (B,) int64, such as speakers, to be left out one after the other where something is chosen.
+    names: what each class is called, where that is known.
     """
 
     features: Tensor | Ragged | Mapping[Any, Any]
     labels: Tensor
     groups: Tensor | None = None
+    names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for layer, features in self.layers.items():
@@ -62,8 +64,9 @@ class Split:
 
     def pick(self, places: Tensor) -> Split:
         """The clips at `places`."""
+        features = {layer: x[places] for layer, x in self.layers.items()}
         groups = None if self.groups is None else self.groups[places]
-        return Split({layer: x[places] for layer, x in self.layers.items()}, self.labels[places], groups)
+        return replace(self, features=features, labels=self.labels[places], groups=groups)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -147,7 +150,14 @@ def leave_out(groups: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(torch.nonzero(groups != name)[:, 0], torch.nonzero(groups == name)[:, 0]) for name in names]
 
 
-def draw_labels(labels: Tensor, *, per_class: int | None = None, share: float | None = None, seed: int = 0) -> Tensor:
+def draw_labels(
+    labels: Tensor,
+    *,
+    per_class: int | None = None,
+    share: float | None = None,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+) -> Tensor:
     """Places of a random few labels of every class, ascending.
 
     Args:
@@ -155,6 +165,7 @@ def draw_labels(labels: Tensor, *, per_class: int | None = None, share: float | 
         per_class: labels of each class.
         share: of each class's labels, 0 to 1, rounded, at least one.
         seed: another seed, another draw; the same seed, the same draw.
+        names: what each class is called, for the error.
 
     Raises:
         ValueError: both or neither is given, a share beyond 0 to 1, or a class with fewer labels than asked for.
@@ -169,9 +180,14 @@ def draw_labels(labels: Tensor, *, per_class: int | None = None, share: float | 
         places = torch.nonzero(labels == label)[:, 0].numpy()
         wanted = per_class if per_class is not None else max(1, round(len(places) * (share or 0.0)))
         if not 1 <= wanted <= len(places):
-            raise ValueError(f"class {label} has {len(places)} labels, and {wanted} were asked for")
+            raise ValueError(f"class {_called(label, names)} has {len(places)} labels, and {wanted} were asked for")
         chosen.append(rng.permutation(places)[:wanted])
     return torch.from_numpy(np.sort(np.concatenate(chosen)))
+
+
+def _called(label: int, names: Sequence[str] | None) -> str:
+    """A class as a message names it."""
+    return str(label) if names is None else repr(names[label])
 
 
 def hold_out(labels: Tensor, *, share: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -241,13 +257,21 @@ def measure(
         raise ValueError(f"{task}: to choose among {len(train.layers)} layers takes validation clips")
     unknown = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
     if unknown:
-        raise ValueError(f"{task}: the test set has classes that training has not: {unknown[:5]}")
+        called = ", ".join(_called(label, train.names) for label in unknown[:5])
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(
+            f"{task}: the test set has classes of which training has no clip that could be read: {called}{more}; give "
+            "it some, or take theirs out of the test set"
+        )
 
     few = per_class is not None or share is not None
     n_draws = draws if few else 1
     values, balanced, details, protocol = [], [], [], ""
     for seed in range(n_draws):
-        part = train.pick(draw_labels(train.labels, per_class=per_class, share=share, seed=seed)) if few else train
+        part = train
+        if few:
+            drawn = draw_labels(train.labels, per_class=per_class, share=share, seed=seed, names=train.names)
+            part = train.pick(drawn)
         best, fitted = choose(fit, part, valid)
         # of layers that are weighed the name is no number, and no key of JSON either
         by_layer = {

@@ -71,7 +71,8 @@ def labelled(
     found = embedder.embed(manifest, layer=list(layers), pool=pool, tokens=False, **settings)
     read = torch.isfinite(found[0].scene).all(1)
     features = {layer: one.scene[read] for layer, one in zip(layers, found, strict=True)}
-    return Split(features, numbers[read], None if groups is None else groups[read]), int((~read).sum())
+    groups = None if groups is None else groups[read]
+    return Split(features, numbers[read], groups, classes.names), int((~read).sum())
 
 
 def labelled_tokens(
@@ -97,7 +98,7 @@ def labelled_tokens(
     embedder.each_batch(manifest, see, layers=layers, **settings)
     read = torch.tensor(sorted(found), dtype=torch.int64)
     features = {layer: Ragged([found[place][i] for place in read.tolist()]) for i, layer in enumerate(layers)}
-    split = Split(features, numbers[read], None if groups is None else groups[read])
+    split = Split(features, numbers[read], None if groups is None else groups[read], classes.names)
     return split, len(manifest) - len(read)
 
 

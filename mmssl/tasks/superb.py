@@ -67,7 +67,7 @@ def measure_superb(
         manifest = manifest_of(clips)
         given: dict[str, Any] = {"classes": classes or known, "label": label, "by": by, "layers": layers, **settings}
         found, skipped = labelled(embedder, manifest, **given)
-        return Split(torch.cat([found.layers[i] for i in layers], 1), found.labels, found.groups), skipped
+        return replace(found, features=torch.cat([found.layers[i] for i in layers], 1)), skipped
 
     known = Classes.from_labels(manifest_of(train).values(label))
     few = labels_per_class is not None or label_share is not None

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -101,8 +103,16 @@ def test_few_labels_are_measured_over_draws() -> None:
 
 def test_a_test_class_that_training_has_not_is_refused() -> None:
     split = Split(LABELS[:, None].double(), LABELS)
-    with pytest.raises(ValueError, match=r"classes that training has not: \[2\]"):
-        measure(plain, split, None, Split(torch.zeros(1, 1), torch.tensor([2])), task="plain")
+    others = Split(torch.zeros(8, 1), torch.arange(2, 10))
+    with pytest.raises(
+        ValueError, match=r"no clip that could be read: 2, 3, 4, 5, 6 and 3 more; give it some, or take"
+    ):
+        measure(plain, split, None, others, task="plain")
+    called = replace(split, names=["cat", "cow", "dog"]).pick(torch.arange(len(LABELS)))
+    with pytest.raises(ValueError, match=r"no clip that could be read: 'dog'; give"):
+        measure(plain, called, None, others.pick(torch.tensor([0])), task="plain")
+    with pytest.raises(ValueError, match=r"class 'cow' has 4 labels, and 5 were asked for"):
+        measure(plain, called, None, called, task="plain", per_class=5)
     with pytest.raises(ValueError, match="one row a label"):
         Split(torch.zeros(3, 1), LABELS)
 

@@ -96,6 +96,17 @@ def test_layer_and_strength_are_chosen_on_clips_set_aside_and_the_protocol_says_
     assert score.details["valid"][score.details["layer"]] == best
 
 
+def test_a_class_without_a_training_clip_that_can_be_read_is_named(
+    image: Path, seen: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = list(Manifest(seen["train"]))
+    gone = [{**row, "image": str(tmp_path / "none.png")} if row["label"] == "checks" else row for row in rows]
+    write_manifest(tmp_path / "train.jsonl", gone)
+    given: dict[str, Any] = {"train": tmp_path / "train.jsonl", "test": seen["test"], "task": "knn", "k": 1}
+    with pytest.raises(ValueError, match="training has no clip that could be read: 'checks'; give it some"):
+        evaluate(image, layer=0, on_bad_clip="skip", **given)
+
+
 def test_what_is_to_be_chosen_is_chosen_by_leaving_out_groups(heard: dict[str, Path], tmp_path: Path) -> None:
     rows = [{**row, "speaker": f"speaker {n % 3}"} for n, row in enumerate(Manifest(heard["train"]))]
     write_manifest(tmp_path / "train.jsonl", rows)
