@@ -93,11 +93,9 @@ def _opened(source: str | Path | BinaryIO) -> Iterator[tuple[Any, str]]:
         except UnidentifiedImageError:
             raise BadClip(name, "not a picture that Pillow can read") from None
         except Image.DecompressionBombError:
-            raise BadClip(
-                name,
-                f"has more than {2 * Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against files that would fill the "
-                "memory; make it smaller",
-            ) from None
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            reason = f"has more than {limit} pixels, Pillow's limit against files that would fill the memory"
+            raise BadClip(name, f"{reason}; make it smaller") from None
         except Exception as error:
             # on damaged files its decoders raise nearly anything: OSError, SyntaxError, struct.error, EOFError, ...
             raise BadClip(name, f"damaged or cut off: {str(error) or type(error).__name__}") from error
