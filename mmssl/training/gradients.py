@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def backward(model: nn.Module, parts: Sequence[Batch], device: torch.device, pre
                 )
             loss.total.backward()
         metrics = {n: (v.detach() if isinstance(v, Tensor) else v, count) for n, (v, count) in loss.metrics.items()}
-        losses.append(Loss(loss.total.detach(), loss.count, metrics))
+        losses.append(replace(loss, total=loss.total.detach(), metrics=metrics))
     return losses
 
 
