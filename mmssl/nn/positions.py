@@ -148,7 +148,7 @@ class Convolutional(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
-        # the norm written out would walk over all but the last axis in strides, at a tenth of the speed
+        # the norm written out would walk over all but the last axis in strides, which is slow on the CPU
         weight = torch._weight_norm(self.weight_v, self.weight_g, 2)
         out = F.conv1d(x.transpose(1, 2), weight.to(x.dtype), self.bias, padding=self.kernel // 2, groups=self.groups)
         out = F.gelu(out[..., : x.shape[1]]).transpose(1, 2)
