@@ -27,6 +27,7 @@ from mmssl.evaluation.speech import best_path, prefix_beam
 from mmssl.evaluation.word_beam import WordBeam
 from mmssl.nn.linear import Linear
 from mmssl.nn.pooling import NAMES, Pool
+from mmssl.nn.positions import Convolutional
 from mmssl.progress import bar
 from mmssl.recipe import members
 from mmssl.recordings import Windows, by_steps, encode_long, time_axis
@@ -164,7 +165,7 @@ class Embedder:
                     module.to(torch.bfloat16)
         self.encoder.eval().requires_grad_(False)
         for module in self.encoder.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear | Convolutional):
                 module.pack()
         self.config = dict(config)
         self.precision = precision

@@ -146,3 +146,57 @@ def test_stacked_convolutional_positions_hear_no_padding(kernel):
     alone = ours(x[1:, :12], speech(x[1:, :12], torch.tensor([12])))
     assert torch.allclose(ragged[1, :12], alone[0], atol=1e-6)
     assert ragged[1, 12:].abs().max() == 0
+
+
+def frozen_positions(kernel=6):
+    torch.manual_seed(0)
+    positions = Convolutional(8, kernel=kernel, groups=2).requires_grad_(False)
+    positions.bias.normal_()
+    return positions
+
+
+@pytest.mark.parametrize("kernel", [1, 5, 6, 128])
+@pytest.mark.parametrize("size", [1, 6, 7, 20, 300])
+@torch.no_grad()
+def test_a_packed_kernel_is_the_same_convolution(kernel, size):
+    ours = frozen_positions(kernel)
+    x, lengths = torch.randn(2, size, 8), torch.tensor([size, (size + 1) // 2])
+    before, names = ours(x, speech(x, lengths)), set(ours.state_dict())
+    ours.pack()
+    assert ours._spectrum() is not None
+    assert torch.allclose(ours(x, speech(x, lengths)), before, atol=1e-5)
+    assert set(ours.state_dict()) == names
+
+
+@torch.no_grad()
+def test_a_packed_kernel_rounds_no_products_in_bfloat16():
+    ours, x = frozen_positions(), torch.randn(1, 50, 8).bfloat16()
+    tokens = speech(x, torch.tensor([50]))
+    exact = ours(x.float(), tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = ours(x, tokens)
+        ours.pack()
+        packed = ours(x, tokens)
+    assert packed.dtype is torch.bfloat16
+    assert (packed - exact).abs().max() < (rounded - exact).abs().max()
+
+
+@pytest.mark.parametrize("change", ["in place", "loaded", "exchanged", "trained"])
+def test_a_kernel_that_changed_is_not_read_as_it_was_packed(change):
+    ours, x = frozen_positions(), torch.randn(1, 20, 8)
+    other = Convolutional(8, kernel=6, groups=2).requires_grad_(False)
+    ours.pack()
+    if change == "in place":
+        ours.weight_g.mul_(2)
+    elif change == "loaded":
+        ours.load_state_dict(other.state_dict())
+    elif change == "exchanged":
+        ours.weight_v = other.weight_v
+    else:
+        ours.requires_grad_()
+    fresh = Convolutional(8, kernel=6, groups=2)
+    fresh.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        tokens = speech(x, torch.tensor([20]))
+        assert torch.equal(ours(x, tokens), fresh(x, tokens))
+    assert ours._packed is None
