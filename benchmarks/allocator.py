@@ -16,6 +16,7 @@ def as_it_comes() -> None:
     library = ctypes.CDLL(None)
     if not hasattr(library, "malloc_trim"):
         return
+    library.mallopt(-4, 65_536)  # M_MMAP_MAX
     library.mallopt(-3, 32 * MIB)  # M_MMAP_THRESHOLD
     library.mallopt(-1, 64 * MIB)  # M_TRIM_THRESHOLD
     library.malloc_trim(0)

@@ -110,8 +110,15 @@ class Encoder(nn.Module):
                 "sincos, flat_sincos, learned or none"
             )
 
-    def tokens(self, raw: Raw) -> Tokens:
-        """What the frontend makes of a batch."""
+    def tokens(self, raw: Raw, *, late: bool = False) -> Tokens:
+        """What the frontend makes of a batch.
+
+        Args:
+            late: leave the projection of features to `forward`, where the frontend can: for objectives that drop most
+                tokens, and encode the rest no more than once.
+        """
+        if late and self.frontend.late and not isinstance(self.positions, READ_CONTENT):
+            return self.frontend(raw, late=True)
         return self.frontend(raw)
 
     def forward(
@@ -146,17 +153,24 @@ class Encoder(nn.Module):
             # while the plan is still on the CPU: what it says of the copies then costs no wait for the device
             tokens = _copies(tokens, plan)
             plan = plan.to(tokens.x.device)
-        x, lengths = tokens.x, tokens.lengths
+        x, lengths, late = tokens.x, tokens.lengths, tokens.project
+        if late is not None and hide != "drop":
+            x, late = late(x), None
         if plan is not None and hide == "replace":
             if self.mask_token is None:
                 raise ValueError("encoder.mask_token is false: this objective replaces hidden tokens, set it to true")
             x = torch.where(plan.masked[..., None], self.mask_token.to(x.dtype), x)
-        # Where tokens are dropped, positions that read content must not see them either.
-        seen = x.masked_fill(plan.masked[..., None], 0.0) if plan is not None and hide == "drop" else x
-        added = self.positions(seen, tokens).to(x.dtype)
-        x = x + added
+        seen = x
+        if plan is not None and hide == "drop" and isinstance(self.positions, READ_CONTENT):
+            # what is dropped must not be seen by them either
+            seen = x.masked_fill(plan.masked[..., None], 0.0)
+        added = self.positions(seen, tokens)
         if plan is not None and hide == "drop":
             x, lengths = take(x, plan.keep), plan.keep_lengths
+            added = take(added.expand(len(x), -1, -1), plan.keep)
+        if late is not None:
+            x = late(x)
+        x = x + added.to(x.dtype)
         if self.prefix is not None:
             x = torch.cat([self.prefix.to(x.dtype).expand(len(x), -1, -1), x], 1)
             lengths = lengths + self.n_prefix

@@ -6,8 +6,7 @@ import ctypes
 import os
 
 # of mallopt, in glibc's malloc.h
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGEST_KEPT = 32 * 2**20  # bytes; glibc refuses more
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
@@ -15,13 +14,14 @@ def keep_freed_memory() -> None:
 
     By default each large tensor of each update is new memory, which the system clears page by page when it is first
     written: a fifth of the time of a bfloat16 step of MAE base in transformers (benchmarks/README.md). What a process
-    holds is then its peak. Without glibc nothing is done, nor where the environment sets one of these thresholds.
+    holds is then its peak. Without glibc nothing is done, nor where the environment says how it is to keep memory.
     """
-    if "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+    if any(f"MALLOC_{name}_" in os.environ for name in ("TRIM_THRESHOLD", "MMAP_THRESHOLD", "MMAP_MAX")):
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return
-    mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+    # A threshold would not do: glibc takes none above 32 MiB, so each larger tensor would still be new memory.
+    mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)

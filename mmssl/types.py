@@ -149,6 +149,8 @@ class Tokens:
     pre_norm: (B, N, C) learned features before their last norm, for a penalty on their size; None where fixed.
     step_ms: milliseconds from one step on the time axis to the next.
     span_ms: milliseconds that one token sees.
+    project: None, or what `x` has yet to go through: it is `feat` then, so that the encoder projects only the tokens
+        that it keeps.
     """
 
     x: Tensor
@@ -160,6 +162,7 @@ class Tokens:
     pre_norm: Tensor | None = None
     step_ms: float | None = None
     span_ms: float | None = None
+    project: nn.Module | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -288,6 +291,7 @@ class Frontend(nn.Module, ABC):
     learned: whether `feat` is learned. Reconstructing learned features collapses, so MAE refuses them.
     dim, feature_dim: widths of `x` and of `feat`.
     project: `feat` to `x`, without dropout: for objectives that alter the features before they become tokens.
+    late: whether `forward` takes `late=True`, and then leaves `project` to whoever keeps the tokens, see `Tokens`.
     codes: of each codebook how many codes it has, where what a token measures is discrete: one token a step of the raw
         codes; empty elsewhere.
     bands: frequency bands of a frame, where the features of a token are whole frames of a spectrogram, end to end; 0
@@ -299,6 +303,7 @@ class Frontend(nn.Module, ABC):
 
     axes: ClassVar[tuple[str, ...]]
     learned: ClassVar[bool]
+    late: ClassVar[bool] = False
     dim: int
     feature_dim: int
     project: nn.Module

@@ -425,6 +425,25 @@ def test_plans_hide_real_tokens_only_and_leave_one(source):
         assert plan.masked.any(1).all()
 
 
+@each_source
+@pytest.mark.parametrize("hide", ["none", "drop", "replace", "unseen"])
+def test_tokens_are_the_same_whether_they_are_projected_before_the_mask_or_after_it(source, hide):
+    body = encoder(source, prefix=1)
+    raw = CLIPS[source][0]()
+    found = []
+    for late in (False, True):
+        body.zero_grad()
+        tokens = body.tokens(raw, late=late)
+        assert (tokens.project is not None) == (late and body.frontend.late)
+        plan = random_mask(tokens.lengths, ratio=0.5, seeds=torch.arange(len(raw)))
+        encoded = body(tokens, None if hide == "none" else plan, hide, layers=[0, 2])
+        encoded.x.square().sum().backward()
+        gradients = [p.grad for p in body.parameters() if p.grad is not None]
+        found.append([encoded.x, *encoded.layers.values(), *gradients])
+    for early, late in zip(*found, strict=True):
+        assert torch.allclose(early, late, rtol=1e-4, atol=1e-5 * early.detach().abs().max().item())
+
+
 # 7: gradients arrive, and 20 steps lower the loss
 
 

@@ -14,7 +14,7 @@ from mmssl.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def update():
-    arrays = [np.ones(2**20) for _ in range(3)]  # 8 MiB each
+    arrays = [np.ones(size * 2**17) for size in (8, 8, 40)]  # MiB; glibc takes no threshold above 32
 update()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
@@ -38,3 +38,4 @@ def test_the_memory_of_an_update_serves_the_next() -> None:
     assert 10 * kept < given_back
     # who sets a threshold has thought about it
     assert 10 * kept < faults("kept", MALLOC_TRIM_THRESHOLD_="65536")
+    assert 10 * kept < faults("kept", MALLOC_MMAP_MAX_="65536", MALLOC_MMAP_THRESHOLD_="131072")

@@ -26,9 +26,9 @@ from mmssl.types import Point, valid_mask
 # On the CPU, rows at least this long are attended to one by one: the square of their padding would cost more than the
 # calls do. Shorter ones go as one padded call with a mask.
 _ROW_BY_ROW = 128
-# In bfloat16 on the CPU torch's own attention, with its backward pass, is slower than its two products written out.
-# Longer rows keep torch's, which does not hold all scores at once.
-_PLAIN_ROWS = 1024
+# In bfloat16 on the CPU torch's own attention, with its backward pass, takes twice the time of its two products written
+# out. Calls of more scores than these, 128 MiB a block, keep torch's, which never holds all of them.
+_PLAIN_SCORES = 2**26
 
 
 class Layout:
@@ -187,7 +187,7 @@ def _biased(seen: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Te
 def _is_halved(q: Tensor) -> bool:
     return (
         q.device.type == "cpu"
-        and q.shape[-2] <= _PLAIN_ROWS
+        and q.shape[:-1].numel() * q.shape[-2] <= _PLAIN_SCORES
         and (
             q.dtype is torch.bfloat16
             or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16)
@@ -201,7 +201,10 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None
     if attn_mask is not None:
         is_bias = attn_mask.is_floating_point()
         scores = scores + attn_mask if is_bias else scores.masked_fill(~attn_mask, -torch.inf)
-    return F.dropout(scores.softmax(-1).to(v.dtype), dropout_p) @ v
+    # a softmax sums in float32 whatever it reads; autocast would have it write float32 as well
+    with torch.autocast(q.device.type, enabled=False):
+        weights = scores.softmax(-1)
+    return F.dropout(weights, dropout_p) @ v
 
 
 class MLP(nn.Module):

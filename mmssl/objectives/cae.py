@@ -89,7 +89,7 @@ class CAE(nn.Module):
         """Sum over hidden tokens of the mean squared errors over their P values and over their D latent channels, the
         latter `alignment_weight` times; the count is hidden tokens.
         """
-        tokens = self.encoder.tokens(batch.raw)
+        tokens = self.encoder.tokens(batch.raw, late=True)
         plan = self.mask(tokens, ratio=self.mask_ratio, size=self.mask_size, seeds=batch.seeds)
         device = tokens.x.device
         # the same clips with what is hidden and what is visible changed about

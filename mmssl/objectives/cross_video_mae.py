@@ -105,7 +105,7 @@ class CrossVideoMAE(nn.Module):
         "clip" and "frame" are cross-entropies in nats: of the two masks of a clip, of clip and frame, and of the clip's
         tokens of the frame's step and the frame. Of the accuracy, the three are the mean.
         """
-        raw, tokens, count = batch.raw, self.encoder.tokens(batch.raw), len(batch)
+        raw, tokens, count = batch.raw, self.encoder.tokens(batch.raw, late=True), len(batch)
         places = math.prod(tokens.grid[1:])
         steps = tokens.lengths.cpu() // places
         step = (uniform(batch.seeds, 1, stream=_STEP)[:, 0] * steps).long()

@@ -81,7 +81,7 @@ class DBOT(nn.Module):
         Raises:
             ValueError: the teacher makes other tokens of a clip.
         """
-        tokens = self.encoder.tokens(batch.raw)
+        tokens = self.encoder.tokens(batch.raw, late=True)
         plan = MASKS[self.mask](tokens, ratio=self.mask_ratio, seeds=batch.seeds)
         encoded = self.encoder(tokens, plan, self.hide)
         prediction = self.predictor(encoded, tokens, plan)  # (M, D)

@@ -90,7 +90,7 @@ class EncodecMAE(nn.Module):
         Raises:
             ValueError: the batch lacks a label set.
         """
-        tokens = self.encoder.tokens(batch.raw)
+        tokens = self.encoder.tokens(batch.raw, late=True)
         plan = block_mask(tokens, ratio=self.mask_ratio, size=self.mask_size, seeds=batch.seeds)
         aligned = {key: units_of_tokens(units_at(batch, key), tokens) for key in self.codes}
         known = torch.stack([known for _, known in aligned.values()]).all(0)

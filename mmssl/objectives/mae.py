@@ -195,7 +195,7 @@ class MAE(nn.Module):
         return normal_per_clip(counts, like.shape[-1], seeds, like.device) * self.position_noise**0.5
 
     def _hide(self, batch: Batch, masked: Tensor | None = None) -> tuple[Tokens, MaskPlan]:
-        tokens = self.encoder.tokens(batch.raw)
+        tokens = self.encoder.tokens(batch.raw, late=True)
         if masked is None:
             return tokens, MASKS[self.mask](tokens, ratio=self.mask_ratio, seeds=batch.seeds)
         return tokens, _given(masked.cpu(), tokens)

@@ -92,7 +92,7 @@ def masked(
     encoder: Encoders, batch: Batch, ratios: Mapping[str, float]
 ) -> tuple[dict[str, Tokens], dict[str, MaskPlan]]:
     """Modality -> its tokens, and which of them are hidden, each modality's by themselves."""
-    tokens = {name: encoder[name].tokens(batch.of(name)) for name in encoder}
+    tokens = {name: encoder[name].tokens(batch.of(name), late=True) for name in encoder}
     plans = {
         # other seeds for each: grids of one size would be hidden in the same places otherwise
         name: random_mask(tokens[name].lengths, ratio=ratios[name], seeds=batch.seeds + place)

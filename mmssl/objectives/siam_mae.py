@@ -76,7 +76,7 @@ class SiamMAE(nn.Module):
             ValueError: a clip that has no two views.
         """
         seen, shown = self.views(batch.raw, self.encoder.frontend)
-        others, tokens = self.encoder.tokens(seen), self.encoder.tokens(shown)
+        others, tokens = self.encoder.tokens(seen), self.encoder.tokens(shown, late=True)
         plan = random_mask(tokens.lengths, ratio=self.mask_ratio, seeds=batch.seeds)
         other, encoded = self.encoder(others), self.encoder(tokens, plan, self.hide)
         prediction = self.predictor(encoded, tokens, plan, other, others)  # (M, P)

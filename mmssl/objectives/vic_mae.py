@@ -102,7 +102,7 @@ class ViCMAE(nn.Module):
             ValueError: a clip that has no two views, or views of several sizes.
         """
         both = _both(*self.views(batch.raw, self.encoder.frontend))
-        tokens = self.encoder.tokens(both)
+        tokens = self.encoder.tokens(both, late=True)
         # two masks for each clip, of which each view takes one
         plan = random_mask(tokens.lengths[::2], ratio=self.mask_ratio, seeds=batch.seeds, clones=2)
         plan = replace(plan, rows=torch.arange(len(both)))

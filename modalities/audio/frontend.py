@@ -47,6 +47,7 @@ class SpectrogramPatches(Frontend):
 
     axes: ClassVar[tuple[str, ...]] = ("t", "f")
     learned: ClassVar[bool] = False
+    late: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class SpectrogramPatches(Frontend):
     def lengths(self, raw: Raw) -> Tensor:
         return self._steps(raw) * self.down
 
-    def forward(self, raw: Raw) -> Tokens:
+    def forward(self, raw: Raw, *, late: bool = False) -> Tokens:
         if raw.rate is not None and raw.rate != self.rate:
             raise ValueError(
                 f"{raw.ids[0]}: {raw.rate:g} Hz, but this frontend reads {self.rate} Hz; resample the clip"
@@ -143,10 +144,13 @@ class SpectrogramPatches(Frontend):
                 frames = F.pad(frames * real, (0, 0, 0, self.frames - frames.shape[1]))
             cells = ((frames - self.mean) / self.scale).unfold(1, long, hop).unfold(2, tall, up)
             feat = cells.reshape(len(raw), across * self.down, self.feature_dim)
-        x = self.project(feat)
-        if int(lengths.min()) < x.shape[1]:
-            valid = valid_mask(lengths, x.shape[1], x.device)[..., None]
-            x, feat = x * valid, feat * valid
+        valid = None
+        if int(lengths.min()) < feat.shape[1]:
+            valid = valid_mask(lengths, feat.shape[1], feat.device)[..., None]
+            feat = feat * valid
+        x = feat if late else self.project(feat)
+        if valid is not None and not late:
+            x = x * valid
         times, bands = (torch.arange(n, device=x.device) for n in (across, self.down))
         coords = torch.stack(torch.meshgrid(times, bands, indexing="ij"), -1).view(1, -1, 2)
         frame_ms = 1000 * self.filterbank.hop / self.rate
@@ -159,6 +163,7 @@ class SpectrogramPatches(Frontend):
             feat=feat,
             step_ms=hop * frame_ms,
             span_ms=(long - 1) * frame_ms + 1000 * self.filterbank.width / self.rate,
+            project=self.project if late else None,
         )
 
     def measured(self, raw: Raw) -> Tensor:

@@ -28,6 +28,7 @@ class Patches(Frontend):
 
     axes: ClassVar[tuple[str, ...]] = ("h", "w")
     learned: ClassVar[bool] = False
+    late: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class Patches(Frontend):
     def lengths(self, raw: Raw) -> Tensor:
         return torch.full((len(raw),), math.prod(self.grid(raw)))
 
-    def forward(self, raw: Raw) -> Tokens:
+    def forward(self, raw: Raw, *, late: bool = False) -> Tokens:
         (down, across), (tall, wide) = self.grid(raw), self.size
         x = (raw.data - self.mean) / self.std
         # within a patch: row, column, channel last, the order of released weights
@@ -89,10 +90,11 @@ class Patches(Frontend):
         columns = torch.arange(across, device=x.device)
         coords = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).view(1, -1, 2)
         return Tokens(
-            x=self.project(feat),
+            x=feat if late else self.project(feat),
             lengths=self.lengths(raw),
             coords=coords.expand(len(x), -1, -1),
             axes=self.axes,
             grid=(down, across),
             feat=feat,
+            project=self.project if late else None,
         )

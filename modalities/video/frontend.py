@@ -31,6 +31,7 @@ class Tubes(Frontend):
 
     axes: ClassVar[tuple[str, ...]] = ("t", "h", "w")
     learned: ClassVar[bool] = False
+    late: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class Tubes(Frontend):
                 raise ValueError(f"{name}: {frames} frames are fewer than the {self.min_length} that one token needs")
         return torch.div(raw.lengths, self.size[0], rounding_mode="floor") * (down * across)
 
-    def forward(self, raw: Raw) -> Tokens:
+    def forward(self, raw: Raw, *, late: bool = False) -> Tokens:
         if raw.rate is not None and raw.rate != self.rate:
             raise ValueError(
                 f"{raw.ids[0]}: {raw.rate:g} frames/s, but this frontend reads {self.rate:g}; sample the clip anew"
@@ -87,13 +88,14 @@ class Tubes(Frontend):
         # within a tube: frame, row, column, channel last, as VideoMAE orders what it reconstructs
         x = x.view(len(x), self.channels, steps, deep, down, tall, across, wide).permute(0, 2, 4, 6, 3, 5, 7, 1)
         feat = x.reshape(len(x), steps * down * across, self.feature_dim)
+        valid = None
         if int(lengths.min()) < feat.shape[1]:
             # where, not a product: what stands in the padding may be NaN
             valid = valid_mask(lengths, feat.shape[1], feat.device)[..., None]
             feat = torch.where(valid, feat, 0.0)
-            tokens = self.project(feat) * valid
-        else:
-            tokens = self.project(feat)
+        tokens = feat if late else self.project(feat)
+        if valid is not None and not late:
+            tokens = tokens * valid
         axes = [torch.arange(size, device=x.device) for size in (steps, down, across)]
         coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(1, -1, 3)
         return Tokens(
@@ -105,6 +107,7 @@ class Tubes(Frontend):
             feat=feat,
             step_ms=1000 * deep / self.rate,
             span_ms=1000 * deep / self.rate,
+            project=self.project if late else None,
         )
 
     def _patches(self, raw: Raw) -> tuple[int, int]:

@@ -202,6 +202,19 @@ def test_attention_written_out_is_torchs():
         assert torch.allclose(room._attend_plainly(q, k, v, attn_mask=given, dropout_p=0.0), expected, atol=1e-5)
 
 
+def test_scores_beyond_a_bound_are_never_held_at_once(monkeypatch):
+    ours, x = build(), torch.randn(2, 9, 32)
+    called = []
+    plainly = room._attend_plainly
+    monkeypatch.setattr(room, "_attend_plainly", lambda *args, **kwargs: called.append(1) or plainly(*args, **kwargs))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours(x)
+        assert len(called) == ours.depth
+        monkeypatch.setattr(room, "_PLAIN_SCORES", 2 * ours.blocks[0].attention.heads * 9 * 9 - 1)
+        ours(x)
+    assert len(called) == ours.depth
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_attention_drops_while_training_only(precision):
     ours = build(attention_dropout=0.5)
