@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,7 +108,9 @@ def _by_channel(raw: Raw, tokens: Tokens) -> Tensor:
 
 def _moments(tubes: Tensor) -> tuple[Tensor, Tensor]:
     """(B, N, pixels, C) -> mean and deviation of each channel, (B, N, 1, C)."""
-    deviation, mean = torch.std_mean(tubes, -2, keepdim=True)
+    mean = tubes.mean(-2, keepdim=True)
+    # torch's own deviation over this axis takes three times as long
+    deviation = torch.linalg.vector_norm(tubes - mean, dim=-2, keepdim=True) / math.sqrt(tubes.shape[-2] - 1)
     return mean, deviation + _EPS
 
 
