@@ -21,7 +21,7 @@ from mmssl.data.turns import Turns
 from mmssl.encoder import Encoders
 from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, cut_captions, label_of
 from mmssl.modalities import MODALITIES
-from mmssl.objectives import CODERS, LABELLED, OBJECTIVES, PAIRED
+from mmssl.objectives import CODERS, DRAWING, LABELLED, OBJECTIVES, PAIRED
 from mmssl.objectives.omni import Omni
 from mmssl.recipe import Recipe, RecipeError, apart, leaves, load, members, parse
 from mmssl.resolve import ENCODER, init_config, resolve
@@ -128,7 +128,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         run,
         encoder,
         config,
-        objective=objective if config["objective"]["name"] in (*LABELLED, *CODERS, *PAIRED) else None,
+        objective=objective if config["objective"]["name"] in (*LABELLED, *CODERS, *DRAWING, *PAIRED) else None,
     )
     train_loop(
         objective,

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -625,6 +626,52 @@ class Embedder:
         # in float64, so that the mean of the same is the same
         return torch.stack(parts).double().mean(0).float()
 
+    def reconstruct(
+        self,
+        inputs: Input | Sequence[Input],
+        *,
+        masked: Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None = None,
+        rate: float | None = None,
+        on_bad_clip: Literal["raise", "skip"] = "raise",
+    ) -> list[dict[str, Any] | None]:
+        """What a run of `mae` makes of each clip when it sees a part of it.
+
+        Args:
+            masked: bool, True = hidden from it, for each token of a clip in the shape of its grid or row by row, time
+                outermost: one array for all clips, or a list of one for each. By default as many are drawn as in
+                training, other ones in each clip and the same in each call.
+            inputs, rate, on_bad_clip: see `embed`.
+
+        Returns:
+            Of each clip "input", "masked" and "reconstruction", in which visible tokens show their own values:
+            (C, H, W), or (C, T, H, W) with "rate", frames a second; of sound spectrograms, low frequencies at the
+            bottom, and "sounds", the same names -> (samples,), with "rate", samples a second, where they can be heard;
+            and "note", what there is to say. None for a clip that was skipped.
+
+        Raises:
+            ValueError: this encoder was not trained so, or `masked` does not fit a clip.
+        """
+        objective, clips = self.objective, find_clips(inputs, self.config, self.encoder, rate=rate)
+        if not hasattr(objective, "reconstruct"):
+            raise ValueError(f"{self.name}: was trained to reconstruct nothing; take a run of mae, or use embed")
+        masks = masked if isinstance(masked, list | tuple) else [masked] * len(clips)
+        if len(masks) != len(clips):
+            raise ValueError(
+                f"masked: {len(masks)} masks for {len(clips)} clips; give one for each, or one array for all"
+            )
+        found: list[dict[str, Any] | None] = [None] * len(clips)
+
+        def compute(batch: Batch, places: list[int]) -> None:
+            (place,) = places
+            own = masks[place]
+            hidden = None if own is None else torch.as_tensor(own).reshape(1, -1)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                shown = objective.reconstruct(batch.to(self.device), masked=hidden)
+            found[place] = _first(shown)
+
+        self._run(clips, compute, 1, math.inf, on_bad_clip, progress=False)
+        return found
+
     def pool_name(self, pool: str | None, layers: Sequence[Layer]) -> str:
         """What `pool` of `embed` stands for."""
         if pool is not None:
@@ -689,7 +736,7 @@ class Embedder:
             if not self._head:
                 raise ValueError(
                     f"{self.name}: holds an encoder without the objective that trained it; those of fine-tuned runs, "
-                    "of vq_wav2vec and of several modalities are exported"
+                    "of mae, of vq_wav2vec and of several modalities are exported"
                 )
             objective = build_objective(self.config, self.encoder)
             # all but the encoder, which is loaded already
@@ -781,6 +828,16 @@ class Embedder:
                 count,
                 tokenizer.context,
             )
+
+
+def _first(shown: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `MAE.reconstruct` gives that of the first clip, on the CPU."""
+    found: dict[str, Any] = {}
+    for name, value in shown.items():
+        found[name] = _first(value) if isinstance(value, Mapping) else value
+        if isinstance(value, Tensor):
+            found[name] = value[0].float().cpu()
+    return found
 
 
 def _above(probabilities: Tensor, classes: Sequence[str], threshold: float) -> list[str]:

@@ -70,6 +70,13 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
 
 
 @pytest.fixture(scope="module")
+def painter(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
+    decoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    config = IMAGE | {"objective": {"name": "mae", "target": "pixels", **decoder}, "classes": None}
+    return load(exported(tmp_path_factory.mktemp("painter"), config, tuned=True))
+
+
+@pytest.fixture(scope="module")
 def waves() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.standard_normal(n).astype(np.float32) / 4 for n in (1600, 300, 2300, 900, 4000, 301, 120)]
@@ -602,3 +609,49 @@ def test_a_device_or_precision_that_is_not_there_is_refused(tmp_path: Path) -> N
         load(run, device="cude")
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         load(run, precision="float16")  # type: ignore[arg-type]
+
+
+def test_a_picture_is_reconstructed_where_the_user_hides_it(painter: Embedder) -> None:
+    pictures = np.random.default_rng(0).random((2, 1, 8, 8), dtype=np.float32)
+    hidden = np.array([[True, False], [False, False]])
+    first, second = painter.reconstruct(pictures, masked=hidden)
+    assert first is not None
+    assert second is not None
+    assert first["input"].numpy() == pytest.approx(pictures[0], abs=1e-6)
+    changed = (first["reconstruction"] != first["input"])[0]
+    assert changed[:4, :4].all()
+    assert not changed[4:].any()
+    assert not changed[:, 4:].any()
+    # what is hidden is not seen: other pixels there change nothing of what is made of them
+    other = pictures[0].copy()
+    other[:, :4, :4] = 0.5
+    (again,) = painter.reconstruct([other], masked=hidden.flatten())
+    assert again is not None
+    assert torch.allclose(again["reconstruction"], first["reconstruction"], atol=1e-6)
+    ((of_second, own),) = [painter.reconstruct(pictures, masked=[~hidden, hidden])]
+    assert own is not None
+    assert of_second is not None
+    assert torch.equal(own["reconstruction"], second["reconstruction"])
+    assert (of_second["reconstruction"] != of_second["input"])[0, 4:].all()
+
+
+def test_without_a_mask_one_is_drawn_and_always_the_same(painter: Embedder) -> None:
+    pictures = np.random.default_rng(0).random((3, 1, 8, 8), dtype=np.float32)
+    one, two = painter.reconstruct(pictures), painter.reconstruct(pictures)
+    for first, again in zip(one, two, strict=True):
+        assert first is not None
+        assert again is not None
+        assert torch.equal(first["masked"], again["masked"])
+        assert (first["masked"] == 0.5).reshape(2, 4, 2, 4).all(dim=3).all(dim=1).sum() == 3
+
+
+def test_a_mask_that_fits_no_clip_is_refused(painter: Embedder, image: Embedder) -> None:
+    pictures = np.zeros((2, 1, 8, 8), np.float32)
+    with pytest.raises(ValueError, match=r"masked is \(1, 9\) bool, but these clips have \(1, 4\) tokens"):
+        painter.reconstruct(pictures, masked=np.ones((3, 3), bool))
+    with pytest.raises(ValueError, match="masked hides all tokens of clip 0"):
+        painter.reconstruct(pictures, masked=np.ones((2, 2), bool))
+    with pytest.raises(ValueError, match="masked: 1 masks for 2 clips"):
+        painter.reconstruct(pictures, masked=[np.ones((2, 2), bool)])
+    with pytest.raises(ValueError, match="was trained to reconstruct nothing"):
+        image.reconstruct(pictures)

@@ -69,6 +69,8 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
 }
 # those whose own weights are exported beside the encoder's without labels: they give codes
 CODERS = ("vq_wav2vec",)
+# and those that show what they make of what is hidden
+DRAWING = [name for name, objective in OBJECTIVES.items() if hasattr(objective, "reconstruct")]
 # those that bring several modalities together, and take their `Encoders`
 PAIRED = [name for name, objective in OBJECTIVES.items() if getattr(objective, "pairs", False)]
 # those that tell the clips of a micro-batch apart, so that several have another loss than one

@@ -157,7 +157,7 @@ def export_encoder(
     All processes call it together, and the main one writes.
 
     Args:
-        objective: of a fine-tuned encoder, or one that gives codes; what it owns beside the encoder goes into
+        objective: of a fine-tuned encoder, or one that is used later too; what it owns beside the encoder goes into
             `objective.safetensors`.
     """
     encoder_tensors = _whole(encoder.state_dict(keep_vars=True))
