@@ -69,7 +69,8 @@ def load(path: str | Path, *, device: str = "auto", precision: Precision = "floa
     encoder.load_state_dict(source.encoder)
     # a name of the hub says more than the folder that it was put in
     name = str(source.folder if Path(path).exists() else path)
-    return Embedder(encoder, source.config, device=device, precision=precision, head=source.objective, name=name)
+    given: dict[str, Any] = {"device": device, "precision": precision, "name": name}
+    return Embedder(encoder, source.config, head=source.objective, left_out=source.left_out, **given)
 
 
 def read_weighting(path: str | Path) -> dict[int, float]:
@@ -99,9 +100,8 @@ def _numbers(layers: Sequence[Layer]) -> list[int]:
 def _only(raw: Raw, row: int) -> Raw:
     """One clip of a batch, without padding."""
     length = int(raw.lengths[row])
-    return Raw(
-        raw.data[row : row + 1].narrow(time_axis(raw), 0, length), raw.lengths[row : row + 1], [raw.ids[row]], raw.rate
-    )
+    one = raw.part(slice(row, row + 1))
+    return replace(one, data=one.data.narrow(time_axis(raw), 0, length))
 
 
 def _check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], place: str | Path) -> None:
@@ -135,6 +135,7 @@ class Embedder:
             were not exported.
         name: what protocols call it.
         joint: of one of several encoders, what it encodes -> (B, J), its clips in the space of all.
+        left_out: the head that it was fine-tuned with and comes without, and why, see `Exported`.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Embedder:
         head: Mapping[str, Tensor] | None = None,
         name: str = "encoder",
         joint: Callable[[Encoded], Tensor] | None = None,
+        left_out: str = "",
     ) -> None:
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision={precision!r}: choose float32 or bfloat16")
@@ -173,7 +175,9 @@ class Embedder:
         self.name = name
         self._head = head
         self._joint = joint
+        self._left_out = left_out
         self._objective: nn.Module | None = None
+        self._said_part = False
 
     @property
     def dim(self) -> int:
@@ -224,6 +228,16 @@ class Embedder:
         config, device = whole(self.config), str(self.device)
         return Embedder(self.encoder, config, device=device, precision=self.precision, name=self.name)
 
+    def clips(
+        self, inputs: Input | Sequence[Input], *, rate: float | None = None, window: float | None = None
+    ) -> Clips:
+        """The clips of inputs, none of them read yet, of an encoder of one modality.
+
+        Args:
+            inputs, rate, window: see `embed`; with windows clips are read whole.
+        """
+        return find_clips(inputs, self.config if window is None else whole(self.config), self.encoder, rate=rate)
+
     @overload
     def embed(
         self,
@@ -235,7 +249,7 @@ class Embedder:
         rate: float | None = ...,
         tokens: bool | Literal["steps"] = ...,
         window: float | None = ...,
-        overlap: float = ...,
+        overlap: float | None = ...,
         batch_size: int = ...,
         batch_seconds: float = ...,
         on_bad_clip: Literal["raise", "skip"] = ...,
@@ -253,7 +267,7 @@ class Embedder:
         rate: float | None = ...,
         tokens: bool | Literal["steps"] = ...,
         window: float | None = ...,
-        overlap: float = ...,
+        overlap: float | None = ...,
         batch_size: int = ...,
         batch_seconds: float = ...,
         on_bad_clip: Literal["raise", "skip"] = ...,
@@ -270,7 +284,7 @@ class Embedder:
         rate: float | None = None,
         tokens: bool | Literal["steps"] = True,
         window: float | None = None,
-        overlap: float = 1.0,
+        overlap: float | None = None,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
@@ -284,7 +298,7 @@ class Embedder:
                 such a tar; a manifest (.jsonl); an open binary file; an array or tensor: (L,) samples, (C, H, W) pixels
                 in [0, 1], or (C, T, H, W) of frames, or with one axis more several such clips. For an encoder of text a
                 string is a caption, unless it names a manifest or a .txt file with a caption in each line. Or what
-                `find_clips` makes of them.
+                `clips` makes of them.
             modality: what the inputs are, for an encoder of several.
             layer: -1 the encoder's output, after its final norm where it has one; 0 the input of the first block; i the
                 output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass. A
@@ -296,9 +310,11 @@ class Embedder:
             tokens: keep every token, not only the scenes; "steps" keeps one for each step of time, the mean over the
                 bands or patches of that step. Their times are in `Embeddings.time_ms`.
             window: seconds: sound and video that are longer are cut into windows of that length, so that what is
-                computed at a time does not grow with them. One that a window covers is embedded as without it. The
-                recording itself, and what is kept of it, must have room in memory.
-            overlap: seconds that two windows share; each gives the half nearer to its middle, see `encode_long`.
+                computed at a time does not grow with them. One that a window covers is embedded as without it. With
+                windows clips are read from beginning to end, also where this run's `augment.eval` reads but a part of
+                each. The recording itself, and what is kept of it, must have room in memory.
+            overlap: seconds that two windows share, by default a quarter of one and at most 1; each gives the half
+                nearer to its middle, see `encode_long`.
             batch_size: most clips computed at a time.
             batch_seconds: most seconds of sound computed at a time; a longer clip goes alone.
             on_bad_clip: "raise" stops at the first clip that cannot be read; "skip" goes on, and gives it a row of NaN
@@ -319,11 +335,10 @@ class Embedder:
             same |= {"batch_seconds": batch_seconds, "on_bad_clip": on_bad_clip, "window": window, "overlap": overlap}
             return one.embed(inputs, layer=layer, pool=pool, **same)
         layers = self._layers(layer)
-        clips = inputs if isinstance(inputs, Clips) else find_clips(inputs, self.config, self.encoder, rate=rate)
+        pooled, cut = self._pool(pool, layers), self._cut(window, overlap, batch_size, batch_seconds)
+        _check_run(batch_size, batch_seconds, on_bad_clip)
+        clips = inputs if isinstance(inputs, Clips) else self.clips(inputs, rate=rate, window=window)
         gathered = [_Gathered(len(clips), keep=bool(tokens)) for _ in layers]
-
-        pooled = self._pool(pool, layers)
-        cut = self._cut(window, overlap, batch_size, batch_seconds)
 
         def compute(batch: Batch, places: list[int]) -> None:
             self._embed(batch, layers, pooled, tokens, cut, places, gathered)
@@ -344,7 +359,7 @@ class Embedder:
         pool: str | None = None,
         tokens: bool | Literal["steps"] = False,
         window: float | None = None,
-        overlap: float = 1.0,
+        overlap: float | None = None,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
@@ -362,9 +377,8 @@ class Embedder:
             One `Embeddings` a layer, of the clips that come next. Scenes have no width where none of them can be read.
         """
         asked = self._layers(layers)
-        clips = inputs if isinstance(inputs, Clips) else find_clips(inputs, self.config, self.encoder, rate=None)
-        pooled = self._pool(pool, asked)
-        cut = self._cut(window, overlap, batch_size, batch_seconds)
+        pooled, cut = self._pool(pool, asked), self._cut(window, overlap, batch_size, batch_seconds)
+        clips = inputs if isinstance(inputs, Clips) else self.clips(inputs, window=window)
         gathered: list[_Gathered] = []
         first = 0
 
@@ -383,7 +397,29 @@ class Embedder:
             del ahead  # and with it the clips themselves, before whoever asked goes on
             yield [into.result(names, bad) for into in gathered]
 
-    def _cut(self, window: float | None, overlap: float, batch_size: int, batch_seconds: float) -> Windows | None:
+    def check(
+        self,
+        *,
+        layers: Sequence[Layer],
+        pool: str | None,
+        window: float | None,
+        overlap: float | None,
+        batch_size: int,
+        batch_seconds: float,
+        on_bad_clip: str,
+    ) -> None:
+        """See that clips can be embedded with these settings of `stream`, as far as no clip is needed to tell.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        self._pool(pool, self._layers(layers))
+        self._cut(window, overlap, batch_size, batch_seconds)
+        _check_run(batch_size, batch_seconds, on_bad_clip)
+
+    def _cut(
+        self, window: float | None, overlap: float | None, batch_size: int, batch_seconds: float
+    ) -> Windows | None:
         if window is None:
             return None
         rate = self.encoder.frontend.reader_settings.get("rate")
@@ -401,13 +437,15 @@ class Embedder:
     ) -> None:
         """Compute a batch, and put each layer of it where it belongs."""
         raw = batch.raw
+        self._say_part(raw)
         if cut is not None and int(raw.lengths.max()) > cut.length:
             # such clips seldom share a batch: each alone
-            done = [([place], self._encode_one(_only(raw, row), layers, cut)) for row, place in enumerate(places)]
+            each = [(place, _only(raw, row)) for row, place in enumerate(places)]
+            done = [([place], one, self._encode_one(one, layers, cut)) for place, one in each]
         else:
-            done = [(places, self._encode(raw, layers))]
-        for rows, (given, encoded, found) in done:
-            lengths, times = given.lengths, self._times(given) if tokens else None
+            done = [(places, raw, self._encode(raw, layers))]
+        for rows, part, (given, encoded, found) in done:
+            lengths, times = given.lengths, self._times(given, part.starts) if tokens else None
             for x, into in zip(found, gathered, strict=True):
                 kept, scene = x[:, encoded.n_prefix :], pool(x, encoded, given)
                 if tokens == "steps":
@@ -499,7 +537,7 @@ class Embedder:
             name -> reason of the clips that could not be read, which `see` never gets.
         """
         asked = self.of()._layers(layers)
-        clips = find_clips(inputs, self.config, self.encoder, rate=None)
+        clips = self.clips(inputs)
 
         def compute(batch: Batch, places: list[int]) -> None:
             raw = batch.raw.to(self.device)
@@ -555,7 +593,7 @@ class Embedder:
         if lm is not None and vocabulary is not None:
             width = {} if beam is None else {"beam": beam}
             words = WordBeam(lm, vocabulary.symbols, lm_weight=lm_weight, word_score=word_score, **width)
-        clips = find_clips(inputs, self.config, self.encoder, rate=rate)
+        clips = self.clips(inputs, rate=rate)
         said: list[str | list[str] | None] = [None] * len(clips)
 
         def compute(batch: Batch, places: list[int]) -> None:
@@ -651,7 +689,7 @@ class Embedder:
         Raises:
             ValueError: this encoder was not trained so, or `masked` does not fit a clip.
         """
-        objective, clips = self.objective, find_clips(inputs, self.config, self.encoder, rate=rate)
+        objective, clips = self.objective, self.clips(inputs, rate=rate)
         if not hasattr(objective, "reconstruct"):
             raise ValueError(f"{self.name}: was trained to reconstruct nothing; take a run of mae, or use embed")
         masks = masked if isinstance(masked, list | tuple) else [masked] * len(clips)
@@ -718,6 +756,11 @@ class Embedder:
         return asked
 
     def _fine_tuned(self) -> Any:
+        if self._left_out:
+            raise ValueError(
+                f"{self.name}: its head was left out when it was read ({self._left_out}), so there is nothing to "
+                "predict with; `mmssl finetune` it with labels, or use embed"
+            )
         if not self._head or (self.config.get("classes") is None and self.config.get("vocabulary") is None):
             raise ValueError(
                 f"{self.name}: was pretrained and not fine-tuned, so there is nothing to predict with; "
@@ -746,11 +789,27 @@ class Embedder:
             self._objective = objective.eval().requires_grad_(False).to(self.device)
         return self._objective
 
-    def _times(self, tokens: Tokens) -> Tensor | None:
-        """(B, N): the middle of what each token sees, in milliseconds."""
+    def _times(self, tokens: Tokens, starts: Tensor | None) -> Tensor | None:
+        """(B, N): the middle of what each token sees, in milliseconds of its clip; for `starts` see `Raw`."""
         if tokens.step_ms is None or tokens.span_ms is None:
             return None
-        return tokens.coords[..., tokens.axes.index("t")] * tokens.step_ms + tokens.span_ms / 2
+        times = tokens.coords[..., tokens.axes.index("t")].cpu() * tokens.step_ms + tokens.span_ms / 2
+        return times if starts is None else (times + 1000 * starts[:, None]).float()
+
+    def _say_part(self, raw: Raw) -> None:
+        """Say once that clips are not read whole."""
+        if self._said_part or raw.starts is None or raw.rate is None:
+            return
+        self._said_part = True
+        # a clip of which a part was read is as long as that part may be
+        row = int(raw.lengths.argmax())
+        log.warning(
+            "%s: only the %.3g s from %.5g s on are read, as this run's augment.eval says (said once for all such "
+            "clips); window= (--window) reads and embeds all of a clip",
+            raw.ids[row],
+            int(raw.lengths[row]) / raw.rate,
+            float(raw.starts[row]),
+        )
 
     def _run(
         self,
@@ -794,10 +853,7 @@ class Embedder:
             places: of the clips; all by default.
             begin: called with each window before it is computed.
         """
-        if batch_size < 1 or batch_seconds <= 0:
-            raise ValueError(f"batch_size={batch_size}, batch_seconds={batch_seconds}: both must be above 0")
-        if on_bad_clip not in ("raise", "skip"):
-            raise ValueError(f"on_bad_clip={on_bad_clip!r}: choose raise or skip")
+        _check_run(batch_size, batch_seconds, on_bad_clip)
         count = len(clips) if places is None else len(places)
         tokenizer = clips.frontend.reader_settings.get("tokenizer")
         before = 0 if tokenizer is None else tokenizer.cut
@@ -838,6 +894,13 @@ def _first(shown: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Tensor):
             found[name] = value[0].float().cpu()
     return found
+
+
+def _check_run(batch_size: int, batch_seconds: float, on_bad_clip: str) -> None:
+    if batch_size < 1 or batch_seconds <= 0:
+        raise ValueError(f"batch_size={batch_size}, batch_seconds={batch_seconds}: both must be above 0")
+    if on_bad_clip not in ("raise", "skip"):
+        raise ValueError(f"on_bad_clip={on_bad_clip!r}: choose raise or skip")
 
 
 def _above(probabilities: Tensor, classes: Sequence[str], threshold: float) -> list[str]:

@@ -1,14 +1,18 @@
 """Long recordings in windows: as if they had been encoded at once, as far as an encoder looks."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from mmssl import hear
-from mmssl.build import build_encoder
+from mmssl.build import build_encoder, build_encoders
+from mmssl.data.manifest import write_manifest
 from mmssl.embed import Embedder
+from mmssl.training.checkpoint import export_encoder
 from mmssl.types import Embeddings
 
 # one token every 80 samples, 10 ms, of 85; positions by a convolution that sees 8 tokens; nothing measured over a clip
@@ -67,6 +71,16 @@ def test_a_clip_that_a_window_covers_is_embedded_as_without_it(config: dict[str,
     whole, found = (embedder(config).embed(clip(config, 2.0), **given) for given in ({}, {"window": 2.0}))
     assert torch.equal(found.tokens, whole.tokens)
     assert torch.equal(found.scene, whole.scene)
+
+
+@pytest.mark.parametrize("config", [SPEECH, AUDIO, VIDEO], ids=lambda config: config["modality"])
+@pytest.mark.parametrize(("window", "overlap"), [(1.0, 0.25), (4.0, 1.0), (8.0, 1.0)])
+def test_windows_share_a_quarter_of_one_and_at_most_a_second(
+    config: dict[str, Any], window: float, overlap: float
+) -> None:
+    long = clip(config, 10.0)
+    found, said = (embedder(config).embed(long, window=window, **given) for given in ({}, {"overlap": overlap}))
+    assert torch.equal(found.tokens, said.tokens)
 
 
 @pytest.mark.parametrize("config", [SPEECH, AUDIO, VIDEO], ids=lambda config: config["modality"])
@@ -159,6 +173,60 @@ def test_pictures_have_neither_windows_nor_steps() -> None:
         hear.Model(model)
 
 
+# the middle second of three
+PARTS = {
+    "crop": {**SPEECH, "augment_eval": [{"name": "center_crop", "seconds": 1.0}]},
+    "crops": {**AUDIO, "augment_eval": [{"name": "center_crop", "seconds": second} for second in (2.0, 1.0)]},
+    "span": {**AUDIO, "augment_eval": [{"name": "center_span", "seconds": 1.0}]},
+    "both": {
+        **SPEECH,
+        "augment_eval": [{"name": "center_span", "seconds": 2.0}, {"name": "center_crop", "seconds": 1.0}],
+    },
+    "frames": {**VIDEO, "augment_eval": [{"name": "center_span", "frames": 8}]},
+}
+
+
+@pytest.mark.parametrize("config", PARTS.values(), ids=PARTS)
+def test_times_of_a_part_are_those_of_the_clip(config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model, long, short = embedder(config), clip(config, 3.0), clip(config, 1.0)
+    assert model.embed(short).time_ms is not None
+    assert not caplog.messages
+    found, again = model.embed([long, short]), model.embed(long, tokens="steps")
+    assert found.time_ms is not None
+    assert again.time_ms is not None
+    assert found.time_ms[0].tolist() == pytest.approx((1000 + found.time_ms[1]).tolist())
+    assert again.time_ms[0].tolist() == pytest.approx(found.time_ms[0].unique().tolist())
+    [said] = caplog.messages
+    assert "input 0: only the 1 s from 1 s on are read" in said
+
+
+@pytest.mark.parametrize("config", PARTS.values(), ids=PARTS)
+def test_windows_are_of_all_of_a_clip_also_where_a_part_is_read_without_them(
+    config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    given: dict[str, Any] = {"window": 1.0, "overlap": 0.5}
+    long, whole = clip(config, 3.0), {**config, "augment_eval": []}
+    same(embedder(config).embed(long, **given), embedder(whole).embed(long, **given))
+    [[streamed]] = embedder(config).stream(long, tokens=True, **given)
+    same(streamed, embedder(whole).embed(long, **given))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("step", [{"name": "center_crop"}, {"name": "center_span"}], ids=lambda step: step["name"])
+def test_a_part_of_a_row_of_a_manifest_has_the_times_of_that_row(step: dict[str, Any], tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", clip(SPEECH, 4.0).numpy() / 8, 8000)
+    row = {"id": "a", "audio": str(tmp_path / "a.wav"), "start": 1.0, "duration": 3.0, "seconds": 3.0}
+    write_manifest(tmp_path / "m.jsonl", [row])
+    model = embedder({**SPEECH, "augment_eval": [{**step, "seconds": 1.0}]})
+    found, alone = model.embed(tmp_path / "m.jsonl"), model.embed(clip(SPEECH, 1.0))
+    assert found.time_ms is not None
+    assert alone.time_ms is not None
+    assert found.time_ms[0].tolist() == pytest.approx((1000 + alone.time_ms[0]).tolist())
+    file = model.embed(tmp_path / "a.wav").time_ms
+    assert file is not None
+    assert file[0].tolist() == pytest.approx((1500 + alone.time_ms[0]).tolist())
+
+
 @pytest.mark.parametrize("config", [SPEECH, AUDIO], ids=lambda config: config["modality"])
 def test_hear_gets_one_scene_and_evenly_spaced_timestamps(config: dict[str, Any]) -> None:
     model = hear.Model(embedder(config))
@@ -174,3 +242,15 @@ def test_hear_gets_one_scene_and_evenly_spaced_timestamps(config: dict[str, Any]
     # a run that reads the middle of a clip is measured on all of it
     middle = {**config, "augment_eval": [{"name": "center_crop", "seconds": 0.5}]}
     assert torch.equal(hear.get_timestamp_embeddings(audio, hear.Model(embedder(middle)))[1], times)
+
+
+def test_hear_measures_one_encoder_of_several(tmp_path: Path) -> None:
+    own = {name: {**one, "augment_eval": []} for name, one in (("speech", SPEECH), ("audio", AUDIO))}
+    config = {**SPEECH, "modality": own, "backbone": "separate", "objective": None, "classes": None, "vocabulary": None}
+    export_encoder(tmp_path, build_encoders(config), config)
+    wave = clip(SPEECH, 1.0)
+    for name, step in (("speech", 10.0), ("audio", 80.0)):
+        _, times = hear.get_timestamp_embeddings(wave[None], hear.load_model(str(tmp_path), modality=name))
+        assert times.diff(dim=1).numpy() == pytest.approx(step)
+    with pytest.raises(ValueError, match="has encoders of speech and audio; say which, by modality"):
+        hear.load_model(str(tmp_path))
