@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from mmssl.data.batching import collate_samples
-from mmssl.data.dataset import ManifestDataset, Sample
+from mmssl.data.dataset import ManifestDataset, Sample, begins
 from mmssl.data.manifest import Manifest, Row, read_slice
 from mmssl.data.scan import tar_members, walk
 from mmssl.data.units import check_units
 from mmssl.encoder import Encoder
 from mmssl.files import refuse_special
-from mmssl.loading import Span, build_augment, build_reader, build_span, clips_of
+from mmssl.loading import Span, build_augment, build_cut, build_reader, build_span, clips_of
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Modality
 from mmssl.modalities.speech.reader import resample, samples_of
@@ -46,7 +46,8 @@ class Member(NamedTuple):
     size: int
 
 
-Part: TypeAlias = ManifestDataset | str | Member | tuple[str, Callable[[], Tensor]]
+Read: TypeAlias = tuple[Tensor, float | None]  # a clip, and where in it that begins, see `Sample.starts`
+Part: TypeAlias = ManifestDataset | str | Member | tuple[str, Callable[[], Read]]
 # Clips are read in windows, sorted by length within, and embedded in groups. Windows start small, so that the model
 # has something to do soon, and double up to so many groups, or so many values whichever comes first. From where they
 # are that large, one begins at each multiple of it, so that whoever reads from such a place on reads the same windows.
@@ -85,15 +86,26 @@ def find_clips(
     augment = build_augment(config["augment_eval"], modality, frontend)
     read = build_reader(modality, frontend)
     span = build_span(config["augment_eval"], modality, frontend)
-    span = None if span is None else partial(span, rng=np.random.default_rng(0))
-    read_part = read if span is None else partial(read, span=span)
+    cut = build_cut(config["augment_eval"], modality, frontend)
     settings = frontend.reader_settings
 
-    def ready(make: Callable[..., Tensor], *given: Any) -> Tensor:
-        # nothing that is done for evaluation is random; the augmentations take a generator all the same
-        return augment(make(*given), np.random.default_rng(0))
+    def ready(make: Callable[..., Tensor], *given: Any) -> Read:
+        # nothing that is done for evaluation is random; spans and augmentations take a generator all the same
+        start: float | None = None
 
-    clips = Clips(modality, frontend, partial(ready, read_part))
+        def choose(seconds: float) -> tuple[float, float]:
+            nonlocal start
+            assert span is not None
+            begin, duration = span(seconds, rng=np.random.default_rng(0))
+            start = begin if duration < seconds else None
+            return begin, duration
+
+        x = make(*given) if span is None else make(*given, span=choose)
+        if cut is not None:
+            start = begins(start, x, cut, settings["rate"])
+        return augment(x, np.random.default_rng(0)), start
+
+    clips = Clips(modality, frontend, partial(ready, read))
     for place, item in enumerate(listed):
         if isinstance(item, Manifest) or (isinstance(item, (str, Path)) and str(item).endswith(".jsonl")):
             manifest = item if isinstance(item, Manifest) else Manifest(item)
@@ -121,16 +133,16 @@ def find_clips(
             for i, clip in enumerate(batch):
                 name = f"input {place}" if len(batch) == 1 else f"input {place}.{i}"
                 if kind.media == "audio":
-                    clips.add((name, partial(ready, _wave, clip, name, rate, settings["rate"], span)))
+                    clips.add((name, partial(ready, _wave, clip, name, rate, settings["rate"])))
                 elif kind.media == "codes":
                     clips.add((name, partial(ready, _codes, clip, name, settings["codes"])))
                 elif kind.media == "video":
-                    frames = partial(frames_of, own_rate=rate or settings["rate"], rate=settings["rate"], span=span)
-                    clips.add((name, partial(ready, _picture, clip, name, settings["channels"], frames)))
+                    rates = rate or settings["rate"], settings["rate"]
+                    clips.add((name, partial(ready, _film, clip, name, settings["channels"], *rates)))
                 else:
                     clips.add((name, partial(ready, _picture, clip, name, settings["channels"])))
         elif hasattr(item, "read"):
-            clips.add((str(getattr(item, "name", f"input {place}")), partial(ready, read_part, item)))
+            clips.add((str(getattr(item, "name", f"input {place}")), partial(ready, read, item)))
         else:
             raise ValueError(f"input {place}: {type(item).__name__} is none of {KINDS}")
     if not len(clips):
@@ -211,10 +223,10 @@ class Clips:
     A manifest stays a manifest: its rows are not listed. Of a file no more is kept than its path.
 
     Args:
-        read_file: a path or a binary file to a clip that is fit for the frontend.
+        read_file: a path or a binary file to a clip that is fit for the frontend, and where in it that begins.
     """
 
-    def __init__(self, modality: str, frontend: Frontend, read_file: Callable[[str | BinaryIO], Tensor]) -> None:
+    def __init__(self, modality: str, frontend: Frontend, read_file: Callable[[str | BinaryIO], Read]) -> None:
         self.modality = modality
         self.frontend = frontend
         self.read_file = read_file
@@ -271,10 +283,11 @@ class Clips:
                 sample = part.read(row, 0)
             else:
                 if isinstance(part, Member):
-                    clip = self.read_file(read_slice(part.tar, part.offset, part.size))
+                    clip, start = self.read_file(read_slice(part.tar, part.offset, part.size))
                 else:
-                    clip = self.read_file(part) if isinstance(part, str) else part[1]()
-                sample = Sample(name, {self.modality: clip}, {self.modality: self.rate}, None, 0)
+                    clip, start = self.read_file(part) if isinstance(part, str) else part[1]()
+                starts = {} if start is None else {self.modality: start}
+                sample = Sample(name, {self.modality: clip}, {self.modality: self.rate}, None, 0, starts=starts)
             if self._change is not None:
                 sample = replace(sample, inputs={key: self._change(x, name) for key, x in sample.inputs.items()})
             self._try(sample)
@@ -368,7 +381,7 @@ def groups(items: Sequence[Item], batch_size: int, batch_seconds: float) -> Iter
         yield group
 
 
-def _refuse(error: BadClip) -> Tensor:
+def _refuse(error: BadClip) -> Read:
     raise error
 
 
@@ -437,7 +450,7 @@ def _split(array: np.ndarray | Tensor, name: str, media: str, shortest: int) -> 
     return [x] if x.ndim == axes else list(x)
 
 
-def _wave(x: Tensor, name: str, rate: float | None, own_rate: float, span: Span | None) -> Tensor:
+def _wave(x: Tensor, name: str, rate: float | None, own_rate: float, span: Span | None = None) -> Tensor:
     """Samples as a reader would give them."""
     rate = own_rate if rate is None else rate
     if span is not None and len(x):
@@ -462,6 +475,11 @@ def _codes(x: Tensor, name: str, codes: Sequence[int]) -> Tensor:
     except ValueError as error:
         raise BadClip(name, str(error)) from None
     return x
+
+
+def _film(x: Tensor, name: str, channels: int, own_rate: float, rate: float, span: Span | None = None) -> Tensor:
+    """Frames as a reader would give them."""
+    return _picture(x, name, channels, partial(frames_of, own_rate=own_rate, rate=rate, span=span))
 
 
 def _picture(x: Tensor, name: str, channels: int, frames: Callable[[int], Tensor] | None = None) -> Tensor:

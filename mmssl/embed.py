@@ -98,9 +98,8 @@ def _numbers(layers: Sequence[Layer]) -> list[int]:
 def _only(raw: Raw, row: int) -> Raw:
     """One clip of a batch, without padding."""
     length = int(raw.lengths[row])
-    return Raw(
-        raw.data[row : row + 1].narrow(time_axis(raw), 0, length), raw.lengths[row : row + 1], [raw.ids[row]], raw.rate
-    )
+    one = raw.part(slice(row, row + 1))
+    return replace(one, data=one.data.narrow(time_axis(raw), 0, length))
 
 
 def _check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], place: str | Path) -> None:
@@ -173,6 +172,7 @@ class Embedder:
         self._head = head
         self._joint = joint
         self._objective: nn.Module | None = None
+        self._said_part = False
 
     @property
     def dim(self) -> int:
@@ -222,6 +222,16 @@ class Embedder:
         """The same of one modality, without the steps of evaluation that change how long a clip is."""
         config, device = whole(self.config), str(self.device)
         return Embedder(self.encoder, config, device=device, precision=self.precision, name=self.name)
+
+    def clips(
+        self, inputs: Input | Sequence[Input], *, rate: float | None = None, window: float | None = None
+    ) -> Clips:
+        """The clips of inputs, none of them read yet, of an encoder of one modality.
+
+        Args:
+            inputs, rate, window: see `embed`; with windows clips are read whole.
+        """
+        return find_clips(inputs, self.config if window is None else whole(self.config), self.encoder, rate=rate)
 
     @overload
     def embed(
@@ -283,7 +293,7 @@ class Embedder:
                 such a tar; a manifest (.jsonl); an open binary file; an array or tensor: (L,) samples, (C, H, W) pixels
                 in [0, 1], or (C, T, H, W) of frames, or with one axis more several such clips. For an encoder of text a
                 string is a caption, unless it names a manifest or a .txt file with a caption in each line. Or what
-                `find_clips` makes of them.
+                `clips` makes of them.
             modality: what the inputs are, for an encoder of several.
             layer: -1 the encoder's output, after its final norm where it has one; 0 the input of the first block; i the
                 output of block i, without the final norm; several of them, or "all" (0 to `depth`), in one pass. A
@@ -295,8 +305,9 @@ class Embedder:
             tokens: keep every token, not only the scenes; "steps" keeps one for each step of time, the mean over the
                 bands or patches of that step. Their times are in `Embeddings.time_ms`.
             window: seconds: sound and video that are longer are cut into windows of that length, so that what is
-                computed at a time does not grow with them. One that a window covers is embedded as without it. The
-                recording itself, and what is kept of it, must have room in memory.
+                computed at a time does not grow with them. One that a window covers is embedded as without it. With
+                windows clips are read from beginning to end, also where this run's `augment.eval` reads but a part of
+                each. The recording itself, and what is kept of it, must have room in memory.
             overlap: seconds that two windows share; each gives the half nearer to its middle, see `encode_long`.
             batch_size: most clips computed at a time.
             batch_seconds: most seconds of sound computed at a time; a longer clip goes alone.
@@ -318,7 +329,7 @@ class Embedder:
             same |= {"batch_seconds": batch_seconds, "on_bad_clip": on_bad_clip, "window": window, "overlap": overlap}
             return one.embed(inputs, layer=layer, pool=pool, **same)
         layers = self._layers(layer)
-        clips = inputs if isinstance(inputs, Clips) else find_clips(inputs, self.config, self.encoder, rate=rate)
+        clips = inputs if isinstance(inputs, Clips) else self.clips(inputs, rate=rate, window=window)
         gathered = [_Gathered(len(clips), keep=bool(tokens)) for _ in layers]
 
         pooled = self._pool(pool, layers)
@@ -361,7 +372,7 @@ class Embedder:
             One `Embeddings` a layer, of the clips that come next. Scenes have no width where none of them can be read.
         """
         asked = self._layers(layers)
-        clips = inputs if isinstance(inputs, Clips) else find_clips(inputs, self.config, self.encoder, rate=None)
+        clips = inputs if isinstance(inputs, Clips) else self.clips(inputs, window=window)
         pooled = self._pool(pool, asked)
         cut = self._cut(window, overlap, batch_size, batch_seconds)
         gathered: list[_Gathered] = []
@@ -400,13 +411,15 @@ class Embedder:
     ) -> None:
         """Compute a batch, and put each layer of it where it belongs."""
         raw = batch.raw
+        self._say_part(raw)
         if cut is not None and int(raw.lengths.max()) > cut.length:
             # such clips seldom share a batch: each alone
-            done = [([place], self._encode_one(_only(raw, row), layers, cut)) for row, place in enumerate(places)]
+            each = [(place, _only(raw, row)) for row, place in enumerate(places)]
+            done = [([place], one, self._encode_one(one, layers, cut)) for place, one in each]
         else:
-            done = [(places, self._encode(raw, layers))]
-        for rows, (given, encoded, found) in done:
-            lengths, times = given.lengths, self._times(given) if tokens else None
+            done = [(places, raw, self._encode(raw, layers))]
+        for rows, part, (given, encoded, found) in done:
+            lengths, times = given.lengths, self._times(given, part.starts) if tokens else None
             for x, into in zip(found, gathered, strict=True):
                 kept, scene = x[:, encoded.n_prefix :], pool(x, encoded, given)
                 if tokens == "steps":
@@ -498,7 +511,7 @@ class Embedder:
             name -> reason of the clips that could not be read, which `see` never gets.
         """
         asked = self.of()._layers(layers)
-        clips = find_clips(inputs, self.config, self.encoder, rate=None)
+        clips = self.clips(inputs)
 
         def compute(batch: Batch, places: list[int]) -> None:
             raw = batch.raw.to(self.device)
@@ -554,7 +567,7 @@ class Embedder:
         if lm is not None and vocabulary is not None:
             width = {} if beam is None else {"beam": beam}
             words = WordBeam(lm, vocabulary.symbols, lm_weight=lm_weight, word_score=word_score, **width)
-        clips = find_clips(inputs, self.config, self.encoder, rate=rate)
+        clips = self.clips(inputs, rate=rate)
         said: list[str | list[str] | None] = [None] * len(clips)
 
         def compute(batch: Batch, places: list[int]) -> None:
@@ -699,11 +712,27 @@ class Embedder:
             self._objective = objective.eval().requires_grad_(False).to(self.device)
         return self._objective
 
-    def _times(self, tokens: Tokens) -> Tensor | None:
-        """(B, N): the middle of what each token sees, in milliseconds."""
+    def _times(self, tokens: Tokens, starts: Tensor | None) -> Tensor | None:
+        """(B, N): the middle of what each token sees, in milliseconds of its clip; for `starts` see `Raw`."""
         if tokens.step_ms is None or tokens.span_ms is None:
             return None
-        return tokens.coords[..., tokens.axes.index("t")] * tokens.step_ms + tokens.span_ms / 2
+        times = tokens.coords[..., tokens.axes.index("t")].cpu() * tokens.step_ms + tokens.span_ms / 2
+        return times if starts is None else (times + 1000 * starts[:, None]).float()
+
+    def _say_part(self, raw: Raw) -> None:
+        """Say once that clips are not read whole."""
+        if self._said_part or raw.starts is None or raw.rate is None:
+            return
+        self._said_part = True
+        # a clip of which a part was read is as long as that part may be
+        row = int(raw.lengths.argmax())
+        log.warning(
+            "%s: only the %.3g s from %.5g s on are read, as this run's augment.eval says (said once for all such "
+            "clips); window= (--window) reads and embeds all of a clip",
+            raw.ids[row],
+            int(raw.lengths[row]) / raw.rate,
+            float(raw.starts[row]),
+        )
 
     def _run(
         self,

@@ -79,6 +79,13 @@ def build_augment(steps: Sequence[Mapping[str, Any]], modality: str, frontend: F
     return Augment(tuple(_step(table, step, given) for step in steps if step["name"] in table))
 
 
+def build_cut(steps: Sequence[Mapping[str, Any]], modality: str, frontend: Frontend) -> Cut | None:
+    """What the same steps leave of a clip, in units along time; None where they leave all of it."""
+    table, given = MODALITIES[modality].cuts, frontend.reader_settings
+    parts = tuple(_step(table, step, given) for step in steps if step["name"] in table)
+    return Cut(parts) if parts else None
+
+
 def build_span(steps: Sequence[Mapping[str, Any]], modality: str, frontend: Frontend) -> Span | None:
     """Which part of a clip is to be read, (seconds, rng=generator) -> (start, duration); None for all."""
     table, given = MODALITIES[modality].spans, frontend.reader_settings
@@ -115,6 +122,20 @@ class Augment:
         return x
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Crops along time, one after the other: of so many units those that stay."""
+
+    parts: tuple[Callable[[int], slice], ...]
+
+    def __call__(self, length: int) -> slice:
+        first, stop = 0, length
+        for part in self.parts:
+            kept = part(stop - first)
+            first, stop = first + kept.start, first + kept.stop
+        return slice(first, stop)
+
+
 def clips_of(
     manifest: Manifest,
     frontends: Mapping[str, Frontend],
@@ -130,6 +151,7 @@ def clips_of(
     # the longest first: the others are drawn within it
     order = sorted(frontends, key=lambda name: -_span_extent(steps[name], name, frontends[name]))
     spans = {name: build_span(steps[name], name, frontends[name]) for name in order}
+    cuts = {name: build_cut(steps[name], name, frontend) for name, frontend in frontends.items()}
     return ManifestDataset(
         manifest,
         media={name: MODALITIES[name].media for name in frontends},
@@ -137,6 +159,7 @@ def clips_of(
         hints={name: MODALITIES[name].hints for name in frontends},
         spans={name: span for name, span in spans.items() if span is not None},
         augments={name: build_augment(steps[name], name, frontend) for name, frontend in frontends.items()},
+        cuts={name: cut for name, cut in cuts.items() if cut is not None},
         rates={name: frontend.reader_settings.get("rate") for name, frontend in frontends.items()},
         **settings,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mmssl.clips import WINDOW_GROUPS, find_clips
+from mmssl.clips import WINDOW_GROUPS
 from mmssl.embed import Precision, load
 from mmssl.progress import bar
 from mmssl.store import Spread, write_parts
@@ -111,7 +111,7 @@ class _Worker:
     ) -> None:
         os.chdir(here)  # names of clips are as they were given
         self.embedder = load(model, device=device, precision=precision).of(modality)
-        self.clips = find_clips(inputs, self.embedder.config, self.embedder.encoder, rate=None)
+        self.clips = self.embedder.clips(inputs, window=settings["window"])
         self.folder, self.settings = Path(folder), settings
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmssl.clips import find_clips, rows_of
+from mmssl.clips import rows_of
 from mmssl.data.manifest import Manifest
 from mmssl.embed import Embedder, load
 from mmssl.evaluation.knn import knn_predict
@@ -443,7 +443,7 @@ def _embedded(
     near = _neighbors(scenes[-1])
     shown = _shown(len(labels))
     first = [place for one in shown for place in (one, *(other for other, _ in near[one]))]
-    media = thumbnails(find_clips(manifest, embedder.config, embedder.encoder, rate=None), first)
+    media = thumbnails(embedder.clips(manifest), first)
     clips = [
         {
             "name": row["id"],

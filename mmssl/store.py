@@ -22,7 +22,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from mmssl.clips import Clips, Input, find_clips
+from mmssl.clips import Clips, Input
 from mmssl.data.manifest import Row
 from mmssl.embed import NOT_FINITE, Embedder, Layer
 from mmssl.files import alone
@@ -114,7 +114,7 @@ def write_embeddings(
     if not 1 <= number <= of:
         raise ValueError(f"part={number}/{of}: counts from 1 to the number of processes")
     whole, embedder = embedder, embedder.of(modality)
-    clips = find_clips(inputs, embedder.config, embedder.encoder, rate=None)
+    clips = embedder.clips(inputs, window=window)
     digest = whole.digest()
     job = {
         "clips": len(clips),

@@ -43,6 +43,8 @@ class Raw:
     rate: units along time per second, where there is a time.
     seeds: (B,) int64 on the CPU, from which a frontend draws what it does to clips in training; None where it is to do
         nothing to them.
+    starts: (B,) float64 on the CPU, the second of each clip at which what was read of it begins; None where all of them
+        were read whole.
     """
 
     data: Tensor
@@ -50,6 +52,7 @@ class Raw:
     ids: list[str]
     rate: float | None = None
     seeds: Tensor | None = None
+    starts: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Raw:
         """The same batch with its data on `device`; lengths stay on the CPU."""
@@ -58,7 +61,8 @@ class Raw:
     def part(self, rows: slice) -> Raw:
         """Some of the clips."""
         seeds = None if self.seeds is None else self.seeds[rows]
-        return replace(self, data=self.data[rows], lengths=self.lengths[rows], ids=self.ids[rows], seeds=seeds)
+        starts = None if self.starts is None else self.starts[rows]
+        return Raw(self.data[rows], self.lengths[rows], self.ids[rows], self.rate, seeds, starts)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -233,7 +237,8 @@ class Embeddings:
     scene: (B, E), one vector a clip; NaN for a clip that could not be read.
     tokens: (B, N, D), zero past each length; N is 0 where they were not kept.
     valid: (B, N) bool.
-    time_ms: (B, N) the middle of each token in milliseconds, zero past each length; None where there is no time.
+    time_ms: (B, N) the middle of each token in milliseconds from the beginning of its clip, zero past each length; None
+        where there is no time.
     ids: what each clip is called: its path, its manifest row's id, or "input" and its place.
     bad: id -> reason, of the clips that could not be read.
     """

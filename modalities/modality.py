@@ -37,6 +37,8 @@ class Modality:
     frontends, augments, targets: what a recipe may name.
     durations: of the augmentations and spans that change how long a clip is: (clips,) seconds, and their settings ->
         the same afterwards, at most.
+    cuts: of the augmentations that leave the same part of a clip every time: (units along time, and their settings) ->
+        those that stay.
     sizes: of the augmentations that change how large a picture is: (clips, 2) height and width, and their settings ->
         the same afterwards.
     read: (source, **frontend.reader_settings) -> the raw clip.
@@ -65,6 +67,7 @@ class Modality:
     augments: dict[str, Callable[..., Tensor]]
     targets: dict[str, Target]
     durations: dict[str, Callable[..., np.ndarray]] = field(default_factory=dict)
+    cuts: dict[str, Callable[..., slice]] = field(default_factory=dict)
     sizes: dict[str, Callable[..., np.ndarray]] = field(default_factory=dict)
     hints: tuple[str, ...] = ()
     spans: dict[str, Callable[..., tuple[float, float]]] = field(default_factory=dict)

@@ -1,13 +1,16 @@
 """Long recordings in windows: as if they had been encoded at once, as far as an encoder looks."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from mmssl import hear
 from mmssl.build import build_encoder
+from mmssl.data.manifest import write_manifest
 from mmssl.embed import Embedder
 from mmssl.types import Embeddings
 
@@ -157,6 +160,60 @@ def test_pictures_have_neither_windows_nor_steps() -> None:
         model.embed(torch.rand(1, 8, 8), tokens="steps")
     with pytest.raises(ValueError, match="HEAR measures sound, and this encoder is for image"):
         hear.Model(model)
+
+
+# the middle second of three
+PARTS = {
+    "crop": {**SPEECH, "augment_eval": [{"name": "center_crop", "seconds": 1.0}]},
+    "crops": {**AUDIO, "augment_eval": [{"name": "center_crop", "seconds": second} for second in (2.0, 1.0)]},
+    "span": {**AUDIO, "augment_eval": [{"name": "center_span", "seconds": 1.0}]},
+    "both": {
+        **SPEECH,
+        "augment_eval": [{"name": "center_span", "seconds": 2.0}, {"name": "center_crop", "seconds": 1.0}],
+    },
+    "frames": {**VIDEO, "augment_eval": [{"name": "center_span", "frames": 8}]},
+}
+
+
+@pytest.mark.parametrize("config", PARTS.values(), ids=PARTS)
+def test_times_of_a_part_are_those_of_the_clip(config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model, long, short = embedder(config), clip(config, 3.0), clip(config, 1.0)
+    assert model.embed(short).time_ms is not None
+    assert not caplog.messages
+    found, again = model.embed([long, short]), model.embed(long, tokens="steps")
+    assert found.time_ms is not None
+    assert again.time_ms is not None
+    assert found.time_ms[0].tolist() == pytest.approx((1000 + found.time_ms[1]).tolist())
+    assert again.time_ms[0].tolist() == pytest.approx(found.time_ms[0].unique().tolist())
+    [said] = caplog.messages
+    assert "input 0: only the 1 s from 1 s on are read" in said
+
+
+@pytest.mark.parametrize("config", PARTS.values(), ids=PARTS)
+def test_windows_are_of_all_of_a_clip_also_where_a_part_is_read_without_them(
+    config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    given: dict[str, Any] = {"window": 1.0, "overlap": 0.5}
+    long, whole = clip(config, 3.0), {**config, "augment_eval": []}
+    same(embedder(config).embed(long, **given), embedder(whole).embed(long, **given))
+    [[streamed]] = embedder(config).stream(long, tokens=True, **given)
+    same(streamed, embedder(whole).embed(long, **given))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("step", [{"name": "center_crop"}, {"name": "center_span"}], ids=lambda step: step["name"])
+def test_a_part_of_a_row_of_a_manifest_has_the_times_of_that_row(step: dict[str, Any], tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", clip(SPEECH, 4.0).numpy() / 8, 8000)
+    row = {"id": "a", "audio": str(tmp_path / "a.wav"), "start": 1.0, "duration": 3.0, "seconds": 3.0}
+    write_manifest(tmp_path / "m.jsonl", [row])
+    model = embedder({**SPEECH, "augment_eval": [{**step, "seconds": 1.0}]})
+    found, alone = model.embed(tmp_path / "m.jsonl"), model.embed(clip(SPEECH, 1.0))
+    assert found.time_ms is not None
+    assert alone.time_ms is not None
+    assert found.time_ms[0].tolist() == pytest.approx((1000 + alone.time_ms[0]).tolist())
+    file = model.embed(tmp_path / "a.wav").time_ms
+    assert file is not None
+    assert file[0].tolist() == pytest.approx((1500 + alone.time_ms[0]).tolist())
 
 
 @pytest.mark.parametrize("config", [SPEECH, AUDIO], ids=lambda config: config["modality"])

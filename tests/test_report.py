@@ -508,10 +508,10 @@ def test_sound_has_room_up_to_a_size_and_those_in_the_gallery_first(
 
 def test_clips_of_video_move(tmp_path: Path) -> None:
     frontend = Tubes(dim=4, size=(2, 4, 4), rate=8, channels=1, mean=[0.5], std=[0.5])
-    clips = Clips("video", frontend, lambda path: torch.empty(0))
+    clips = Clips("video", frontend, lambda path: (torch.empty(0), None))
     dark = torch.zeros(1, 4, 8, 8)
     dark[:, 2:] = 1
-    clips.add(("one", lambda: dark))
+    clips.add(("one", lambda: (dark, None)))
     [one] = thumbnails.thumbnails(clips)
     assert one.picture is not None
     with Image.open(content(one.picture, "image/webp")) as image:

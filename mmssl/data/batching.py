@@ -274,11 +274,18 @@ def collate_samples(samples: list[Sample]) -> Batch:
             data, lengths = _pad_video(name, ids, clips)
         else:
             data, lengths = _stack_pictures(name, ids, clips) if clips[0].ndim == 3 else _pad_steps(clips)
-        inputs[name] = Raw(data, lengths, ids, samples[0].rates[name])
+        inputs[name] = Raw(data, lengths, ids, samples[0].rates[name], starts=_starts(name, samples, having))
     labels, label_lengths = _labels(samples)
     seeds = torch.tensor([sample.seed for sample in samples], dtype=torch.int64)
     units = {key: _pad_units(key, samples) for key in samples[0].units}
     return Batch(inputs, seeds, labels, label_lengths, units, rows)
+
+
+def _starts(name: str, samples: list[Sample], having: list[int]) -> Tensor | None:
+    """Where what was read of each clip begins, see `Raw.starts`."""
+    if not any(name in samples[row].starts for row in having):
+        return None
+    return torch.tensor([samples[row].starts.get(name, 0.0) for row in having], dtype=torch.float64)
 
 
 def _pad_units(key: str, samples: list[Sample]) -> Units:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +21,7 @@ from mmssl.data.units import cut_units, read_units
 from mmssl.types import BadClip, Raw, Units
 
 Label = int | list[int] | None
+Drawn = dict[str, tuple[float, float, bool]]  # modality -> start and duration of what is read, and if it is but a part
 ATTEMPTS = 20  # substitutes tried for one bad clip; so many in a row do not happen below a share worth going on with
 
 
@@ -33,6 +34,7 @@ class Sample:
     seed: a function of run seed, epoch and id; masks are drawn from it.
     bad: what was met on the way to this clip and could not be read.
     units: key of the row -> its label set, a batch of one.
+    starts: modality -> second of the clip at which what was read of it begins; without those read whole.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Sample:
     seed: int
     bad: list[dict[str, Any]] = field(default_factory=list)
     units: dict[str, Units] = field(default_factory=dict)
+    starts: dict[str, float] = field(default_factory=dict)
 
 
 class ManifestDataset(Dataset[Sample]):
@@ -59,6 +62,7 @@ class ManifestDataset(Dataset[Sample]):
             one, the first is drawn from the whole clip and the others within it, so that all show the same time: the
             longest comes first.
         augments: modality -> (clip, generator) -> clip.
+        cuts: modality -> (units along time) -> those that `augments` leave of so many, where they leave out any.
         rates: modality -> what `Sample.rates` says. Where several have one, what is read of each must be about as long,
             or the clip is a bad one.
         fits: modality -> (one clip after augmentation) -> anything; a ValueError of it makes the clip a bad one, and so
@@ -87,6 +91,7 @@ class ManifestDataset(Dataset[Sample]):
         hints: Mapping[str, Sequence[str]] | None = None,
         spans: Mapping[str, Callable[..., tuple[float, float]]] | None = None,
         augments: Mapping[str, Callable[[Tensor, np.random.Generator], Tensor]] | None = None,
+        cuts: Mapping[str, Callable[[int], slice]] | None = None,
         rates: Mapping[str, float | None] | None = None,
         fits: Mapping[str, Callable[[Raw], object]] | None = None,
         label: Callable[[dict[str, Any]], Label] | None = None,
@@ -116,6 +121,7 @@ class ManifestDataset(Dataset[Sample]):
         self.hints = dict(hints or {})
         self.spans = dict(spans or {})
         self.augments = dict(augments or {})
+        self.cuts = dict(cuts or {})
         self.rates = {name: (rates or {}).get(name) for name in media}
         self.fits = dict(fits or {})
         self.label = label
@@ -149,7 +155,7 @@ class ManifestDataset(Dataset[Sample]):
                 others = item[2]() if len(item) == 3 else range(len(self))
                 place = int(others[_hash(self.seed, epoch, index, attempt) % len(others)])
                 continue
-            return Sample(sample.id, sample.inputs, sample.rates, sample.label, sample.seed, bad, sample.units)
+            return replace(sample, bad=bad)
         raise BadClip(last.path, f"{last.reason}; and so were {ATTEMPTS - 1} clips taken at random in its place")
 
     def read(self, index: int, epoch: int) -> Sample:
@@ -162,10 +168,13 @@ class ManifestDataset(Dataset[Sample]):
         seed = _hash(self.seed, epoch, row["id"])
         # spawned from the seed, not equal to it: masks are drawn from the seed too
         generator = np.random.default_rng([seed, 1])
-        raw, start = self._raw(index, row, generator)
+        raw, drawn = self._raw(index, row, generator)
+        starts: dict[str, float | None] = {name: start if part else None for name, (start, _, part) in drawn.items()}
         inputs = {}
         for name, clip in raw.items():
             try:
+                if name in self.cuts:
+                    starts[name] = begins(starts.get(name), clip, self.cuts[name], self.rates[name])
                 inputs[name] = self.augments[name](clip, generator) if name in self.augments else clip
                 if name in self.fits:
                     self.fits[name](_alone(row["id"], inputs[name], self.rates[name]))
@@ -173,10 +182,12 @@ class ManifestDataset(Dataset[Sample]):
                 raise BadClip(row["id"], str(error).removeprefix(f"{row['id']}: ")) from None
         try:
             label = None if self.label is None else self.label(row)
+            start = list(drawn.values())[-1][0] if drawn else 0.0
             units = {key: self._units(row, key, start, raw) for key in self.units}
         except ValueError as error:
             raise BadClip(row["id"], str(error)) from None
-        return Sample(row["id"], inputs, self.rates, label, seed, units=units)
+        later = {name: start for name, start in starts.items() if start is not None}
+        return Sample(row["id"], inputs, self.rates, label, seed, units=units, starts=later)
 
     def refusal(self, index: int, error: BadClip) -> BadClip:
         """The error of a run that stops at a bad clip: with the place of its row, and the way out."""
@@ -203,12 +214,12 @@ class ManifestDataset(Dataset[Sample]):
         seconds = [_steps(clip) / rate for name, clip in raw.items() if (rate := self.rates[name]) is not None]
         return cut_units(units, start, max(seconds, default=0.0))
 
-    def _raw(self, index: int, row: dict[str, Any], generator: np.random.Generator) -> tuple[dict[str, Tensor], float]:
-        """The clip, and the second at which the part of it that a span chose begins."""
+    def _raw(self, index: int, row: dict[str, Any], generator: np.random.Generator) -> tuple[dict[str, Tensor], Drawn]:
+        """The clip, and the spans that were drawn of it."""
         if self._cache is not None and index in self._cache:
-            return self._cache[index], 0.0
+            return self._cache[index], {}
         raw: dict[str, Tensor] = {}
-        drawn: list[tuple[float, float]] = []
+        drawn: Drawn = {}
         for name in sorted(self.media, key=self._order):
             key = self.media[name]
             if key not in row:
@@ -226,7 +237,7 @@ class ManifestDataset(Dataset[Sample]):
         self._check_together(row, raw)
         if self._cache is not None:
             self._cache[index] = raw
-        return {name: raw[name] for name in self.media if name in raw}, drawn[-1][0] if drawn else 0.0
+        return {name: raw[name] for name in self.media if name in raw}, drawn
 
     def _order(self, name: str) -> int:
         """Where a modality stands in what is read of a row: those with a span in the order of `spans`."""
@@ -244,7 +255,7 @@ class ManifestDataset(Dataset[Sample]):
         row: dict[str, Any],
         part: Any,
         generator: np.random.Generator,
-        drawn: list[tuple[float, float]],
+        drawn: Drawn,
     ) -> Tensor:
         place = part if isinstance(part, dict) else {**row, "path": part}
         path = place["path"]
@@ -262,15 +273,15 @@ class ManifestDataset(Dataset[Sample]):
             raise BadClip(f"{path}#{place['offset']}", error.reason) from None
 
     def _draw(
-        self, name: str, id: str, generator: np.random.Generator, drawn: list[tuple[float, float]], seconds: float
+        self, name: str, id: str, generator: np.random.Generator, drawn: Drawn, seconds: float
     ) -> tuple[float, float]:
         """A span of a file of so many seconds, within the first that was drawn of this clip; it is noted there."""
-        begin, room = drawn[0] if drawn else (0.0, seconds)
+        begin, room, _ = next(iter(drawn.values()), (0.0, seconds, False))
         if begin >= seconds:
             raise BadClip(id, f"its {name} ends at {seconds:.2f} s, and what is read of it begins at {begin:.2f} s")
         start, duration = self.spans[name](min(room, seconds - begin), rng=generator)
-        drawn.append((begin + start, duration))
-        return drawn[-1]
+        drawn[name] = begin + start, duration, duration < seconds
+        return begin + start, duration
 
     def _check_length(self, name: str, row: dict[str, Any], clip: Tensor) -> None:
         """A clip much longer than its row says would break the bound that the batch was planned by."""
@@ -361,6 +372,21 @@ class BadClips:
                 continue  # a line that a killed run left half written; its clip is met again
             if bad.get("manifest") == str(self.manifest.path):
                 self._ids.add(bad["id"])
+
+
+def begins(start: float | None, clip: Tensor, cut: Callable[[int], slice], rate: float | None) -> float | None:
+    """The second of a clip at which what is left of it begins, None where that is all of it.
+
+    Args:
+        start: the same before augmentation cuts what was read.
+        clip: what was read.
+        cut: see `cuts` of `ManifestDataset`.
+        rate: units along time per second.
+    """
+    kept = cut(_steps(clip))
+    if rate is None or kept.stop - kept.start == _steps(clip):
+        return start
+    return (start or 0.0) + float(kept.start) / rate
 
 
 def _alone(id: str, clip: Tensor, rate: float | None) -> Raw:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmssl.clips import find_clips
 from mmssl.data.text import Classes
 from mmssl.embed import Embedder, Layer
 from mmssl.evaluation.probe import STRENGTHS, fit_linear
@@ -84,7 +83,7 @@ def measure_robustness(
     manifest = manifest_of(test)
     numbers, clips = (
         numbers_of(manifest, classes, label),
-        find_clips(manifest, embedder.config, embedder.encoder, rate=None),
+        embedder.clips(manifest),
     )
 
     def features(change: Callable[[Tensor, str], Tensor] | None) -> Tensor:

@@ -15,6 +15,7 @@ AUDIO = Modality(
     probe=SPEECH.probe,
     augments=SPEECH.augments | {"roll": augment.roll},
     durations=SPEECH.durations,
+    cuts=SPEECH.cuts,
     spans=SPEECH.spans,
     targets=TARGETS,
     views={"segments": views.segments},

@@ -15,6 +15,7 @@ CODES = Modality(
     probe=reader.probe,
     augments={"random_crop": augment.random_crop, "center_crop": augment.center_crop},
     durations={"random_crop": augment.crop_extent, "center_crop": augment.crop_extent},
+    cuts={"center_crop": augment.center_part},
     targets=TARGETS,
     hints=("first", "count"),
 )

@@ -28,6 +28,7 @@ SPEECH = Modality(
         "random_span": augment.span_extent,
         "center_span": augment.span_extent,
     },
+    cuts={"center_crop": augment.center_part},
     spans={"random_span": augment.random_span, "center_span": augment.center_span},
     targets=TARGETS,
     measured=("log_mel", "log-mel energies"),

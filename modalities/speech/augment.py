@@ -30,9 +30,14 @@ def center_crop(x: Tensor, rng: np.random.Generator, *, seconds: float, rate: in
 
     The same every time: for evaluation.
     """
+    return x[..., center_part(x.shape[-1], seconds=seconds, rate=rate, at=at)]
+
+
+def center_part(length: int, *, seconds: float, rate: float, at: float = 0.5) -> slice:
+    """Which of so many samples `center_crop` leaves."""
     size = _samples(seconds, rate)
-    start = max(0, int((x.shape[-1] - size) * at))
-    return x[..., start : start + size]
+    start = max(0, int((length - size) * at))
+    return slice(start, min(start + size, length))
 
 
 def crop_extent(seconds_before: np.ndarray, *, seconds: float, **settings: object) -> np.ndarray:
@@ -110,7 +115,7 @@ def _slowest(factors: Sequence[float]) -> float:
     return min(factors)
 
 
-def _samples(seconds: float, rate: int) -> int:
+def _samples(seconds: float, rate: float) -> int:
     size = round(seconds * rate)
     if size < 1:
         raise ValueError(f"crop: {seconds} s at {rate} Hz is less than one sample")

@@ -252,12 +252,12 @@ def test_a_run_over_a_folder_with_broken_files_uses_the_good_ones_and_names_the_
     encoder = mmssl.load(run)
     good = [folder / f"{number}.mp4" for number in (4, 5, 6)]
     out = encoder.embed([*good, folder / "1.mp4"], on_bad_clip="skip")
-    # the middle 8 of 16 frames: 4 steps of 4 x 4 patches, 250 ms each
+    # the middle 8 of 16 frames, from 500 ms on: 4 steps of 4 x 4 patches, 250 ms each
     assert out.tokens.shape == (4, 64, 24)
     assert out.valid.sum(1).tolist() == [64, 64, 64, 0]
     assert out.scene[3].isnan().all()
     assert out.time_ms is not None
-    assert out.time_ms[0, ::16].tolist() == [125, 375, 625, 875]
+    assert out.time_ms[0, ::16].tolist() == [625, 875, 1125, 1375]
     clip = kind.read(good[0], rate=8, channels=1, start=0.5, duration=1.0)
     assert torch.allclose(encoder.embed(clip).scene[0], out.scene[0], atol=1e-5)
     with pytest.raises(ValueError, match=r"a clip is \(channels, frames, height, width\)"):
