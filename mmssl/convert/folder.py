@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmssl.convert import LAYOUTS, TOWERS
-from mmssl.convert.ctc import TOKENIZER, read_head, write_head
+from mmssl.convert.ctc import TOKENIZER, read_head, tokens_of, write_head
 from mmssl.convert.layout import Config
 from mmssl.convert.translate import layout_for, to_ours, to_theirs
 from mmssl.training.checkpoint import read_encoder, read_tensors, write_encoder
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _CONFIG, _WEIGHTS, _OLD_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
 # in the first that there is
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_TOKENS = ("vocab.json", "added_tokens.json", "tokenizer_config.json")
 _NESTED = ("feature_extractor", "image_processor", "video_processor")
 # no path of several folders, none from here, home or the root, and none that ends as files do, in a dot and a letter
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/(?![\w.-]*\.[A-Za-z]\w*$)[\w.-]+")
@@ -159,20 +160,23 @@ def read_transformers(folder: Path) -> Exported:
         )
     config, encoder, beside = to_ours(layout, given, preprocessor or {}, read_weights(folder), place=folder)
     objective: dict[str, Tensor] = {}
-    vocabulary = folder / "vocab.json"
-    if "lm_head.weight" in beside and vocabulary.is_file():
+    why = ""
+    if "lm_head.weight" in beside and (folder / _TOKENS[0]).is_file():
         try:
-            config, objective = read_head(config, given, _read_json(vocabulary), beside)
+            said = [_read_json(folder / name) if (folder / name).is_file() else {} for name in _TOKENS]
+            tokens = tokens_of(said[0], said[1], said[2], rows=len(beside["lm_head.weight"]))
+            config, objective = read_head(config, given, tokens, beside)
+            beside = {name: tensor for name, tensor in beside.items() if not name.startswith("lm_head.")}
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
-        beside = {name: tensor for name, tensor in beside.items() if not name.startswith("lm_head.")}
+            why = f", for {error}"
     if beside:
         parts = sorted({f"{name.partition('.')[0]}" for name in beside})
         log.warning(
-            "%s: the encoder alone is read; %d tensors beside it are left out: %s",
+            "%s: the encoder alone is read; %d tensors beside it are left out: %s%s",
             folder,
             len(beside),
             ", ".join(parts),
+            why,
         )
     return Exported({"objective": None, "classes": None, "vocabulary": None, **config}, encoder, objective, folder)
 

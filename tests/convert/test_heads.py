@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,67 @@ def test_a_head_on_weighted_layers_stays_ours(tmp_path: Path) -> None:
         convert(tmp_path / "ours", tmp_path / "back")
 
 
-def test_a_vocabulary_of_words_is_refused(tmp_path: Path) -> None:
-    transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**SPEECH)).save_pretrained(tmp_path)
-    write_json(tmp_path / "vocab.json", {"<pad>": 0, "|": 1, "<s>": 2, "</s>": 3, "<unk>": 4, "ng": 5})
-    with pytest.raises(ValueError, match="the token 'ng' is no single character"):
-        mmssl.load(tmp_path)
-    write_json(tmp_path / "vocab.json", {"<pad>": 0, "|": 1})
-    with pytest.raises(ValueError, match="names 2 tokens for the 6 rows of lm_head"):
-        mmssl.load(tmp_path)
+def spelling(folder: Path, rows: int = 6) -> Any:
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**{**SPEECH, "vocab_size": rows}))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("left", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_that_a_tokenizer_has_added_are_rows_of_the_head(left: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "letters.json", {"<pad>": 0, "<unk>": 1, "|": 2, "a": 3, "b": 4, "c": 5})
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "letters.json"))
+    tokenizer.save_pretrained(tmp_path / "both")
+    write_json(tmp_path / "both" / "added_tokens.json", tokenizer.get_added_vocab())  # as older versions did
+    for name in ("vocab.json", left):
+        write_json(tmp_path / name, json.loads((tmp_path / "both" / name).read_text()))
+    assert len(json.loads((tmp_path / "vocab.json").read_text())) == 6
+    model, found = spelling(tmp_path, rows=8), open_encoder(tmp_path)
+    ours = {"<pad>": "<blank>", "<s>": "\ue000", "</s>": "\ue001", "<unk>": "\ue002"}
+    rows = {ours.get(token, token): number for token, number in tokenizer.get_vocab().items()}
+    assert sorted(found.config["vocabulary"]) == sorted(rows)
+    order = [rows[symbol] for symbol in found.config["vocabulary"]]
+    assert torch.equal(found.objective["head.weight"], model.lm_head.weight[order])
+    # they are no rows of a head that was made before they were added
+    spelling(tmp_path)
+    assert set(open_encoder(tmp_path).config["vocabulary"]) == {"<blank>", "|", "a", "b", "c", "\ue002"}
+
+
+def test_of_several_languages_the_head_spells_that_of_its_tokenizer(tmp_path: Path) -> None:
+    spelling(tmp_path)
+    first = {"<pad>": 0, "|": 1, "<s>": 2, "</s>": 3, "<unk>": 4}
+    write_json(tmp_path / "vocab.json", {"deu": {**first, "z": 5}, "eng": {**first, "a": 5}})
+    write_json(tmp_path / "tokenizer_config.json", {"target_lang": "eng"})
+    assert open_encoder(tmp_path).config["vocabulary"] == ["<blank>", "|", "\ue000", "\ue001", "\ue002", "a"]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "blank", "words"),
+    [
+        ({"<pad>": 0, "|": 1, "<s>": 2, "</s>": 3, "<unk>": 4, "ng": 5}, 0, "the token 'ng' is no single character"),
+        ({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "n": 4, "aɪ": 5}, 0, "the token 'aɪ' is no single character"),
+        ({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "n": 4, "a": 5}, 0, "no token is '|'"),
+        ({"<pad>": 0, "|": 1}, 0, "name 2 tokens, and not one for each of the 6 rows of lm_head"),
+        ({"<pad>": 0, "|": 1, "<s>": 2, "</s>": 3, "<unk>": 4, "a": 5}, None, "pad_token_id=None in config.json is no"),
+        ({"eng": {"<pad>": 0, "|": 1}, "deu": {}}, 0, r"of several languages \(eng, deu\), and target_lang=None"),
+        ({"<pad>": "zero"}, 0, "gives tokens no numbers"),
+    ],
+)
+def test_a_head_that_cannot_be_spelled_is_left_out_and_it_is_said_why(
+    vocabulary: dict[str, Any], blank: int | None, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spelling(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", {**config, "pad_token_id": blank})
+    write_json(tmp_path / "vocab.json", vocabulary)
+    write_json(tmp_path / "preprocessor_config.json", PREPROCESSORS["speech"])
+    embedder = mmssl.load(tmp_path, device="cpu")
+    [said] = caplog.messages
+    assert re.search(f"the encoder alone is read; 2 tensors beside it are left out: lm_head, for .*{words}", said)
+    assert embedder.embed(clips_of("wav2vec2 base")).scene.shape == (2, 24)
+    with pytest.raises(ValueError, match="nothing to predict with"):
+        embedder.predict(clips_of("wav2vec2 base"))
 
 
 HEADS = [
