@@ -155,7 +155,10 @@ def embed(
     window: Annotated[
         float | None, typer.Option(help="Seconds: cut longer recordings into windows.", show_default="whole clips")
     ] = None,
-    overlap: Annotated[float, typer.Option(help="Seconds that two windows share.")] = 1.0,
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="Seconds that two windows share.", show_default="a quarter of a window, at most 1"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Most clips computed at a time.")] = 16,
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of products.")] = "float32",
     device: Annotated[str, typer.Option(help="auto takes a GPU if there is one.")] = "auto",

@@ -244,7 +244,7 @@ class Embedder:
         rate: float | None = ...,
         tokens: bool | Literal["steps"] = ...,
         window: float | None = ...,
-        overlap: float = ...,
+        overlap: float | None = ...,
         batch_size: int = ...,
         batch_seconds: float = ...,
         on_bad_clip: Literal["raise", "skip"] = ...,
@@ -262,7 +262,7 @@ class Embedder:
         rate: float | None = ...,
         tokens: bool | Literal["steps"] = ...,
         window: float | None = ...,
-        overlap: float = ...,
+        overlap: float | None = ...,
         batch_size: int = ...,
         batch_seconds: float = ...,
         on_bad_clip: Literal["raise", "skip"] = ...,
@@ -279,7 +279,7 @@ class Embedder:
         rate: float | None = None,
         tokens: bool | Literal["steps"] = True,
         window: float | None = None,
-        overlap: float = 1.0,
+        overlap: float | None = None,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
@@ -308,7 +308,8 @@ class Embedder:
                 computed at a time does not grow with them. One that a window covers is embedded as without it. With
                 windows clips are read from beginning to end, also where this run's `augment.eval` reads but a part of
                 each. The recording itself, and what is kept of it, must have room in memory.
-            overlap: seconds that two windows share; each gives the half nearer to its middle, see `encode_long`.
+            overlap: seconds that two windows share, by default a quarter of one and at most 1; each gives the half
+                nearer to its middle, see `encode_long`.
             batch_size: most clips computed at a time.
             batch_seconds: most seconds of sound computed at a time; a longer clip goes alone.
             on_bad_clip: "raise" stops at the first clip that cannot be read; "skip" goes on, and gives it a row of NaN
@@ -329,11 +330,10 @@ class Embedder:
             same |= {"batch_seconds": batch_seconds, "on_bad_clip": on_bad_clip, "window": window, "overlap": overlap}
             return one.embed(inputs, layer=layer, pool=pool, **same)
         layers = self._layers(layer)
+        pooled, cut = self._pool(pool, layers), self._cut(window, overlap, batch_size, batch_seconds)
+        _check_run(batch_size, batch_seconds, on_bad_clip)
         clips = inputs if isinstance(inputs, Clips) else self.clips(inputs, rate=rate, window=window)
         gathered = [_Gathered(len(clips), keep=bool(tokens)) for _ in layers]
-
-        pooled = self._pool(pool, layers)
-        cut = self._cut(window, overlap, batch_size, batch_seconds)
 
         def compute(batch: Batch, places: list[int]) -> None:
             self._embed(batch, layers, pooled, tokens, cut, places, gathered)
@@ -354,7 +354,7 @@ class Embedder:
         pool: str | None = None,
         tokens: bool | Literal["steps"] = False,
         window: float | None = None,
-        overlap: float = 1.0,
+        overlap: float | None = None,
         batch_size: int = 16,
         batch_seconds: float = 60.0,
         on_bad_clip: Literal["raise", "skip"] = "raise",
@@ -372,9 +372,8 @@ class Embedder:
             One `Embeddings` a layer, of the clips that come next. Scenes have no width where none of them can be read.
         """
         asked = self._layers(layers)
+        pooled, cut = self._pool(pool, asked), self._cut(window, overlap, batch_size, batch_seconds)
         clips = inputs if isinstance(inputs, Clips) else self.clips(inputs, window=window)
-        pooled = self._pool(pool, asked)
-        cut = self._cut(window, overlap, batch_size, batch_seconds)
         gathered: list[_Gathered] = []
         first = 0
 
@@ -393,7 +392,29 @@ class Embedder:
             del ahead  # and with it the clips themselves, before whoever asked goes on
             yield [into.result(names, bad) for into in gathered]
 
-    def _cut(self, window: float | None, overlap: float, batch_size: int, batch_seconds: float) -> Windows | None:
+    def check(
+        self,
+        *,
+        layers: Sequence[Layer],
+        pool: str | None,
+        window: float | None,
+        overlap: float | None,
+        batch_size: int,
+        batch_seconds: float,
+        on_bad_clip: str,
+    ) -> None:
+        """See that clips can be embedded with these settings of `stream`, as far as no clip is needed to tell.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        self._pool(pool, self._layers(layers))
+        self._cut(window, overlap, batch_size, batch_seconds)
+        _check_run(batch_size, batch_seconds, on_bad_clip)
+
+    def _cut(
+        self, window: float | None, overlap: float | None, batch_size: int, batch_seconds: float
+    ) -> Windows | None:
         if window is None:
             return None
         rate = self.encoder.frontend.reader_settings.get("rate")
@@ -776,10 +797,7 @@ class Embedder:
             places: of the clips; all by default.
             begin: called with each window before it is computed.
         """
-        if batch_size < 1 or batch_seconds <= 0:
-            raise ValueError(f"batch_size={batch_size}, batch_seconds={batch_seconds}: both must be above 0")
-        if on_bad_clip not in ("raise", "skip"):
-            raise ValueError(f"on_bad_clip={on_bad_clip!r}: choose raise or skip")
+        _check_run(batch_size, batch_seconds, on_bad_clip)
         count = len(clips) if places is None else len(places)
         tokenizer = clips.frontend.reader_settings.get("tokenizer")
         before = 0 if tokenizer is None else tokenizer.cut
@@ -810,6 +828,13 @@ class Embedder:
                 count,
                 tokenizer.context,
             )
+
+
+def _check_run(batch_size: int, batch_seconds: float, on_bad_clip: str) -> None:
+    if batch_size < 1 or batch_seconds <= 0:
+        raise ValueError(f"batch_size={batch_size}, batch_seconds={batch_seconds}: both must be above 0")
+    if on_bad_clip not in ("raise", "skip"):
+        raise ValueError(f"on_bad_clip={on_bad_clip!r}: choose raise or skip")
 
 
 def _above(probabilities: Tensor, classes: Sequence[str], threshold: float) -> list[str]:

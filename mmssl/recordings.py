@@ -14,6 +14,11 @@ from mmssl.types import Encoded, Raw, Tokens
 Encode = Callable[[Raw], tuple[Tokens, Encoded, list[Tensor]]]
 
 
+def overlap_of(window: float, overlap: float | None) -> float:
+    """Seconds that two windows share; where it is not said a quarter of one, and at most one second."""
+    return min(1.0, window / 4) if overlap is None else overlap
+
+
 @dataclass(frozen=True)
 class Windows:
     """How recordings are cut.
@@ -28,11 +33,12 @@ class Windows:
 
     @classmethod
     def of_seconds(
-        cls, window: float, overlap: float, *, rate: float | None, batch_size: int, batch_seconds: float
+        cls, window: float, overlap: float | None, *, rate: float | None, batch_size: int, batch_seconds: float
     ) -> Windows:
         """From seconds.
 
         Args:
+            overlap: see `overlap_of`.
             rate: raw units per second; None where there is no time.
 
         Raises:
@@ -40,6 +46,7 @@ class Windows:
         """
         if rate is None:
             raise ValueError(f"window={window:g}: pictures have no time to be cut along; leave window out")
+        overlap = overlap_of(window, overlap)
         if not 0 <= overlap < window:
             raise ValueError(f"window={window:g}, overlap={overlap:g}: seconds, the overlap from 0 to below the window")
         at_a_time = max(1, min(batch_size, int(batch_seconds / window)))

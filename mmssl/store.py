@@ -3,6 +3,7 @@
 Parts are .npz files in a folder beside the file that is to come. They are put together, in the order of the clips, when
 the last of them is there. Processes that share a job may start, end and be started again at any time: the folder comes
 into being with the job written in it, and whoever puts the parts together renames it, and holds a lock meanwhile.
+Another job may take a folder that has no part yet; whoever writes a part sees that it is still of the same job.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mmssl.data.manifest import Row
 from mmssl.embed import NOT_FINITE, Embedder, Layer
 from mmssl.files import alone
 from mmssl.index import check, write_index
+from mmssl.recordings import overlap_of
 from mmssl.types import Embeddings
 
 # the folder of parts, the stretches of clips that it lacks, settings of `write_parts`, and whether to show a bar -> the
@@ -63,7 +65,7 @@ def write_embeddings(
     pool: str | None = None,
     tokens: bool = False,
     window: float | None = None,
-    overlap: float = 1.0,
+    overlap: float | None = None,
     batch_size: int = 16,
     batch_seconds: float = 60.0,
     on_bad_clip: Literal["raise", "skip"] = "skip",
@@ -114,15 +116,20 @@ def write_embeddings(
     if not 1 <= number <= of:
         raise ValueError(f"part={number}/{of}: counts from 1 to the number of processes")
     whole, embedder = embedder, embedder.of(modality)
+    overlap = None if window is None else overlap_of(window, overlap)
+    settings: dict[str, Any] = {"layers": layers, "pool": pool, "window": window, "overlap": overlap}
+    settings |= {"batch_size": batch_size, "batch_seconds": batch_seconds, "on_bad_clip": on_bad_clip}
+    embedder.check(**settings)
     clips = embedder.clips(inputs, window=window)
     digest = whole.digest()
     job = {
+        # these first, for the encoder's digest changes with them
+        "modality": embedder.modality,
+        "precision": embedder.precision,
         "clips": len(clips),
         "encoder": digest,
-        "modality": embedder.modality,
         "layers": [layer if isinstance(layer, int) else [list(pair) for pair in layer] for layer in layers],
         "pool": pool,
-        "precision": embedder.precision,
         "tokens": tokens,
         "window": None if window is None else [window, overlap],
     }
@@ -132,9 +139,8 @@ def write_embeddings(
         return left_to_others
 
     mine = range(len(clips) * (number - 1) // of, len(clips) * number // of)
-    settings: dict[str, Any] = {"layers": layers, "pool": pool, "tokens": tokens, "on_bad_clip": on_bad_clip}
-    settings |= {"window": window, "overlap": overlap, "batch_size": batch_size, "batch_seconds": batch_seconds}
     missing = list(_missing(mine, folder))
+    settings |= {"tokens": tokens, "job": job}
     if spread is not None:
         told: Iterable[tuple[str, str]] = spread(folder, missing, settings, progress)
     else:
@@ -175,12 +181,23 @@ def write_parts(
     Args:
         embedder: of one modality.
         folder: of the parts.
-        settings: of `Embedder.stream`.
+        settings: of `Embedder.stream`, and the job.
+
+    Raises:
+        ValueError: the folder is of another job by now.
     """
-    start = places.start
+    start, settings = places.start, dict(settings)
+    job = settings.pop("job")
     for found in embedder.stream(clips, places=places, progress=progress, **settings):
         stop = start + len(found[0].ids)
-        _write_part(_part(folder, start, stop), found, settings["layers"])
+        part = _part(folder, start, stop)
+        _check_job(folder, job)
+        _write_part(part, found, settings["layers"])
+        try:
+            _check_job(folder, job)
+        except ValueError:  # it has just been taken
+            part.unlink(missing_ok=True)
+            raise
         yield from found[0].bad.items()
         start = stop
 
@@ -204,6 +221,8 @@ def _open(folder: Path, merging: Path, job: Mapping[str, Any], clips: Clips) -> 
                 merging.rename(folder)  # it was cut off while the parts were put together
         if not said.exists():
             _begin(folder, job)
+        elif json.loads(said.read_text(encoding="utf-8")) != job and not _parts(folder):
+            _write_job(said, job)  # of another that wrote nothing, such as one that failed at its first clip
         _check_job(folder, job)
         _check_clips(folder, clips)
     except FileNotFoundError:  # another process has begun to, or is done
@@ -217,14 +236,18 @@ def _begin(folder: Path, job: Mapping[str, Any]) -> None:
     """Make the folder together with what says its job, so that of several processes exactly one does."""
     new = folder.with_name(f"{folder.name}.{uuid4().hex}")
     new.mkdir(parents=True)
-    with _whole(new / _JOB) as unfinished:
-        unfinished.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+    _write_job(new / _JOB, job)
     try:
         new.rename(folder)
     except OSError as error:
         shutil.rmtree(new)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # which another process has made
             raise
+
+
+def _write_job(path: Path, job: Mapping[str, Any]) -> None:
+    with _whole(path, f".{uuid4().hex}") as unfinished:
+        unfinished.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_job(folder: Path, job: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ ARROWS = {
     "hear": ["embed"],
     "index": ["types", "modalities", "data", "embed"],
     "on_ray": ["clips", "embed", "progress", "store"],
-    "store": ["types", "files", "data", "clips", "embed", "index"],
+    "store": ["types", "files", "data", "clips", "embed", "index", "recordings"],
     "tasks": ["recipe", *PARTS, "encoder", "modalities", "data", "evaluation", "build", "clips", "embed"],
     "folds": ["recipe", "objectives", "data", "evaluation", "resolve", "assemble", "tasks"],
     "matrix": ["recipe", "modalities", "objectives", "build", "resolve", "assemble"],

@@ -85,8 +85,9 @@ def test_what_goes_wrong_in_a_worker_is_a_sentence(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     export_encoder(tmp_path / "run", build_encoder(SPEECH), SPEECH)
     (tmp_path / "a.wav").write_bytes(b"rubbish")
+    (tmp_path / "job.json").write_text("{}")
     for on_bad_clip, bad, error in (("raise", "[]", "a.wav: not a sound"), ("skip", '[["a.wav", "not a sound', "")):
-        settings = {"layers": [-1], "window": None, "batch_size": 2, "on_bad_clip": on_bad_clip}
+        settings = {"layers": [-1], "window": None, "batch_size": 2, "on_bad_clip": on_bad_clip, "job": {}}
         worker = _Worker("run", ["a.wav"], None, "cpu", "float32", str(tmp_path), str(tmp_path), settings)
         found = worker({"start": np.array([0]), "stop": np.array([1])})
         assert found["error"][0].startswith(error)

@@ -73,6 +73,16 @@ def test_a_clip_that_a_window_covers_is_embedded_as_without_it(config: dict[str,
 
 
 @pytest.mark.parametrize("config", [SPEECH, AUDIO, VIDEO], ids=lambda config: config["modality"])
+@pytest.mark.parametrize(("window", "overlap"), [(1.0, 0.25), (4.0, 1.0), (8.0, 1.0)])
+def test_windows_share_a_quarter_of_one_and_at_most_a_second(
+    config: dict[str, Any], window: float, overlap: float
+) -> None:
+    long = clip(config, 10.0)
+    found, said = (embedder(config).embed(long, window=window, **given) for given in ({}, {"overlap": overlap}))
+    assert torch.equal(found.tokens, said.tokens)
+
+
+@pytest.mark.parametrize("config", [SPEECH, AUDIO, VIDEO], ids=lambda config: config["modality"])
 @pytest.mark.parametrize("seconds", [3.0, 4.5, 7.25])
 @pytest.mark.parametrize("overlap", [0.5, 1.5])
 def test_what_sees_less_than_half_the_overlap_is_the_same_in_windows(

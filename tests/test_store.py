@@ -349,7 +349,50 @@ def test_parts_of_another_job_are_left_alone(manifest: Path, tmp_path: Path) -> 
     write_manifest(tmp_path / "m.jsonl", rows)
     with pytest.raises(ValueError, match="other clips, number 3 was clip 3 and is clip three; delete it, or choose"):
         write_embeddings(embedder(), tmp_path / "m.jsonl", tmp_path / "e.npz", **given)
+    half = Embedder(build_encoder(SPEECH), SPEECH, precision="bfloat16")
+    with pytest.raises(ValueError, match="another job, where precision is float32 and not bfloat16"):
+        write_embeddings(half, manifest, tmp_path / "e.npz", **given)
     assert json.loads((tmp_path / "e.npz.parts" / "job.json").read_text())["layers"] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"layers": [3]}, "has layers 0 to 2"),
+        ({"pool": "maen"}, "pool='maen': choose mean"),
+        ({"window": -1.0}, "window=-1, overlap=-0.25: seconds"),
+        ({"batch_size": 0}, "both must be above 0"),
+        ({"on_bad_clip": "leave"}, "choose raise or skip"),
+    ],
+)
+def test_settings_that_no_clip_can_have_are_refused_before_anything_is_written(
+    wrong: dict[str, Any], words: str, manifest: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        write_embeddings(embedder(), manifest, tmp_path / "e.npz", **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_part_is_that_of_the_next_job(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = Manifest(manifest)[2:7]
+    with pytest.raises(ValueError, match="this encoder has no class token"):
+        write_embeddings(embedder(), good, tmp_path / "e.npz", pool="class")
+    assert [path.name for path in tmp_path.iterdir()] == ["e.npz.parts"]
+    reading, waiting = clips.Clips.read, ["last"]
+
+    def slow(self: clips.Clips, place: int) -> clips.Item:
+        if waiting:
+            write_embeddings(embedder(), good, tmp_path / "e.npz", part=(1, 5), pool=waiting.pop())
+        return reading(self, place)
+
+    # one that another takes before it has a part leaves it to that
+    monkeypatch.setattr(clips.Clips, "read", slow)
+    with pytest.raises(ValueError, match="another job, where pool is last and not mean"):
+        write_embeddings(embedder(), good, tmp_path / "e.npz", pool="mean")
+    done = write_embeddings(embedder(), good, tmp_path / "e.npz", pool="last")
+    assert arrays(done.path)["scene"] == pytest.approx(embedder().embed(good, pool="last").scene.numpy(), abs=1e-5)
 
 
 def test_no_more_clips_are_held_than_a_part_has(
