@@ -125,6 +125,9 @@ def _say(layout: Layout, config: Settings) -> _Said:
     _agree(layout, ours, usual, kinds)
     settings, preprocessor = layout.write(ours)
     full = {**layout.defaults, **settings}
+    # first of all: a layout without layer scale has no names for its tensors
+    there = completed(layout.read(full, {**layout.preprocessor, **preprocessor}, ()))
+    _agree(layout, ours, there, ["transformer.layer_scale"])
     pairs = layout.pairs(ours, full)
     names = {name for pair in pairs for name in pair.theirs}
     back = completed(layout.read(full, {**layout.preprocessor, **preprocessor}, names))

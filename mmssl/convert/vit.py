@@ -144,7 +144,8 @@ def _write_dinov2(ours: Config) -> tuple[Config, Config]:
     theirs |= {
         "mlp_ratio": 4 if gated else transformer["mlp_dim"] // transformer["dim"],
         "use_swiglu_ffn": gated,
-        "layerscale_value": transformer["layer_scale"],
+        # where there is none it is not None there, which is read back and refused
+        "layerscale_value": 1.0 if transformer["layer_scale"] is None else transformer["layer_scale"],
         "drop_path_rate": transformer["drop_path"],
         "use_mask_token": ours["encoder"]["mask_token"],
     }

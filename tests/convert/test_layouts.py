@@ -174,6 +174,22 @@ def test_what_was_trained_here_opens_in_transformers(tmp_path: Path, modality: s
     assert mine.std() > 0.1
 
 
+def test_layer_scale_is_written_where_a_layout_has_it_and_refused_elsewhere(tmp_path: Path) -> None:
+    plain = OWN["image"]
+    scaled = plain | {"transformer": plain["transformer"] | {"layer_scale": 0.5}}
+    run_folder = exported(tmp_path / "run", scaled)
+    assert convert(run_folder, tmp_path / "theirs").startswith("transformers.Dinov2Model.")
+    back = open_encoder(tmp_path / "theirs").encoder
+    for name, tensor in open_encoder(run_folder).encoder.items():
+        assert torch.equal(back[name], tensor)
+    for to in ("vit", "vit_mae", "siglip_vision_model"):
+        with pytest.raises(ValueError, match=f"layout {to} has transformer.layer_scale=None, and this encoder 0.5"):
+            convert(run_folder, tmp_path / "other", to=to)
+    with pytest.raises(ValueError, match=r"layout dinov2 has transformer.layer_scale=1.0, and this encoder None"):
+        convert(exported(tmp_path / "plain", plain), tmp_path / "other", to="dinov2")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("section", "settings", "to", "message"),
     [
