@@ -323,6 +323,15 @@ def tar_members(path: str) -> Iterator[tuple[str, int, int]]:
                 for member in shard:
                     if member.isfile():
                         yield posixpath.normpath(member.name).lstrip("/"), member.offset_data, member.size
+                # a header that was cut off, or is none, ends it for tarfile as the end of the archive does
+                end = shard.offset
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise BadClip(
+                    path,
+                    f"at byte {end} comes neither another file nor the end of the tar: it was cut off or is damaged; "
+                    "copy it again",
+                )
         except (tarfile.TarError, OSError, EOFError) as error:
             raise BadClip(path, f"cannot be read as an uncompressed tar ({error})") from None
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mmssl.data.manifest import Manifest, read_slice, write_manifest
-from mmssl.data.scan import ScanResult, pair, read_table, scan
+from mmssl.data.scan import ScanResult, pair, read_table, scan, tar_members
 from mmssl.types import BadClip
 
 
@@ -328,6 +328,23 @@ def test_shards_may_be_named_one_by_one_and_a_torn_one_gives_what_it_has(tmp_pat
         ("2.tar", "cannot be read as an uncompressed tar"),
         ("2.tar#2b.wav", "the file ends before byte 2561, where the clip at byte 2560 should end"),
     ]
+
+
+# of three members, a header and a block each: within the third header, at it, and where the end should be
+@pytest.mark.parametrize(("bytes_left", "members", "byte"), [(2148, 2, 2048), (2048, 2, 2048), (3072, 3, 3072)])
+@pytest.mark.parametrize("more", [b"", b"x" * 512], ids=["cut off", "damaged"])
+def test_a_shard_that_ends_without_the_end_of_a_tar_is_named(
+    tmp_path: Path, bytes_left: int, members: int, byte: int, more: bytes
+) -> None:
+    shard(tmp_path / "0.tar", {f"{n}.wav": "1" for n in range(3)})
+    whole = (tmp_path / "0.tar").read_bytes()
+    assert len(list(tar_members(str(tmp_path / "0.tar")))) == 3
+    (tmp_path / "0.tar").write_bytes(whole[:bytes_left] + more)
+    result = look(tmp_path)
+    assert [row["id"] for row in result.rows] == [f"{n}.wav" for n in range(members)]
+    [(path, reason)] = result.bad
+    assert path == str(tmp_path / "0.tar")
+    assert reason.startswith(f"at byte {byte} comes neither another file nor the end of the tar: it was cut off or is")
 
 
 def test_files_of_one_name_are_one_row(tmp_path: Path) -> None:
