@@ -37,6 +37,12 @@ from mmssl.tasks.robustness import measure_robustness
 from mmssl.tasks.superb import measure_superb
 from mmssl.types import Encoded, Raw, Tokens
 
+# what may be fitted on few labels, what is fitted, what goes by frozen features, and what of that reads no classes
+_FEW: tuple[Task, ...] = ("linear", "knn", "attentive", "superb", "layers")
+_FITTED: tuple[Task, ...] = (*_FEW, "superb-verify", "superb-ctc", "corruption")
+_FROZEN: tuple[Task, ...] = (*_FITTED, "cluster", "verify", "rank", "ood")
+_UNLABELLED: tuple[Task, ...] = ("rank", "ood", "superb-ctc")
+
 
 def evaluate(
     run: str | Path | Embedder,
@@ -127,26 +133,43 @@ def evaluate(
     Raises:
         ValueError: something that this task needs is missing, or manifests that do not fit each other.
     """
-    # setting -> the one task that it is for, its value, and what leaves it out
-    own: dict[str, tuple[Task, Any, Any]] = {
-        "spans": ("classify", spans, 1),
-        "crops": ("classify", crops, 1),
-        "beam": ("ctc", beam, None),
-        "lm": ("ctc", lm, None),
-        "trials": ("verify", trials, None),
-        "ood": ("ood", ood, None),
-        "plot": ("layers", plot, None),
-        "against": ("corruption", against, None),
-        "classes": ("zero-shot", classes, None),
-    }
-    for name, (only, value, absent) in own.items():
-        if value != absent and task != only:
-            raise ValueError(f"{name}={value}: is for task {only} only; leave {name} out")
-    few = labels_per_class is not None or label_share is not None
+    if task not in get_args(Task):
+        raise ValueError(f"task={task!r}: choose {_one_of(get_args(Task))}")
     layer = "select" if layer == "all" else layer
+    # setting -> the tasks that it is for, its value, and what leaves it out
+    own: dict[str, tuple[Sequence[Task], Any, Any]] = {
+        "train": ((*_FITTED, "verify", "ood"), train, None),
+        "valid": (_FITTED, valid, None),
+        "by": (_FITTED, by, None),
+        "layer": (_FROZEN, layer, "select"),
+        "pool": (_FROZEN, pool, "mean"),
+        "label": ([*(one for one in _FROZEN if one not in _UNLABELLED), "classify", "zero-shot"], label, "label"),
+        "strength": (("linear", "layers", "corruption"), strength, None),
+        "draws": (_FEW, draws, 5),
+        "k": (("knn", "ood"), k, 20),
+        "seed": (_FROZEN, seed, 0),
+        "spans": (["classify"], spans, 1),
+        "crops": (["classify"], crops, 1),
+        "beam": (["ctc"], beam, None),
+        "lm": (["ctc"], lm, None),
+        "lm_weight": (["ctc"], lm_weight, 2.0),
+        "word_score": (["ctc"], word_score, 0.0),
+        "trials": (["verify"], trials, None),
+        "ood": (["ood"], ood, None),
+        "plot": (["layers"], plot, None),
+        "against": (["corruption"], against, None),
+        "classes": (["zero-shot"], classes, None),
+    }
+    for name, (tasks, value, absent) in own.items():
+        if value != absent and task not in tasks:
+            shown = value.path if isinstance(value, Manifest) else value
+            raise ValueError(f"{name}={shown}: is for task {_one_of(tasks)} only; leave {name} out")
+    if modality is not None and task == "retrieval":
+        raise ValueError(f"modality={modality}: retrieval goes between all modalities; leave modality out")
+    few = labels_per_class is not None or label_share is not None
     if isinstance(layer, Mapping):
         layer = [tuple(sorted((int(i), float(weight)) for i, weight in layer.items()))]
-    if few and task not in ("linear", "knn", "attentive", "superb", "layers"):
+    if few and task not in _FEW:
         raise ValueError(f"labels_per_class={labels_per_class}, label_share={label_share}: {task} takes no few labels")
     embedder = run if isinstance(run, Embedder) else load(run, device=device, precision=precision)
     if task in ("retrieval", "zero-shot"):
@@ -194,13 +217,7 @@ def evaluate(
             Path(plot).write_text(layer_plot(scores), encoding="utf-8")
         return scores
     if task in ("cluster", "verify", "rank", "ood"):
-        for name, value in (("valid", valid), ("by", by), ("strength", strength)):
-            if value is not None:
-                raise ValueError(f"{name}={value}: {task} chooses nothing; leave {name} out")
         return _frozen(embedder, task, test, train, ood, trials, layer, pool, label, k, settings)
-    if task not in ("linear", "knn", "attentive", "superb", "superb-verify", "superb-ctc", "corruption"):
-        *others, last = get_args(Task)
-        raise ValueError(f"task={task!r}: choose {', '.join(others)} or {last}")
     if train is None:
         raise ValueError(f"task={task}: is fitted on labelled clips, give their manifest as train")
 
@@ -278,6 +295,10 @@ def evaluate(
         note=note,
     )
     return {"accuracy": replace(score, details={**score.details, "pool": pool, "encoder": embedder.name})}
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _frozen(

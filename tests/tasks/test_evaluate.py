@@ -78,8 +78,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_log_mel_tells_low_from_high_by_both_protocols(heard: dict[str, Path], tmp_path: Path) -> None:
     run = exported(tmp_path / "run", SPEECH)
     given: dict[str, Any] = {"train": heard["train"], "test": heard["test"], "baseline": "logmel"}
-    for task in ("linear", "knn"):
-        score = evaluate(run, task=task, pool="slices:2+std", k=3, **given)["accuracy"]
+    for task, more in (("linear", {}), ("knn", {"k": 3})):
+        score = evaluate(run, task=task, pool="slices:2+std", **more, **given)["accuracy"]
         assert (score.value, score.n) == (1.0, 4)
         assert "log-mel energies, pool slices:2+std" in score.protocol
         assert json.loads(score.to_json())["details"]["pool"] == "slices:2+std"
@@ -423,35 +423,51 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
             {"task": "regress"},
             "choose linear, knn, attentive, superb, .*, ood, corruption, classify, ctc, retrieval or zero-shot",
         ),
-        ({"task": "cluster", "layer": [0, 1]}, "task cluster measures one layer, and chooses none; name one"),
+        (
+            {"task": "cluster", "train": None, "layer": [0, 1]},
+            "task cluster measures one layer, and chooses none; name one",
+        ),
         ({"task": "knn", "trials": "t.txt"}, "is for task verify only; leave trials out"),
         ({"task": "linear", "beam": 5}, "is for task ctc only; leave beam out"),
-        ({"task": "classify", "lm": "words.arpa"}, "is for task ctc only; leave lm out"),
+        ({"task": "classify", "train": None, "lm": "words.arpa"}, "is for task ctc only; leave lm out"),
         ({"task": "knn", "classes": "names.yaml"}, "is for task zero-shot only; leave classes out"),
-        ({"task": "rank", "ood": "noise.jsonl"}, "is for task ood only; leave ood out"),
+        ({"task": "rank", "train": None, "ood": "noise.jsonl"}, "is for task ood only; leave ood out"),
         ({"task": "knn", "plot": "layers.svg"}, "is for task layers only; leave plot out"),
         ({"task": "linear", "against": "other.json"}, "is for task corruption only; leave against out"),
         ({"task": "corruption", "label_share": 0.1}, "corruption takes no few labels"),
-        ({"task": "cluster", "by": "speaker"}, "by=speaker: cluster chooses nothing; leave by out"),
-        ({"task": "rank", "strength": 1.0}, "strength=1.0: rank chooses nothing; leave strength out"),
+        ({"task": "cluster"}, "train=.*: is for task linear, .* verify or ood only; leave train out"),
+        ({"task": "verify", "by": "speaker"}, "by=speaker: is for task linear, .* only; leave by out"),
+        ({"task": "ood", "valid": "v.jsonl"}, "valid=v.jsonl: is for task linear, .* only; leave valid out"),
+        ({"task": "knn", "strength": 1.0}, "strength=1.0: is for task linear, layers or corruption only"),
+        ({"task": "linear", "k": 3}, "k=3: is for task knn or ood only; leave k out"),
+        ({"task": "corruption", "draws": 3}, "draws=3: is for task linear, .* only; leave draws out"),
+        ({"task": "ood", "label": "speaker"}, "label=speaker: is for task linear, .* only; leave label out"),
+        ({"task": "knn", "lm_weight": 1.0}, "lm_weight=1.0: is for task ctc only"),
+        ({"task": "ctc", "train": None, "word_score": 1.0, "label": "word"}, "label=word: is for task linear, "),
+        ({"task": "classify", "train": None, "layer": 1}, "layer=1: is for task linear, .* only; leave layer out"),
+        ({"task": "classify", "train": None, "seed": 1}, "seed=1: is for task linear, .* only; leave seed out"),
+        ({"task": "retrieval"}, "train=.*: is for task linear, .* only; leave train out"),
+        ({"task": "retrieval", "train": None, "pool": "class"}, "pool=class: is for task linear, .* only"),
+        ({"task": "retrieval", "train": None, "modality": "image"}, "goes between all modalities; leave modality out"),
+        ({"task": "zero-shot", "train": None, "layer": [1, 2]}, "is for task linear, .* only; leave layer out"),
         ({"task": "layers", "layer": 1}, "measures all of them; leave layer out"),
         ({"task": "layers", "train": None, "label_share": 0.1}, "are of probes, which take train; give it"),
         ({"task": "superb", "baseline": "pixels"}, "has no layers to weight; leave the baseline out"),
         ({"task": "superb-verify", "labels_per_class": 1}, "superb-verify takes no few labels"),
         ({"task": "layers"}, "5 folds take at least 10 clips, got 4"),
         ({"task": "ood"}, "give their manifest as ood"),
-        ({"task": "rank"}, "leaves out each of 10 groups of clips for its interval, got 4 clips"),
+        ({"task": "rank", "train": None}, "leaves out each of 10 groups of clips for its interval, got 4 clips"),
         ({"baseline": "logmel"}, "choose random, or pixels"),
-        ({"task": "classify", "baseline": "pixels"}, "leave the baseline out"),
+        ({"task": "classify", "train": None, "baseline": "pixels"}, "leave the baseline out"),
         ({"task": "knn", "spans": 3}, "for task classify only"),
-        ({"task": "classify", "spans": 3}, "spans=3: image has no time to choose from; leave spans out"),
+        ({"task": "classify", "train": None, "spans": 3}, "spans=3: image has no time to choose from; leave spans out"),
         (
-            {"task": "classify", "crops": 3},
+            {"task": "classify", "train": None, "crops": 3},
             "no step that reads a part of each clip, such as center_crop; leave crops",
         ),
-        ({"task": "classify", "crops": 0}, "crops=0: must be at least 1"),
+        ({"task": "classify", "train": None, "crops": 0}, "crops=0: must be at least 1"),
         ({"task": "linear", "crops": 3}, "for task classify only; leave crops out"),
-        ({"task": "classify", "spans": 0}, "spans=0: must be at least 1"),
+        ({"task": "classify", "train": None, "spans": 0}, "spans=0: must be at least 1"),
         ({"label": "speaker"}, "no 'speaker'"),
         ({"layer": 5}, "has layers 0 to 2"),
         ({"pool": "slices:2"}, "needs tokens along t"),
