@@ -32,13 +32,16 @@ class Model(nn.Module):
         self.scene_embedding_size = self.timestamp_embedding_size = embedder.dim
 
 
-def load_model(model_file_path: str = "") -> Model:
+def load_model(model_file_path: str = "", *, modality: str | None = None) -> Model:
     """Folder of a run, an exported encoder, or a model of transformers: see `mmssl.load`.
 
+    Args:
+        modality: of the encoder that is measured, of a run on several.
+
     Raises:
-        ValueError: it is no encoder of sound.
+        ValueError: it is no encoder of sound, or one of several and it is not said which.
     """
-    return Model(load(model_file_path).of())
+    return Model(load(model_file_path).of(modality))
 
 
 def get_scene_embeddings(audio: Tensor, model: Model) -> Tensor:

@@ -9,9 +9,10 @@ import soundfile
 import torch
 
 from mmssl import hear
-from mmssl.build import build_encoder
+from mmssl.build import build_encoder, build_encoders
 from mmssl.data.manifest import write_manifest
 from mmssl.embed import Embedder
+from mmssl.training.checkpoint import export_encoder
 from mmssl.types import Embeddings
 
 # one token every 80 samples, 10 ms, of 85; positions by a convolution that sees 8 tokens; nothing measured over a clip
@@ -241,3 +242,15 @@ def test_hear_gets_one_scene_and_evenly_spaced_timestamps(config: dict[str, Any]
     # a run that reads the middle of a clip is measured on all of it
     middle = {**config, "augment_eval": [{"name": "center_crop", "seconds": 0.5}]}
     assert torch.equal(hear.get_timestamp_embeddings(audio, hear.Model(embedder(middle)))[1], times)
+
+
+def test_hear_measures_one_encoder_of_several(tmp_path: Path) -> None:
+    own = {name: {**one, "augment_eval": []} for name, one in (("speech", SPEECH), ("audio", AUDIO))}
+    config = {**SPEECH, "modality": own, "backbone": "separate", "objective": None, "classes": None, "vocabulary": None}
+    export_encoder(tmp_path, build_encoders(config), config)
+    wave = clip(SPEECH, 1.0)
+    for name, step in (("speech", 10.0), ("audio", 80.0)):
+        _, times = hear.get_timestamp_embeddings(wave[None], hear.load_model(str(tmp_path), modality=name))
+        assert times.diff(dim=1).numpy() == pytest.approx(step)
+    with pytest.raises(ValueError, match="has encoders of speech and audio; say which, by modality"):
+        hear.load_model(str(tmp_path))
