@@ -562,6 +562,17 @@ def no_config(run: Path) -> None:
     (run / "config.json").unlink()
 
 
+def no_end(run: Path) -> None:
+    no_config(run)
+    (run / "recipe.yaml").write_text("objective: mae")
+
+
+def only_pictures(run: Path) -> None:
+    shutil.rmtree(run)
+    run.mkdir()
+    (run / "0.png").write_bytes(b"a picture")
+
+
 def no_json(run: Path) -> None:
     (run / "config.json").write_text("{")
 
@@ -582,6 +593,8 @@ def no_section(run: Path) -> None:
         (cut_off, "not a whole safetensors file"),
         (no_weights, "no encoder.safetensors"),
         (no_config, "no config.json"),
+        (no_end, "no config.json here; a run writes it when it ends, so let this one go on"),
+        (only_pictures, "no config.json here, so it holds no encoder; give the folder of a run, of an exported"),
         (no_json, "this is not JSON"),
         (other_format, "format 99"),
         (no_section, "no encoder can be built"),

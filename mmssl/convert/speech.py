@@ -42,11 +42,15 @@ _SIZES = {
 
 
 def _read(theirs: Settings, preprocessor: Settings, names: Collection[str]) -> Config:
+    convolutions = {name: theirs[name] for name in ("conv_dim", "conv_kernel", "conv_stride")}
+    if len({len(values) for values in convolutions.values()}) > 1:
+        said = ", ".join(f"{len(values)} in {name}" for name, values in convolutions.items())
+        raise ValueError(f"config.json has convolutions of unequal number, {said}; correct it there")
     return {
         "modality": "speech",
         "frontend": {
             "name": "waveform",
-            "layers": list(zip(theirs["conv_dim"], theirs["conv_kernel"], theirs["conv_stride"], strict=True)),
+            "layers": list(zip(*convolutions.values(), strict=True)),
             "norm": theirs["feat_extract_norm"],
             "bias": theirs["conv_bias"],
             "normalize": preprocessor["do_normalize"],

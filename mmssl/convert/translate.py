@@ -40,6 +40,10 @@ def to_ours(
             raise ValueError(f"{place}: config.json says {name}={given[name]!r}, and our encoder has only {value!r}")
     inside, rest = _inside(layout, tensors)
     settings = {name: given.get(name, value) for name, value in layout.defaults.items()}
+    for name, value in settings.items():
+        wanted = _wanted(value, layout.defaults[name])
+        if wanted:
+            raise ValueError(f"{place}: config.json says {name}={value!r}, and that must be {wanted}; correct it there")
     try:
         read = layout.read(settings, {**layout.preprocessor, **preprocessor}, inside.keys())
     except ValueError as error:
@@ -173,6 +177,20 @@ def layout_for(config: Settings, wanted: str | None) -> Layout:
         else:
             return layout
     raise ValueError(f"no layout of transformers can say what this encoder is: {'; '.join(reasons)}")
+
+
+def _wanted(value: Any, usual: Any) -> str:
+    """What a setting must be, by what it usually is; empty where it is that."""
+    if isinstance(usual, str):
+        return "" if isinstance(value, str) else "a name"
+    parts = value if isinstance(value, list) else [value]
+    if all(isinstance(part, int | float) for part in parts) and (
+        isinstance(value, list) or not isinstance(usual, list)
+    ):
+        return ""
+    return (
+        "a list of numbers" if isinstance(usual, list) else "true or false" if isinstance(usual, bool) else "a number"
+    )
 
 
 def _inside(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

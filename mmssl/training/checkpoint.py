@@ -210,7 +210,12 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     path = run / "config.json"
     if not path.is_file():
-        raise ValueError(f"{run}: no config.json here, so this is no folder of a run; a run writes it when it ends")
+        if (run / "recipe.yaml").is_file():
+            raise ValueError(f"{run}: no config.json here; a run writes it when it ends, so let this one go on")
+        raise ValueError(
+            f"{run}: no config.json here, so it holds no encoder; give the folder of a run, of an exported encoder or "
+            "of a model of transformers"
+        )
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
