@@ -68,7 +68,8 @@ def load(path: str | Path, *, device: str = "auto", precision: Precision = "floa
     encoder.load_state_dict(source.encoder)
     # a name of the hub says more than the folder that it was put in
     name = str(source.folder if Path(path).exists() else path)
-    return Embedder(encoder, source.config, device=device, precision=precision, head=source.objective, name=name)
+    given: dict[str, Any] = {"device": device, "precision": precision, "name": name}
+    return Embedder(encoder, source.config, head=source.objective, left_out=source.left_out, **given)
 
 
 def read_weighting(path: str | Path) -> dict[int, float]:
@@ -133,6 +134,7 @@ class Embedder:
             were not exported.
         name: what protocols call it.
         joint: of one of several encoders, what it encodes -> (B, J), its clips in the space of all.
+        left_out: the head that it was fine-tuned with and comes without, and why, see `Exported`.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Embedder:
         head: Mapping[str, Tensor] | None = None,
         name: str = "encoder",
         joint: Callable[[Encoded], Tensor] | None = None,
+        left_out: str = "",
     ) -> None:
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision={precision!r}: choose float32 or bfloat16")
@@ -171,6 +174,7 @@ class Embedder:
         self.name = name
         self._head = head
         self._joint = joint
+        self._left_out = left_out
         self._objective: nn.Module | None = None
         self._said_part = False
 
@@ -705,6 +709,11 @@ class Embedder:
         return asked
 
     def _fine_tuned(self) -> Any:
+        if self._left_out:
+            raise ValueError(
+                f"{self.name}: its head was left out when it was read ({self._left_out}), so there is nothing to "
+                "predict with; `mmssl finetune` it with labels, or use embed"
+            )
         if not self._head or (self.config.get("classes") is None and self.config.get("vocabulary") is None):
             raise ValueError(
                 f"{self.name}: was pretrained and not fine-tuned, so there is nothing to predict with; "

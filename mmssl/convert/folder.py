@@ -32,6 +32,7 @@ _CONFIG, _WEIGHTS, _OLD_WEIGHTS = "config.json", "model.safetensors", "pytorch_m
 # in the first that there is
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _TOKENS = ("vocab.json", "added_tokens.json", "tokenizer_config.json")
+_HEADS = ("lm_head", "classifier")  # that say something of a clip
 _NESTED = ("feature_extractor", "image_processor", "video_processor")
 # no path of several folders, none from here, home or the root, and none that ends as files do, in a dot and a letter
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/(?![\w.-]*\.[A-Za-z]\w*$)[\w.-]+")
@@ -44,12 +45,15 @@ class Exported:
     config: what config.json of a run holds.
     encoder, objective: tensors; those of the objective are none where it was not fine-tuned.
     folder: where.
+    left_out: the head of a fine-tuned model of theirs that was not read, and why where that can be told; empty where
+        there is none.
     """
 
     config: Config
     encoder: dict[str, Tensor]
     objective: dict[str, Tensor]
     folder: Path
+    left_out: str = ""
 
 
 def find(source: str | Path) -> Path:
@@ -178,7 +182,9 @@ def read_transformers(folder: Path) -> Exported:
             ", ".join(parts),
             why,
         )
-    return Exported({"objective": None, "classes": None, "vocabulary": None, **config}, encoder, objective, folder)
+    config = {"objective": None, "classes": None, "vocabulary": None, **config}
+    head = next((head for head in _HEADS if any(name.startswith(f"{head}.") for name in beside)), "")
+    return Exported(config, encoder, objective, folder, left_out=f"{head}{why}")
 
 
 def write_transformers(folder: Path, source: Exported, *, layout: str | None = None) -> str:

@@ -122,7 +122,7 @@ def test_a_head_that_cannot_be_spelled_is_left_out_and_it_is_said_why(
     [said] = caplog.messages
     assert re.search(f"the encoder alone is read; 2 tensors beside it are left out: lm_head, for .*{words}", said)
     assert embedder.embed(clips_of("wav2vec2 base")).scene.shape == (2, 24)
-    with pytest.raises(ValueError, match="nothing to predict with"):
+    with pytest.raises(ValueError, match=f"its head was left out when it was read \\(lm_head, for .*{words}"):
         embedder.predict(clips_of("wav2vec2 base"))
 
 
@@ -165,3 +165,9 @@ def test_the_encoder_of_a_model_with_a_head_is_the_same(
     assert all(torch.equal(tensor, expected.encoder[key]) for key, tensor in found.encoder.items())
     [said] = [record.getMessage() for record in caplog.records if record.name.startswith("mmssl")][:1]
     assert said.endswith(f"left out: {beside}")
+    head = next((part for part in beside.split(", ") if part in ("lm_head", "classifier")), None)
+    told = (
+        "was pretrained and not" if head is None else f"its head was left out when it was read \\({head}\\), so there"
+    )
+    with pytest.raises(ValueError, match=told):
+        mmssl.load(tmp_path, device="cpu").predict(clips_of(name))
