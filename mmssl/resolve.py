@@ -77,13 +77,14 @@ def resolve(recipe: Recipe) -> Recipe:
             "optimizer.layer_decay", "optimizer.layer_decay: goes by the depth of one encoder; leave it out for several"
         )
     inside = [values["objective"], *(values["objective"].get("of") or {}).values()]
-    telling = next((each["name"] for each in inside if each["name"] in CONTRASTING), None)
+    telling = next((one for one in inside if one["name"] in CONTRASTING), None)
     if telling is not None and values["trainer"]["accumulate"] > 1:
+        higher = ", or higher with objective.chunk" if "chunk" in telling else ""
         raise recipe.error(
             "trainer.accumulate",
-            f"trainer.accumulate={values['trainer']['accumulate']}: {telling} tells the pairs of "
+            f"trainer.accumulate={values['trainer']['accumulate']}: {telling['name']} tells the pairs of "
             "a micro-batch apart, so several would have another loss than one; set it to 1, and data.batch_size as "
-            "high as memory goes, or higher with objective.chunk, or use more processes",
+            f"high as memory goes{higher}, or use more processes",
         )
     some_lack = values["objective"]["name"] in PAIRED and len(values["modality"]) > 2
     if some_lack and values["trainer"]["sharding"] == "full":

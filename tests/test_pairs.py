@@ -270,7 +270,10 @@ def test_a_modality_takes_the_recipes_transformer_where_it_writes_none(folder: P
             ["objective={name: classify}"],
             "classify learns from one modality, and these are image and text; choose clip",
         ),
-        (["trainer.accumulate=2"], "trainer.accumulate=2: clip tells the pairs of a micro-batch apart"),
+        (
+            ["trainer.accumulate=2"],
+            "trainer.accumulate=2: clip tells the pairs .* or higher with objective.chunk, or use",
+        ),
         (["optimizer.layer_decay=0.5"], "goes by the depth of one encoder"),
         (["modality=image"], "clip brings several modalities together; write them as modality: {image: {...}"),
         (["objective.pool={image: max, text: last}"], "objective.pool: .*'mean', 'class' or 'last'"),

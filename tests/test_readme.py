@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -24,6 +25,7 @@ from mmssl.cli import app
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.matrix import ALONE, refusal
 from mmssl.modalities import MODALITIES
+from mmssl.objectives import CONTRASTING, OBJECTIVES
 from mmssl.recipe import header, load, shipped
 from mmssl.resolve import resolve
 from mmssl.training.checkpoint import export_encoder
@@ -203,6 +205,14 @@ def test_the_table_of_modalities_is_theirs() -> None:
         sources = [f"{name}/{frontend}" for frontend in MODALITIES[name].frontends]
         fitting = {one for one in ALONE if any(refusal(one, source) is None for source in sources)}
         assert set(re.findall(r"`(\w+)`", objectives)) == fitting
+
+
+def test_the_objectives_that_take_a_chunk_are_named_and_those_that_do_not() -> None:
+    [paragraph] = [part for part in section("Several machines").split("\n\n") if "objective.chunk" in part]
+    said, _, others = paragraph.partition("take `objective.chunk=256`")
+    having = {name for name, kind in OBJECTIVES.items() if "chunk" in inspect.signature(kind).parameters}
+    assert set(re.findall(r"`(\w+)`", said)) == having
+    assert set(re.findall(r"`(\w+)`", others)) == set(CONTRASTING) - having
 
 
 def test_the_first_screen_has_the_two_commands_and_what_they_need() -> None:
