@@ -15,7 +15,7 @@ from mmssl import distributed
 from mmssl.build import Config, build_encoders, build_objective, encoder_of, make
 from mmssl.convert.folder import open_encoder
 from mmssl.data.batching import Loader, one_pass
-from mmssl.data.manifest import Manifest
+from mmssl.data.manifest import Manifest, captions_of
 from mmssl.data.text import CharVocabulary, Classes
 from mmssl.data.turns import Turns
 from mmssl.encoder import Encoder, Encoders
@@ -261,7 +261,7 @@ def learn_tokenizer(recipe: Recipe, rows: Iterable[Mapping[str, Any]], run: Path
         if kept is not None and kept.is_file():
             return kept.read_text(encoding="utf-8")
         table = next(kind.tokenizers for name in members(recipe.values) if (kind := MODALITIES[name]).tokenizers)
-        texts = (row["text"] for row in rows if "text" in row)
+        texts = (text for row in rows for text in captions_of(row))
         made: str = recipe.placed(lambda: make(table, recipe.values["tokenizer"], texts=texts))
         return made
 

@@ -18,6 +18,7 @@ from mmssl.data.batching import collate_samples
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.encoder import Encoder
 from mmssl.loading import build_dataset, build_plan
+from mmssl.modalities.text.tokenizer import Tokenizer
 from mmssl.recipe import RecipeError, load, members
 from mmssl.resolve import resolve
 from mmssl.training.checkpoint import read_encoder
@@ -306,6 +307,34 @@ def test_two_modalities_that_read_the_same_key_are_no_pair(folder: Path) -> None
 
 
 # what it reads
+
+
+@pytest.mark.parametrize("cache", ["false", "true"])
+def test_of_several_captions_training_draws_one_an_epoch_and_evaluation_takes_the_first(
+    folder: Path, cache: str
+) -> None:
+    several = [f"a {text}" for text in WORDS[:3]]
+    write_manifest("train.jsonl", [{"id": "0", "image": "0.png", "text": several}, {"image": "1.png", "text": "one"}])
+    seen, *_ = dataset([f"data.cache={cache}"])
+    tokenizer = Tokenizer(learn_tokenizer(resolve(load("toy.yaml")), Manifest("train.jsonl")), 12)
+    drawn = [tokenizer.decode(seen.read(0, epoch).inputs["text"].tolist()) for epoch in range(40)]
+    assert set(drawn) == set(several)
+    assert min(map(drawn.count, several)) > 4
+    again, *_ = dataset([f"data.cache={cache}"])
+    assert [tokenizer.decode(again.read(0, epoch).inputs["text"].tolist()) for epoch in (3, 1)] == [drawn[3], drawn[1]]
+    assert {tokenizer.decode(seen.read(1, epoch).inputs["text"].tolist()) for epoch in range(4)} == {"one"}
+    held_out, *_ = dataset(side="eval")
+    assert {tokenizer.decode(held_out.read(0, epoch).inputs["text"].tolist()) for epoch in range(9)} == {several[0]}
+    run = train("toy.yaml", "run")
+    embedder = mmssl.load(run, device="cpu")
+    [first, _] = embedder.embed("train.jsonl", modality="text").scene
+    assert torch.allclose(embedder.embed([several[0]], modality="text").scene[0], first, atol=1e-6)
+
+
+def test_an_empty_list_of_captions_is_a_bad_clip(folder: Path) -> None:
+    write_manifest("train.jsonl", [{"image": "0.png", "text": []}, {"image": "1.png", "text": "one"}])
+    with pytest.raises(BadClip, match=r"the caption \[\] is no text"):
+        dataset()[0].read(0, 0)
 
 
 def test_a_batch_of_pairs_is_one_dictionary(folder: Path) -> None:
