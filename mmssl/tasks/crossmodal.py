@@ -55,8 +55,8 @@ def retrieval(embedder: Embedder, test: Manifest, *, same: str | None = None, **
         right = counts[inverse]
         finds = f"its own partner among {n:,}"
         if same is not None:
-            low, high = int(right.min()), int(right.max())
-            many = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+            least, most = int(right.min()), int(right.max())
+            many = f"{least:,}" if least == most else f"{least:,} to {most:,}"
             finds = f"one that agrees in {same!r} among {n:,}, of which {many} do"
         for here, there in ((0, 1), (1, 0)):
             ranks = partner_ranks(vectors[here][read], vectors[there][read], ids)
