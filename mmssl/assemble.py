@@ -15,10 +15,10 @@ from mmssl import distributed
 from mmssl.build import Config, build_encoders, build_objective, encoder_of, make
 from mmssl.convert.folder import open_encoder
 from mmssl.data.batching import Loader, one_pass
-from mmssl.data.manifest import Manifest
+from mmssl.data.manifest import Manifest, captions_of
 from mmssl.data.text import CharVocabulary, Classes
 from mmssl.data.turns import Turns
-from mmssl.encoder import Encoders
+from mmssl.encoder import Encoder, Encoders
 from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, cut_captions, label_of
 from mmssl.modalities import MODALITIES
 from mmssl.objectives import CODERS, DRAWING, LABELLED, OBJECTIVES, PAIRED
@@ -86,8 +86,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
     config = export_config(recipe, manifests[spoken], run)
     torch.manual_seed(settings.seed)
     encoder = recipe.placed(lambda: build_encoders(config))
-    if recipe.values["init"] is not None:
-        encoder.load_state_dict(encoder_of(open_encoder(recipe.values["init"]), config["modality"]).encoder)
+    _begin(encoder, recipe)
     objective = recipe.placed(lambda: build_objective(config, encoder))
     optimizer = recipe.placed(lambda: build_optimizer(objective.to(device), **recipe.values["optimizer"]))
     bad_clips = run / "bad_clips.jsonl"
@@ -160,6 +159,20 @@ def finetune(recipe: Recipe, run: Path | None = None) -> Path:
     if recipe.get("objective.name") not in LABELLED:
         raise recipe.error("objective.name", f"{recipe.get('objective.name')} needs no labels: use mmssl pretrain")
     return train(recipe, run)
+
+
+def _begin(encoder: Encoder | Encoders, recipe: Recipe) -> None:
+    """Give encoders the weights that `init` names, in place; with a shared backbone the others' blocks get them too."""
+    init = recipe.values["init"]
+    if init is None:
+        return
+    if isinstance(encoder, Encoder):
+        encoder.load_state_dict(encoder_of(open_encoder(init), recipe.values["modality"]).encoder)
+        return
+    for name, folder in init.items():
+        encoder[name].load_state_dict(encoder_of(open_encoder(folder), name).encoder)
+        for other in encoder if encoder.shared else ():
+            encoder[other].transformer.load_state_dict(encoder[name].transformer.state_dict())
 
 
 def export_config(recipe: Recipe, manifest: Manifest, run: Path | None = None) -> dict[str, Any]:
@@ -237,15 +250,18 @@ def learn_tokenizer(recipe: Recipe, rows: Iterable[Mapping[str, Any]], run: Path
         RecipeError: settings that cannot be used, or no captions.
     """
     if recipe.values["tokenizer"] is None:
-        init = recipe.values["init"]
-        return None if init is None else init_config(recipe, init).get("tokenizer")
+        for name in members(recipe.values):
+            key = "init" if isinstance(recipe.values["modality"], str) else f"init.{name}"
+            if MODALITIES[name].tokenizers and recipe.get(key) is not None:
+                return init_config(recipe, key, name).get("tokenizer")
+        return None
 
     def tokenizer() -> str:
         kept = None if run is None else run / checkpoint.TOKENIZER
         if kept is not None and kept.is_file():
             return kept.read_text(encoding="utf-8")
         table = next(kind.tokenizers for name in members(recipe.values) if (kind := MODALITIES[name]).tokenizers)
-        texts = (row["text"] for row in rows if "text" in row)
+        texts = (text for row in rows for text in captions_of(row))
         made: str = recipe.placed(lambda: make(table, recipe.values["tokenizer"], texts=texts))
         return made
 

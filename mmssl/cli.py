@@ -277,6 +277,14 @@ def evaluate(
     classes: Annotated[
         Path | None, typer.Option(help="zero-shot: a file with the names of classes and templates.", show_default=False)
     ] = None,
+    same: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="retrieval: members of rows that agree in this key are right too: text, label.",
+            show_default="a row's own alone",
+        ),
+    ] = None,
     layer: Annotated[
         str, typer.Option(help="select (or all) tries all on --valid; or one as for embed, or several: 4,6.")
     ] = ("select"),
@@ -345,6 +353,7 @@ def evaluate(
         valid=valid,
         modality=modality,
         classes=classes,
+        same=same,
         layer="all" if layer in ("select", "all") else _layers(layer),
         pool=pool,
         label=label,
@@ -751,7 +760,8 @@ def _done(run: Path) -> None:
         if isinstance(values["modality"], dict):
             print(f"{run}: done; what it is good for:")
             if hasattr(OBJECTIVES[task], "joint"):  # a space that they share
-                print(f"  mmssl evaluate {run} --task retrieval --test {test}")
+                same = values["objective"].get("same")  # what the run took for one thing is right
+                print(f"  mmssl evaluate {run} --task retrieval --test {test}{f' --same {same}' if same else ''}")
             for name in values["modality"]:
                 held_out = test.get(name) or "HELD_OUT.jsonl" if isinstance(test, dict) else test
                 print(f"  mmssl embed {run} {held_out} --modality {name} --out {name}.npz")

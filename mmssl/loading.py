@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmssl.data.batching import BatchPlan
 from mmssl.data.dataset import ATTEMPTS, ManifestDataset
-from mmssl.data.manifest import Manifest
+from mmssl.data.manifest import Manifest, captions_of
 from mmssl.data.text import CharVocabulary, Classes
 from mmssl.data.units import read_units
 from mmssl.encoder import Encoder, Encoders
@@ -24,6 +24,8 @@ from mmssl.modalities import MODALITIES
 from mmssl.objectives import LABELLED
 from mmssl.recipe import Recipe, members
 from mmssl.types import BadClip, Frontend, Raw
+
+COUNTED = 100_000  # captions of a manifest that are looked at for whether they are cut
 
 Config = Mapping[str, Any]
 Span = Callable[..., tuple[float, float]]
@@ -215,6 +217,7 @@ def build_dataset(
         on_bad_clip=data.on_bad_clip,
         max_bad_share=data.max_bad_share,
         cache=data.cache,
+        draws=side == "train",
     )
     timed = [name for name in own if dataset.rates[name] is not None]
     whole = [name for name in timed if name not in dataset.spans]
@@ -348,10 +351,10 @@ def cut_captions(manifest: Manifest, encoder: Encoder | Encoders) -> str:
     tokenizer = next((found for found in tokenizers if found is not None), None)
     if tokenizer is None:
         return ""
-    cut, seen = tokenizer.count_cut(row["text"] for row in manifest if "text" in row)
+    cut, seen = tokenizer.count_cut((text for row in manifest for text in captions_of(row)), most=COUNTED)
     if not cut:
         return ""
-    which = f"{seen} captions" if seen >= len(manifest) else f"the first {seen} captions"
+    which = f"{seen} captions" if seen < COUNTED else f"the first {seen} captions"
     return f"{manifest.path}: {cut} of {which} are longer than frontend.context={tokenizer.context}, and are cut"
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmssl.clips import rows_of
-from mmssl.data.manifest import Manifest
+from mmssl.data.manifest import Manifest, captions_of
 from mmssl.embed import Embedder, load
 from mmssl.evaluation.knn import knn_predict
 from mmssl.evaluation.layers import OUTPUT, dealt_out, layer_plot, layers_file, read_layers, weights_of
@@ -447,7 +447,7 @@ def _embedded(
     clips = [
         {
             "name": row["id"],
-            "text": row.get("text") if embedder.modality == "text" else None,
+            "text": next(iter(captions_of(row)), None) if embedder.modality == "text" else None,
             "label": name,
             "near": [(before + place, value) for place, value in close],
             "picture": one.picture,

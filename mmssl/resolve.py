@@ -48,17 +48,21 @@ def resolve(recipe: Recipe) -> Recipe:
         each = {"targets": {name: MODALITIES[name].targets for name in values["modality"]}}
     else:
         modality = recipe.choice("modality", MODALITIES)
+        if isinstance(recipe.get("init"), Mapping):
+            raise recipe.error(
+                "init", f"init: names modalities, and this recipe is for {modality.name}; write init=RUN"
+            )
         if recipe.get("init") is not None:
-            recipe = _with_encoder(recipe, init_config(recipe, str(recipe.get("init"))))
+            recipe = replace(recipe, values={**recipe.values, **_begun(recipe, "init", modality.name)})
         objective = recipe.get("objective.name")
         if objective in SEVERAL:
             raise recipe.error("objective.name", f"{objective} brings several modalities together; {_SEVERAL}")
         if recipe.get("backbone") is not None:
             raise recipe.error("backbone", f"backbone: is of several modalities; leave it out, or {_SEVERAL}")
         refuse(modality, str(objective), recipe)
-        values = {"modality": modality.name, "tokenizer": _tokenizer(recipe, modality), **_own(recipe, modality)}
+        tokenizer = _tokenizer(recipe, modality, begun=recipe.get("init") is not None)
+        values = {"modality": modality.name, "tokenizer": tokenizer, **_own(recipe, modality)}
         named = {"target": modality.targets, "views": modality.views}
-    init = recipe.get("init")
     given = ["encoder", *(name for name in PROVIDED if name not in {**named, **each})]
     if recipe.get("objective.name") in SEVERAL and recipe.get("objective.name") not in PAIRED:
         values["objective"], values["data"] = _omni(recipe, given), _data_by_modality(recipe)
@@ -73,13 +77,14 @@ def resolve(recipe: Recipe) -> Recipe:
             "optimizer.layer_decay", "optimizer.layer_decay: goes by the depth of one encoder; leave it out for several"
         )
     inside = [values["objective"], *(values["objective"].get("of") or {}).values()]
-    telling = next((each["name"] for each in inside if each["name"] in CONTRASTING), None)
+    telling = next((one for one in inside if one["name"] in CONTRASTING), None)
     if telling is not None and values["trainer"]["accumulate"] > 1:
+        higher = ", or higher with objective.chunk" if "chunk" in telling else ""
         raise recipe.error(
             "trainer.accumulate",
-            f"trainer.accumulate={values['trainer']['accumulate']}: {telling} tells the pairs of "
+            f"trainer.accumulate={values['trainer']['accumulate']}: {telling['name']} tells the pairs of "
             "a micro-batch apart, so several would have another loss than one; set it to 1, and data.batch_size as "
-            "high as memory goes, or higher with objective.chunk, or use more processes",
+            f"high as memory goes{higher}, or use more processes",
         )
     some_lack = values["objective"]["name"] in PAIRED and len(values["modality"]) > 2
     if some_lack and values["trainer"]["sharding"] == "full":
@@ -91,7 +96,11 @@ def resolve(recipe: Recipe) -> Recipe:
     best, name = values["trainer"]["best"], values["objective"]["name"]
     if (best in ("wer", "cer") and name != "ctc") or (best == "accuracy" and name == "omni"):
         raise recipe.error("trainer.best", f"trainer.best={best}: evaluations of {name} give none; choose loss")
-    values["init"] = None if init is None else str(init)
+    init = recipe.get("init")
+    if isinstance(init, Mapping):
+        values["init"] = {name: str(folder) for name, folder in init.items() if folder is not None} or None
+    else:
+        values["init"] = None if init is None else str(init)
     return replace(recipe, values={name: values[name] for name in SECTIONS if name in values})
 
 
@@ -119,6 +128,7 @@ def _several(recipe: Recipe) -> dict[str, Any]:
 
     With `backbone: shared` the section `transformer` is that of all; with "separate" each modality has its own, and one
     that writes none takes that of the recipe. `{name: shared, own_blocks: 2}` shares all but the first two blocks.
+    A modality that `init` names has the sections of that encoder; where blocks are shared, `transformer` is its too.
     """
     names = list(recipe.get("modality"))
     for name in names:
@@ -143,18 +153,22 @@ def _several(recipe: Recipe) -> dict[str, Any]:
             raise recipe.error(
                 section, f"'{section}' stands below each modality here, as modality.{names[0]}.{section}"
             )
-    if recipe.get("init") is not None:
-        raise recipe.error("init", f"init: holds one encoder, and these are {' and '.join(names)}; leave it out")
     backbone = _backbone(recipe)
+    begun = _inits(recipe, names, shared=backbone != "separate")
     if recipe.get("transformer") is not None and all(recipe.get(f"modality.{name}.transformer") for name in names):
         raise recipe.error("transformer", "transformer: each modality has its own here; leave this one out")
+    for name in begun:
+        sections = _begun(recipe, f"init.{name}", name, at=f"modality.{name}.", shared=backbone != "separate")
+        common = {} if backbone == "separate" else {"transformer": sections.pop("transformer")}
+        modalities = {**recipe.values["modality"], name: {**recipe.values["modality"][name], **sections}}
+        recipe = replace(recipe, values={**recipe.values, **common, "modality": modalities})
     values: dict[str, Any] = {"backbone": backbone, "tokenizer": None, "modality": {}}
     if backbone != "separate":
         values["transformer"] = _transformer(recipe)
     for name in names:
         modality, at = MODALITIES[name], f"modality.{name}."
         if modality.tokenizers:
-            values["tokenizer"] = _tokenizer(recipe, modality)
+            values["tokenizer"] = _tokenizer(recipe, modality, begun=name in begun)
         own = recipe
         if backbone != "separate" and recipe.get(f"{at}transformer") is not None:
             raise recipe.error(f"{at}transformer", f"'{at}transformer': is shared; write it once, as 'transformer'")
@@ -163,9 +177,31 @@ def _several(recipe: Recipe) -> dict[str, Any]:
             own = replace(recipe, values={**recipe.values, "modality": {name: sections}})
         found = _own(own, modality, at)
         values["modality"][name] = {key: found[key] for key in OWN if key != "transformer" or backbone == "separate"}
-    if values["tokenizer"] is None and recipe.get("tokenizer") is not None:
+    if recipe.get("tokenizer") is not None and not any(MODALITIES[name].tokenizers for name in names):
         raise recipe.error("tokenizer", f"tokenizer: {' and '.join(names)} are read without one; leave the section out")
     return values
+
+
+def _inits(recipe: Recipe, names: Sequence[str], *, shared: bool) -> list[str]:
+    """The modalities whose encoders begin with the weights that `init` names, checked."""
+    init = recipe.get("init")
+    if init is not None and not isinstance(init, Mapping):
+        raise recipe.error(
+            "init",
+            f"init: holds one encoder, and these are {' and '.join(names)}; say whose it is, such as "
+            f"init.{names[0]}={init}",
+        )
+    found = [name for name, folder in (init or {}).items() if folder is not None]
+    for name in found:
+        if name not in names:
+            raise recipe.unknown(f"init.{name}", names)
+    if shared and len(found) > 1:
+        raise recipe.error(
+            "init",
+            f"init: {' and '.join(found)} share blocks, which can begin with the weights of one of them alone; leave "
+            "out the others, or set backbone=separate",
+        )
+    return found
 
 
 def _omni(recipe: Recipe, given: Sequence[str]) -> dict[str, Any]:
@@ -239,13 +275,13 @@ def refuse(modality: Modality, objective: str, recipe: Recipe | None = None, key
         raise ValueError(sentence) if recipe is None else recipe.error(key, sentence)
 
 
-def _tokenizer(recipe: Recipe, modality: Modality) -> dict[str, Any] | None:
-    """The section `tokenizer`, checked; None for a modality that has none, and where the encoder brings its own."""
+def _tokenizer(recipe: Recipe, modality: Modality, *, begun: bool) -> dict[str, Any] | None:
+    """The section `tokenizer`, checked; None for a modality that has none, and where `init` brings its own."""
     if not modality.tokenizers:
         if recipe.get("tokenizer") is not None:
             raise recipe.error("tokenizer", f"tokenizer: {modality.name} is read without one; leave the section out")
         return None
-    if recipe.get("init") is not None:
+    if begun:
         return None
     return _named(recipe, "tokenizer", modality.tokenizers, given=["texts"])
 
@@ -290,39 +326,48 @@ def _augments(recipe: Recipe, modality: Modality, at: str) -> dict[str, list[dic
     return found
 
 
-def _with_encoder(recipe: Recipe, config: Config) -> Recipe:
-    """The recipe with the encoder's sections of a run; of its own it keeps the rates."""
-    init = recipe.get("init")
-    if config["modality"] != recipe.get("modality"):
-        raise recipe.error(
-            "init", f"{init} holds an encoder of {config['modality']}, and this recipe is for {recipe.get('modality')}"
-        )
+def _begun(recipe: Recipe, key: str, modality: str, *, at: str = "", shared: bool = False) -> dict[str, Any]:
+    """The sections of the encoder that is named at `key`, which is "init" or "init.image"; the rates are the recipe's.
+
+    Args:
+        at: what stands before the keys of the modality's sections.
+        shared: whether the recipe's section `transformer` is that of all its modalities.
+    """
+    config: Config = init_config(recipe, key, modality)
+    init, whose = recipe.get(key), f"{key} is" if at else "this recipe is"
+    if config["modality"] != modality:
+        theirs = " and ".join(members(config))
+        raise recipe.error(key, f"{init} holds an encoder of {theirs}, and {whose} for {modality}")
     # what is newer than that run was at its default
-    config = _own(replace(recipe, values=dict(config), places={}), MODALITIES[config["modality"]])
+    config = _own(replace(recipe, values=dict(config), places={}), MODALITIES[modality])
     sections: dict[str, Any] = {}
     for section in ENCODER:
         # a rate that the recipe leaves out is the constructor's default, as in any recipe, and not that of pretraining
         there = sections[section] = {key: value for key, value in config[section].items() if key not in RATES}
-        for key, value in (recipe.get(section) or {}).items():
-            place = f"{section}.{key}"
-            if key in RATES:
-                there[key] = value
-            elif key not in there and recipe.get(f"{section}.name") == there.get("name"):
+        common = section == "transformer" and recipe.get(f"{at}{section}") is None
+        written = section if common else f"{at}{section}"
+        for name, value in (recipe.get(written) or {}).items():
+            place = f"{written}.{name}"
+            if name in RATES:
+                there[name] = value
+            elif common and at and not shared:
+                continue  # of the other modalities
+            elif name not in there and recipe.get(f"{written}.name") == there.get("name"):
                 raise recipe.unknown(place, config[section])
-            elif recipe.place(place).startswith("command line") and value != there.get(key):
+            elif recipe.place(place).startswith("command line") and value != there.get(name):
                 raise recipe.error(
                     place,
-                    f"the encoder comes from init={init}, where {place} is {there.get(key)!r}; "
+                    f"the encoder comes from {key}={init}, where {section}.{name} is {there.get(name)!r}; "
                     f"only {', '.join(RATES)} may be set",
                 )
-    return replace(recipe, values={**recipe.values, **sections})
+    return sections
 
 
-def init_config(recipe: Recipe, init: str) -> dict[str, Any]:
-    """The config of the encoder that `init` names; of a run on several modalities, that of the recipe's."""
+def init_config(recipe: Recipe, key: str, modality: str) -> dict[str, Any]:
+    """The config of the encoder that is named at `key`, see `_begun`; of a run on several, that of this modality."""
     try:
-        folder = find(init)
+        folder = find(str(recipe.get(key)))
         config = read_transformers(folder).config if is_transformers(folder) else checkpoint.read_config(folder)
-        return dict(members(config).get(str(recipe.get("modality")), config))
+        return dict(members(config).get(modality, config))
     except ValueError as error:
-        raise recipe.error("init", f"init={error}") from None
+        raise recipe.error(key, f"{key}={error}") from None

@@ -101,7 +101,7 @@ def test_a_resolved_recipe_is_resolved_to_itself(folder: Path) -> None:
         (["objective.targets={image: pixels}"], "'objective.targets' should name one for each of image, audio"),
         (["objective.targets=pixels"], "'objective.targets' should name one for each of image, audio .got 'pixels'."),
         (["objective.targets={image: pixels, audio: pixels}"], "unknown objective.targets.audio 'pixels'"),
-        (["trainer.accumulate=2"], "trainer.accumulate=2: cav_mae tells the pairs of a micro-batch apart"),
+        (["trainer.accumulate=2"], "trainer.accumulate=2: cav_mae tells the pairs .* as high as memory goes, or use"),
         (["modality=image"], "cav_mae brings several modalities together"),
     ],
 )

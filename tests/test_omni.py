@@ -17,7 +17,7 @@ from mmssl.objectives.omni import Omni
 from mmssl.recipe import RecipeError, apart, load
 from mmssl.resolve import resolve
 from mmssl.tasks.crossmodal import retrieval
-from mmssl.training.checkpoint import read_tensors
+from mmssl.training.checkpoint import read_encoder, read_tensors
 
 RECIPE = """# toy
 modality:
@@ -244,3 +244,11 @@ def test_a_run_gives_the_encoder_of_each_modality(
         [f"init={run}", f"data.train={seen['train']}", "optimizer.lr=1e-12", "optimizer.weight_decay=0"],
     )
     assert torch.allclose(mmssl.load(tuned, device="cpu").embed(seen["test"]).scene, out.scene, atol=1e-4)
+    # and another run of several begins with it, while the rest is new
+    still = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "trainer.steps=1", "trainer.eval_every=0"]
+    again = train("toy.yaml", "again", [*settings, *still, "backbone=separate", f"init.speech={run}"])
+    before, after = read_encoder(run)[1], read_encoder(again)[1]
+    own = [key for key in before if key.startswith("speech.")]
+    assert own
+    assert all(torch.allclose(before[key], after[key], atol=1e-9) for key in own)
+    assert not torch.equal(before["image.transformer.norm.weight"], after["image.transformer.norm.weight"])

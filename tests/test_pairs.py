@@ -18,8 +18,10 @@ from mmssl.data.batching import collate_samples
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.encoder import Encoder
 from mmssl.loading import build_dataset, build_plan
+from mmssl.modalities.text.tokenizer import Tokenizer
 from mmssl.recipe import RecipeError, load, members
 from mmssl.resolve import resolve
+from mmssl.training.checkpoint import read_encoder
 from mmssl.types import BadClip, Batch, Raw
 
 RECIPE = """# toy
@@ -67,6 +69,34 @@ def dataset(settings=(), side="train"):
     return build_dataset(recipe, config, build_encoders(config), manifest, side=side), recipe, manifest
 
 
+def exported(name: str, sections: str, settings: list[str]) -> Path:
+    """The folder of an encoder of one modality, of another size than the recipe's."""
+    rest = "data:" + RECIPE.partition("data:")[2]
+    text = f"{sections}transformer: {{dim: 24, depth: 3, heads: 2}}\n{rest}"
+    Path(f"{name}.yaml").write_text(f"{text}objective: {{name: data2vec, top_k: 1}}\n", encoding="utf-8")
+    return train(f"{name}.yaml", name, ["trainer.steps=1", *settings])
+
+
+@pytest.fixture
+def begun(folder: Path) -> dict[str, Path]:
+    picture = """modality: image
+frontend: {name: patches, size: [2, 2], mean: [0.4, 0.5, 0.6], std: [0.5, 0.5, 0.5]}
+positions: {name: sincos}
+encoder: {prefix: 1, mask_token: true}
+"""
+    words = """modality: text
+frontend: {name: tokens, context: 9}
+positions: {name: learned, grid: [9]}
+tokenizer: {name: byte_bpe, entries: 290}
+encoder: {mask_token: true}
+"""
+    return {"image": exported("pictures", picture, []), "text": exported("words", words, [])}
+
+
+def encoders_of(run: Path) -> dict[str, torch.Tensor]:
+    return read_encoder(run)[1]
+
+
 # what a recipe says
 
 
@@ -95,6 +125,80 @@ def test_captions_that_give_no_tokenizer_are_told_to_all_processes(
     with pytest.raises(RecipeError) as other:
         learn_tokenizer(recipe, [])
     assert str(other.value) == str(main.value)
+
+
+STILL = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "trainer.steps=1"]
+
+
+def test_each_side_begins_with_the_weights_that_init_names(folder: Path, begun: dict[str, Path]) -> None:
+    settings = [f"init.{name}={run}" for name, run in begun.items()]
+    run = train("toy.yaml", "run", [*STILL, *settings, "transformer.dropout=0.1", "modality.image.encoder.prefix=1"])
+    found, config = encoders_of(run), read_encoder(run)[0]
+    for name, source in begun.items():
+        before = encoders_of(source)
+        own = {key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")}
+        assert own.keys() == before.keys()
+        assert all(torch.allclose(own[key], before[key], atol=1e-9) for key in own)
+        # sizes are those of the weights, rates the recipe's
+        transformer = config["modality"][name]["transformer"]
+        assert (transformer["dim"], transformer["depth"], transformer["dropout"]) == (24, 3, 0.1)
+    assert config["modality"]["image"]["frontend"]["mean"] == [0.4, 0.5, 0.6]
+    assert (run / "tokenizer.json").read_text() == (begun["text"] / "tokenizer.json").read_text()
+    # a resolved recipe is resolved to itself, so the run goes on
+    assert train(load(run / "recipe.yaml"), run) == run
+
+
+def test_a_side_that_init_does_not_name_is_new(folder: Path, begun: dict[str, Path]) -> None:
+    fresh = encoders_of(train("toy.yaml", "fresh", STILL))
+    found = encoders_of(train("toy.yaml", "run", [*STILL, f"init.image={begun['image']}"]))
+    assert found["image.prefix"].shape == (1, 24)
+    assert {key: value.shape for key, value in found.items() if key.startswith("text.")} == {
+        key: value.shape for key, value in fresh.items() if key.startswith("text.")
+    }
+    # of a run on several modalities it is the encoder of this one
+    again = encoders_of(train("toy.yaml", "again", [*STILL, "init.image=run", "trainer.seed=3"]))
+    assert torch.allclose(again["image.prefix"], found["image.prefix"], atol=1e-9)
+    assert not torch.equal(again["text.positions.table"], found["text.positions.table"])
+
+
+@pytest.mark.parametrize("backbone", ["shared", "{name: shared, own_blocks: 1, own_norms: true}"])
+def test_a_shared_trunk_begins_with_the_weights_of_one(folder: Path, begun: dict[str, Path], backbone: str) -> None:
+    run = train("toy.yaml", "run", [*STILL, f"backbone={backbone}", f"init.image={begun['image']}"])
+    recipe = load(run / "recipe.yaml")
+    assert recipe.get("transformer.depth") == 3
+    encoders = build_encoders(export_config(resolve(recipe), Manifest("train.jsonl"), run))
+    encoders.load_state_dict(encoders_of(run))
+    before = encoders_of(begun["image"])
+    for name in ("image", "text"):  # what text has of its own in the trunk begins so too
+        own = encoders[name].state_dict()
+        trunk = [key for key in before if key.startswith("transformer.")]
+        assert trunk
+        assert all(torch.allclose(own[key], before[key], atol=1e-9) for key in trunk)
+    assert encoders["text"].frontend.dim == 24
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["init.text=pictures"], "pictures holds an encoder of image, and init.text is for text"),
+        (
+            ["init.image=pictures", "modality.image.frontend.channels=1"],
+            r"the encoder comes from init.image=pictures, where frontend.channels is 3; only dropout, .* may be set",
+        ),
+        (
+            ["init.image=pictures", "backbone=shared", "transformer.depth=2"],
+            "the encoder comes from init.image=pictures, where transformer.depth is 3; only",
+        ),
+        (["init.image=pictures", "modality.image.encoder.pre=1"], "unknown key 'modality.image.encoder.pre'. Did you"),
+    ],
+)
+def test_an_encoder_that_is_of_something_else_is_refused(
+    folder: Path, begun: dict[str, Path], settings: list[str], sentence: str
+) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        resolve(load("toy.yaml", settings))
+    with pytest.raises(RecipeError, match=r"init: names modalities, and this recipe is for image; write init=RUN"):
+        resolve(load("pictures.yaml", ["init.image=words"]))
 
 
 def test_one_line_shares_the_trunk(folder: Path) -> None:
@@ -153,7 +257,13 @@ def test_a_modality_takes_the_recipes_transformer_where_it_writes_none(folder: P
         (["modality.text=null"], "'modality.text' should be a mapping of frontend, positions, transformer, encoder"),
         (["modality.text={}"], "'modality.text.frontend.name' is missing; one of: tokens"),
         (["augment={}"], "'augment' stands below each modality here, as modality.image.augment"),
-        (["init=runs/mae"], "init: holds one encoder, and these are image and text; leave it out"),
+        (["init=runs/mae"], "init: holds one encoder, and these are image and text; say whose .* init.image=runs/mae"),
+        (["init.speech=runs/mae"], "unknown key 'init.speech'.* Keys here: image, text"),
+        (["init.image=runs/mae"], "init.image=runs/mae: no such folder; give the folder of a run"),
+        (
+            ["init={image: a, text: b}", "backbone=shared"],
+            "init: image and text share blocks, which can begin with the weights of one of them alone; leave out the",
+        ),
         (["backbone=joined"], "backbone: should be 'separate', 'shared' or .* .got 'joined'."),
         (["backbone={name: shared, own: 1}"], "unknown key 'backbone.own'. Did you mean 'backbone.own_"),
         (["backbone=shared", "modality.text.transformer={dim: 8}"], "is shared; write it once, as 'transformer'"),
@@ -161,7 +271,10 @@ def test_a_modality_takes_the_recipes_transformer_where_it_writes_none(folder: P
             ["objective={name: classify}"],
             "classify learns from one modality, and these are image and text; choose clip",
         ),
-        (["trainer.accumulate=2"], "trainer.accumulate=2: clip tells the pairs of a micro-batch apart"),
+        (
+            ["trainer.accumulate=2"],
+            "trainer.accumulate=2: clip tells the pairs .* or higher with objective.chunk, or use",
+        ),
         (["optimizer.layer_decay=0.5"], "goes by the depth of one encoder"),
         (["modality=image"], "clip brings several modalities together; write them as modality: {image: {...}"),
         (["objective.pool={image: max, text: last}"], "objective.pool: .*'mean', 'class' or 'last'"),
@@ -194,6 +307,34 @@ def test_two_modalities_that_read_the_same_key_are_no_pair(folder: Path) -> None
 
 
 # what it reads
+
+
+@pytest.mark.parametrize("cache", ["false", "true"])
+def test_of_several_captions_training_draws_one_an_epoch_and_evaluation_takes_the_first(
+    folder: Path, cache: str
+) -> None:
+    several = [f"a {text}" for text in WORDS[:3]]
+    write_manifest("train.jsonl", [{"id": "0", "image": "0.png", "text": several}, {"image": "1.png", "text": "one"}])
+    seen, *_ = dataset([f"data.cache={cache}"])
+    tokenizer = Tokenizer(learn_tokenizer(resolve(load("toy.yaml")), Manifest("train.jsonl")), 12)
+    drawn = [tokenizer.decode(seen.read(0, epoch).inputs["text"].tolist()) for epoch in range(40)]
+    assert set(drawn) == set(several)
+    assert min(map(drawn.count, several)) > 4
+    again, *_ = dataset([f"data.cache={cache}"])
+    assert [tokenizer.decode(again.read(0, epoch).inputs["text"].tolist()) for epoch in (3, 1)] == [drawn[3], drawn[1]]
+    assert {tokenizer.decode(seen.read(1, epoch).inputs["text"].tolist()) for epoch in range(4)} == {"one"}
+    held_out, *_ = dataset(side="eval")
+    assert {tokenizer.decode(held_out.read(0, epoch).inputs["text"].tolist()) for epoch in range(9)} == {several[0]}
+    run = train("toy.yaml", "run")
+    embedder = mmssl.load(run, device="cpu")
+    [first, _] = embedder.embed("train.jsonl", modality="text").scene
+    assert torch.allclose(embedder.embed([several[0]], modality="text").scene[0], first, atol=1e-6)
+
+
+def test_an_empty_list_of_captions_is_a_bad_clip(folder: Path) -> None:
+    write_manifest("train.jsonl", [{"image": "0.png", "text": []}, {"image": "1.png", "text": "one"}])
+    with pytest.raises(BadClip, match=r"the caption \[\] is no text"):
+        dataset()[0].read(0, 0)
 
 
 def test_a_batch_of_pairs_is_one_dictionary(folder: Path) -> None:

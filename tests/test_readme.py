@@ -2,16 +2,22 @@
 
 import ast
 import contextlib
+import inspect
 import io
+import json
+import math
 import re
 import shlex
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
 import torch
 import typer
+from PIL import Image
+from typer.testing import CliRunner
 
 from mmssl.assemble import export_config
 from mmssl.build import build_encoder
@@ -19,6 +25,7 @@ from mmssl.cli import app
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.matrix import ALONE, refusal
 from mmssl.modalities import MODALITIES
+from mmssl.objectives import CONTRASTING, OBJECTIVES
 from mmssl.recipe import header, load, shipped
 from mmssl.resolve import resolve
 from mmssl.training.checkpoint import export_encoder
@@ -147,6 +154,48 @@ def test_the_ten_lines_print_what_the_readme_says(tmp_path: Path, monkeypatch: p
     assert printed.getvalue() == blocks(README.partition("```python")[2].partition("```\n")[2])[0]
 
 
+def test_four_folders_of_files_of_any_size_train_one_trunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for folder in ("pictures", "sounds", "recordings", "videos"):
+        (tmp_path / folder).mkdir()
+    pictures = (
+        ("a.jpg", "RGB", (90, 61)),
+        ("b.jpg", "L", (33, 200)),
+        ("c.png", "RGBA", (5, 7)),
+        ("d.jpg", "RGB", (300, 40)),
+    )
+    for name, mode, size in pictures:
+        picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        picture.convert(mode).save(f"pictures/{name}")
+    for folder in ("sounds", "recordings"):
+        for n, (rate, channels, seconds) in enumerate(((44_100, 2, 6.5), (8_000, 1, 0.4), (16_000, 1, 2.0))):
+            wave = rng.normal(0, 0.1, (int(rate * seconds), channels))
+            soundfile.write(f"{folder}/{n}.wav", wave, rate)
+    for n, (rate, height, width, frames) in enumerate(((30, 48, 100, 45), (12, 90, 50, 6), (8, 64, 64, 20))):
+        with av.open(f"videos/{n}.mp4", "w") as container:
+            stream = container.add_stream("libx264", rate=rate)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for _ in range(frames):
+                frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+                container.mux(stream.encode(frame.reformat(format="yuv420p")))
+            container.mux(stream.encode())
+    [block] = [block for block in blocks(README) if "omni_media" in block]
+    trainer = "trainer={steps: 8, eval_every: 8, device: cpu}"
+    toy = ["transformer={dim: 16, depth: 1, heads: 2}", trainer, "data.on_bad_clip=raise"]
+    for line in block.splitlines():
+        arguments = shlex.split(line)[1:]
+        if arguments[0] == "pretrain":
+            valid = [argument.replace("train", "valid") for argument in arguments if argument.startswith("data.train")]
+            arguments += [*toy, *valid, "data.batch_size=3"]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+    assert np.load("pictures.npz")["scene"].shape == (4, 16)
+    [*_, last] = (tmp_path / "runs/omni_media/log.jsonl").read_text(encoding="utf-8").splitlines()
+    found = json.loads(last)["evaluation"]
+    assert all(math.isfinite(found[f"{name}/loss"]) for name in ("image", "audio", "speech", "video"))
+
+
 def test_the_table_of_modalities_is_theirs() -> None:
     table = [line.strip("| ").split(" | ") for line in section("Modalities").splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in table] == list(MODALITIES)
@@ -156,6 +205,14 @@ def test_the_table_of_modalities_is_theirs() -> None:
         sources = [f"{name}/{frontend}" for frontend in MODALITIES[name].frontends]
         fitting = {one for one in ALONE if any(refusal(one, source) is None for source in sources)}
         assert set(re.findall(r"`(\w+)`", objectives)) == fitting
+
+
+def test_the_objectives_that_take_a_chunk_are_named_and_those_that_do_not() -> None:
+    [paragraph] = [part for part in section("Several machines").split("\n\n") if "objective.chunk" in part]
+    said, _, others = paragraph.partition("take `objective.chunk=256`")
+    having = {name for name, kind in OBJECTIVES.items() if "chunk" in inspect.signature(kind).parameters}
+    assert set(re.findall(r"`(\w+)`", said)) == having
+    assert set(re.findall(r"`(\w+)`", others)) == set(CONTRASTING) - having
 
 
 def test_the_first_screen_has_the_two_commands_and_what_they_need() -> None:

@@ -1,4 +1,4 @@
-"""Manifests of the sample videos: windows with scenes, windows with events, and whole files.
+"""Manifests of the sample videos: windows with scenes, windows with events, whole files, and those with sound.
 
 python data_manifests/sample_videos/write_manifest.py DATA_FOLDER OUT_FOLDER
 """
@@ -18,6 +18,9 @@ def main(folder: Path, out: Path) -> None:
     index = {row["file"]: row for _, row in read_table(folder / "index.tsv")}
     whole = [files[name] | {"id": Path(name).stem, "split": row["split"]} for name, row in index.items()]
     manifests = {f"pretrain_{split}": rows for split, rows in split_rows(whole).items() if split != "test"}
+    heard = [row for row in files.values() if row["sound"]]
+    if heard:
+        manifests["with_sound"] = heard
     for kind, table in (("scene", "windows.tsv"), ("event", "event_windows.tsv")):
         rows: list[Row] = []
         for _, window in read_table(folder / table):

@@ -77,6 +77,7 @@ class ManifestDataset(Dataset[Sample]):
         max_bad_share: of the manifest's clips, beyond which "skip" stops too.
         cache: keep decoded clips, not yet augmented, in memory: once for every loader worker. Not with spans, which
             read another part each time.
+        draws: whether of a text that is a list one is drawn in each epoch; else it is the first.
 
     Raises:
         ValueError: a row has no file of a modality, or a setting outside its range.
@@ -101,6 +102,7 @@ class ManifestDataset(Dataset[Sample]):
         on_bad_clip: Literal["raise", "skip"] = "raise",
         max_bad_share: float = 0.01,
         cache: bool = False,
+        draws: bool = False,
     ) -> None:
         if on_bad_clip not in ("raise", "skip"):
             raise ValueError(f"on_bad_clip: expected raise or skip, got {on_bad_clip!r}")
@@ -129,6 +131,7 @@ class ManifestDataset(Dataset[Sample]):
         self.seed = seed
         self.on_bad_clip = on_bad_clip
         self.max_bad_share = max_bad_share
+        self.draws = draws
         self._cache: dict[int, dict[str, Tensor]] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -170,8 +173,10 @@ class ManifestDataset(Dataset[Sample]):
         generator = np.random.default_rng([seed, 1])
         raw, drawn = self._raw(index, row, generator)
         starts: dict[str, float | None] = {name: start if part else None for name, (start, _, part) in drawn.items()}
+        texts = {name: key for name, key in self.media.items() if key not in MEDIA and key in row}
+        raw = raw | {name: self._read_text(name, row["id"], row[key], seed) for name, key in texts.items()}
         inputs = {}
-        for name, clip in raw.items():
+        for name, clip in ((name, raw[name]) for name in self.media if name in raw):
             try:
                 if name in self.cuts:
                     starts[name] = begins(starts.get(name), clip, self.cuts[name], self.rates[name])
@@ -215,19 +220,16 @@ class ManifestDataset(Dataset[Sample]):
         return cut_units(units, start, max(seconds, default=0.0))
 
     def _raw(self, index: int, row: dict[str, Any], generator: np.random.Generator) -> tuple[dict[str, Tensor], Drawn]:
-        """The clip, and the spans that were drawn of it."""
+        """What is read of files, and the spans that were drawn of them."""
         if self._cache is not None and index in self._cache:
             return self._cache[index], {}
         raw: dict[str, Tensor] = {}
         drawn: Drawn = {}
         for name in sorted(self.media, key=self._order):
             key = self.media[name]
-            if key not in row:
+            if key not in row or key not in MEDIA:
                 continue
             value = row[key]
-            if key not in MEDIA:
-                raw[name] = self._read_text(name, row["id"], value)
-                continue
             parts = value if isinstance(value, list) else [value]
             if name in self.spans and len(parts) > 1:
                 raise BadClip(row["id"], "a span is drawn from one file, and this clip has several; give each its row")
@@ -237,13 +239,15 @@ class ManifestDataset(Dataset[Sample]):
         self._check_together(row, raw)
         if self._cache is not None:
             self._cache[index] = raw
-        return {name: raw[name] for name in self.media if name in raw}, drawn
+        return raw, drawn
 
     def _order(self, name: str) -> int:
         """Where a modality stands in what is read of a row: those with a span in the order of `spans`."""
         return list(self.spans).index(name) if name in self.spans else len(self.spans)
 
-    def _read_text(self, name: str, id: str, value: Any) -> Tensor:
+    def _read_text(self, name: str, id: str, value: Any, seed: int) -> Tensor:
+        if isinstance(value, list) and value:
+            value = value[_hash(seed, "text") % len(value) if self.draws else 0]
         try:
             return self.readers[name](value)
         except BadClip as error:

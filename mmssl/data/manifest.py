@@ -181,6 +181,12 @@ class Manifest(Sequence[Row]):
         return row
 
 
+def captions_of(row: Mapping[str, Any]) -> list[Any]:
+    """The texts of a row, of which it may have a list; none where it has no text."""
+    text = row.get("text", [])
+    return text if isinstance(text, list) else [text]
+
+
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows, all or nothing, and say how many.
 

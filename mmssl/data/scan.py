@@ -374,10 +374,14 @@ def _read_json(text: str, columns: Mapping[str, str]) -> Row:
             raise ValueError(f"has no {column!r} for {key!r}; its keys are {', '.join(values) or 'none'}")
     guessed = _guess(values, {key: column for key, column in columns.items() if key != "file"})
     found = {key: values[column] for key, column in guessed.items() if key != "file" and values[column] is not None}
-    if "text" in found and not isinstance(found["text"], str):
+    texts = found.get("text")
+    several = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
+    if "text" in found and not isinstance(texts, str) and not several:
         if isinstance(found["text"], bool) or not isinstance(found["text"], int | float):
             told = json.dumps(found["text"], ensure_ascii=False)
-            raise ValueError(f"has {told[:60]} for its {guessed['text']!r}, and a text is one string")
+            raise ValueError(
+                f"has {told[:60]} for its {guessed['text']!r}, and a text is a string or a list of strings"
+            )
         found["text"] = str(found["text"])  # a caption such as 1984
     return found
 

@@ -36,6 +36,7 @@ class CLIPLite(nn.Module):
         pool: modality -> how its tokens become one vector: "class", the "last" token (of a caption its end), "mean".
         same: key of a row, such as "text": a pair's negative has another value. None where any other clip will do.
         temperature: at the start; the scale is one over it, and learned.
+        chunk: see `CLIP`.
     """
 
     label: ClassVar[str | None] = None
@@ -51,12 +52,13 @@ class CLIPLite(nn.Module):
         pool: Mapping[str, joint.Pooling],
         same: str | None = None,
         temperature: float = 0.07,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
-        refuse_space(encoder, pool)
+        refuse_space(encoder, pool, chunk)
         self.encoder = encoder
         self.pool = dict(pool)
-        self.same = same
+        self.same, self.chunk = same, chunk
         self.skips_parameters = skips_parameters(encoder, self.hide)
         self.dim = dim
         self.project = joint.projections({name: encoder[name].dim for name in encoder}, dim)
@@ -102,7 +104,8 @@ class CLIPLite(nn.Module):
 
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, modalities, J) unit vectors, zero where a clip lacks a modality; and on the CPU where not, bool."""
-        return in_one_space(batch, self.encoder, self.joint, dim=self.dim, like=self.log_scale)
+        parts = distributed.parts_of(len(batch), self.chunk, agreed=self.training)
+        return in_one_space(batch, self.encoder, self.joint, dim=self.dim, like=self.log_scale, parts=parts)
 
 
 def next_other(own: Tensor, seeds: Tensor, has: Tensor, ids: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -13,28 +14,30 @@ from torch import Tensor
 
 from mmssl.data.manifest import Manifest
 from mmssl.embed import Embedder
-from mmssl.evaluation.retrieval import nearest_class, partner_ranks
+from mmssl.evaluation.retrieval import nearest_class, partner_ranks, recall_by_chance
 from mmssl.evaluation.score import Score, wilson
 from mmssl.modalities import MODALITIES
 
 PLACES = (1, 5, 10)
 
 
-def retrieval(embedder: Embedder, test: Manifest, **settings: Any) -> dict[str, Score]:
+def retrieval(embedder: Embedder, test: Manifest, *, same: str | None = None, **settings: Any) -> dict[str, Score]:
     """How often the partner of a clip is among the 1, 5 and 10 most similar ones, of each modality to each other.
 
     Source: recall as in Karpathy and Fei-Fei 2015 (arXiv:1412.2306), section 4.1, and the median rank beside it.
-        A row is right with its own partner alone, and ties count against the model.
+        Ties count against the model.
 
     Args:
         test: rows that have several of the modalities; each pair of them is measured on the rows that have both.
+        same: key of a row, such as "text" or "label": members of all rows with the same value are right, and the
+            nearest of them counts. None where a row's own partner alone is.
         settings: see `Embedder.embed`.
 
     Returns:
         "image_to_text_at_1" and so on; the median rank is in each one's details.
 
     Raises:
-        ValueError: an encoder of one modality only, or rows that have no two of them.
+        ValueError: an encoder of one modality only, rows that have no two of them, or one without the key.
     """
     several(embedder, "retrieval")
     scores: dict[str, Score] = {}
@@ -46,17 +49,26 @@ def retrieval(embedder: Embedder, test: Manifest, **settings: Any) -> dict[str, 
         read = torch.isfinite(torch.cat(vectors, 1)).all(1)
         if not read.any():
             raise ValueError(f"{test.path}: no row has both {' and '.join(pair)} that can be read")
-        skipped = int((~read).sum())
+        skipped, n = int((~read).sum()), int(read.sum())
+        ids = (torch.arange(len(rows)) if same is None else _numbered(rows, same))[read]
+        _, inverse, counts = ids.unique(return_inverse=True, return_counts=True)
+        right = counts[inverse]
+        finds = f"its own partner among {n:,}"
+        if same is not None:
+            least, most = int(right.min()), int(right.max())
+            many = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+            finds = f"one that agrees in {same!r} among {n:,}, of which {many} do"
         for here, there in ((0, 1), (1, 0)):
-            ranks = partner_ranks(vectors[here][read], vectors[there][read])
-            n, median = len(ranks), float(ranks.double().quantile(0.5))
+            ranks = partner_ranks(vectors[here][read], vectors[there][read], ids)
+            median = float(ranks.double().quantile(0.5))
             what = f"{pair[here]} to {pair[there]}"
             for place in PLACES:
                 found = int((ranks <= place).sum())
                 low, high = wilson(found, n)
+                chance = recall_by_chance(place, right)
                 protocol = (
-                    f"each of {n:,} clips finds its own partner among {n:,}, ties against the model; chance "
-                    f"{100 * min(1.0, place / n):.2g} %; median rank {median:g}; {embedder.name}"
+                    f"each of {n:,} clips finds {finds}, ties against the model; chance {100 * chance:.3g} %; median "
+                    f"rank {median:g}; {embedder.name}"
                 )
                 protocol += f"; {skipped} clips could not be read" if skipped else ""
                 scores[f"{what.replace(' ', '_')}_at_{place}"] = Score(
@@ -67,7 +79,7 @@ def retrieval(embedder: Embedder, test: Manifest, **settings: Any) -> dict[str, 
                     n,
                     protocol,
                     metric=f"R@{place} {what}",
-                    details={"median_rank": median, "encoder": embedder.name},
+                    details={"median_rank": median, "chance": chance, "same": same, "encoder": embedder.name},
                 )
     if not scores:
         raise ValueError(
@@ -172,6 +184,12 @@ def several(embedder: Embedder, task: str) -> None:
             f"task={task}: the modalities of {embedder.name} share no space, in which one is found by another; give a "
             "run on pairs, such as one of clip or cav_mae"
         )
+
+
+def _numbered(rows: Manifest, key: str) -> Tensor:
+    """(rows,) int64, equal for rows that agree in a key."""
+    known: dict[str, int] = {}
+    return torch.tensor([known.setdefault(json.dumps(value, sort_keys=True), len(known)) for value in rows.values(key)])
 
 
 def _embedded(embedder: Embedder, rows: Manifest, modality: str, settings: Mapping[str, Any]) -> Tensor:

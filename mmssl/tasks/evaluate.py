@@ -53,6 +53,7 @@ def evaluate(
     valid: Clips | None = None,
     modality: str | None = None,
     classes: str | Path | None = None,
+    same: str | None = None,
     layer: int | Mapping[int, float] | Sequence[Layer] | Literal["select", "all"] = "select",
     pool: str = "mean",
     label: str = "label",
@@ -100,6 +101,7 @@ def evaluate(
             be used with few labels.
         modality: see `Embedder.embed`.
         classes: of "zero-shot", see `crossmodal.read_prompts`.
+        same: of "retrieval", a key such as "text": members of rows that agree in it are right as well.
         layer: see `Embedder.embed`; "select" or "all" chooses among all of them, the output after the final norm
             included; where nothing is chosen, and for "attentive", which keeps all tokens in memory, it is that output.
             A mapping {layer: weight} is one layer.
@@ -159,6 +161,7 @@ def evaluate(
         "plot": (["layers"], plot, None),
         "against": (["corruption"], against, None),
         "classes": (["zero-shot"], classes, None),
+        "same": (["retrieval"], same, None),
     }
     for name, (tasks, value, absent) in own.items():
         if value != absent and task not in tasks:
@@ -179,7 +182,7 @@ def evaluate(
             )
         common: dict[str, Any] = {"batch_size": batch_size, "on_bad_clip": on_bad_clip, "progress": progress}
         if task == "retrieval":
-            return retrieval(embedder, manifest_of(test), **common)
+            return retrieval(embedder, manifest_of(test), same=same, **common)
         if classes is None:
             raise ValueError("task=zero-shot: give a file with the names of classes (classes, --classes)")
         return zero_shot(embedder, manifest_of(test), classes=classes, modality=modality, label=label, **common)

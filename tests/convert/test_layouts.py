@@ -265,6 +265,32 @@ def test_a_published_encoder_is_trained_further(saved: Any, sounds: Path, tmp_pa
         mmssl.train("image/mae_base", tmp_path / "other", overrides)
 
 
+def test_a_published_encoder_of_pictures_is_brought_together_with_captions(
+    saved: Any, pictures: Path, tmp_path: Path
+) -> None:
+    _, folder = saved("vit")
+    files = sorted((pictures / "train").rglob("*.png"))[:4]
+    rows = [{"image": str(file), "text": file.stem, "name": file.stem} for file in files]
+    write_manifest(tmp_path / "train.jsonl", rows)
+    height, width = open_encoder(folder).config["positions"]["grid"]
+    down, along = open_encoder(folder).config["frontend"]["size"]
+    size = f"[{{name: resize, size: [{height * down}, {width * along}]}}]"
+    overrides = [
+        f"data.train={tmp_path / 'train.jsonl'}",
+        f"init.image={folder}",
+        f"modality.image.augment={{train: {size}, eval: {size}}}",
+        "modality.text.transformer={dim: 16, depth: 1, heads: 2}",
+        "tokenizer.entries=260",
+        "objective.dim=8",
+        "trainer={steps: 1, device: cpu}",
+        "schedule.warmup=1",
+        "optimizer={lr: 1e-12, weight_decay: 0}",
+    ]
+    run = mmssl.train("small/clip_emoji", tmp_path / "run", overrides)
+    before, after = open_encoder(folder).encoder, open_encoder(run).encoder
+    assert all(torch.allclose(tensor, after[f"image.{key}"], atol=1e-9) for key, tensor in before.items())
+
+
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [
         {"id": path.stem, "audio": str(path), "duration": 0.4 + 0.02 * int(path.stem)}

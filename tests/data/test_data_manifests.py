@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -345,6 +346,33 @@ def test_sample_videos_become_windows(tmp_path: Path, videos: Path) -> None:
     )
     whole = read_video(videos / "train" / "up" / "0.mp4", rate=8)
     assert torch.equal(dataset[0, 0].inputs["video"], whole[:, 4:12])
+
+
+def test_sample_videos_with_sound_have_a_manifest_of_their_own(tmp_path: Path, videos: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "with_sound").mkdir(parents=True)
+    with tarfile.open(folder / "videos.tar", "w") as shard:
+        shard.add(videos / "train" / "up" / "0.mp4", arcname="a.mp4")
+    (folder / "index.tsv").write_text("file\tsplit\tfps\na.mp4\ttrain\t8.0\n")
+    for name, key in (("windows", "scene"), ("event_windows", "event")):
+        (folder / f"{name}.tsv").write_text(f"file\tstart\tframes\t{key}\tsplit\na.mp4\t4\t8\tone\ttrain")
+    with av.open(str(folder / "with_sound" / "heard.mp4"), "w") as container:
+        seen, heard = container.add_stream("libx264", rate=8), container.add_stream("aac", rate=16_000)
+        seen.width, seen.height, seen.pix_fmt = 32, 32, "yuv420p"
+        wave = np.zeros((1, 16_000), np.float32)
+        sound = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        sound.rate = 16_000
+        container.mux(heard.encode(sound))
+        for step in range(8):
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32), np.uint8), format="gray").reformat(format="yuv420p")
+            frame.pts = step
+            container.mux(seen.encode(frame))
+        container.mux([*seen.encode(), *heard.encode()])
+    script("sample_videos").main(folder, tmp_path / "out")
+    [row] = Manifest(tmp_path / "out" / "with_sound.jsonl")
+    assert row["id"] == "with_sound/heard.mp4"
+    assert row["audio"] == row["video"]
+    assert [row["id"] for row in Manifest(tmp_path / "out" / "pretrain_train.jsonl")] == ["a"]
 
 
 def index(root: Path, name: str) -> list[dict[str, str]]:

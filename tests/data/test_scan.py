@@ -297,13 +297,15 @@ def test_a_note_that_cannot_be_read_leaves_its_clip_out(tmp_path: Path) -> None:
 
 
 def test_a_caption_is_a_text_whatever_json_makes_of_it(tmp_path: Path) -> None:
-    for name, caption in (("1", "1984"), ("2", '["a dog", "a cat"]'), ("3", "true")):
+    captions = (("1", "1984"), ("2", '["a dog", "a cat"]'), ("3", "true"), ("4", '["a dog", 3]'), ("5", "[]"))
+    for name, caption in captions:
         make(tmp_path, {f"{name}.wav": "1", f"{name}.json": f'{{"caption": {caption}}}'})
     result = look(tmp_path)
-    assert [row["text"] for row in result.rows] == ["1984"]
+    assert [row["text"] for row in result.rows] == ["1984", ["a dog", "a cat"]]
     assert [reason for _, reason in result.bad] == [
-        """2.json beside it has ["a dog", "a cat"] for its 'caption', and a text is one string""",
-        "3.json beside it has true for its 'caption', and a text is one string",
+        "3.json beside it has true for its 'caption', and a text is a string or a list of strings",
+        """4.json beside it has ["a dog", 3] for its 'caption', and a text is a string or a list of strings""",
+        "5.json beside it has [] for its 'caption', and a text is a string or a list of strings",
     ]
 
 

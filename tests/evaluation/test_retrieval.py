@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmssl.evaluation.retrieval import nearest_class, partner_ranks
+from mmssl.evaluation.retrieval import nearest_class, partner_ranks, recall_by_chance
 
 
 def at(*degrees: float) -> torch.Tensor:
@@ -26,11 +26,37 @@ def test_ties_count_against_the_model() -> None:
     assert partner_ranks(doubled, doubled + 1e-9).tolist() == [2, 2, 1]
 
 
+def test_the_nearest_of_several_right_ones_counts() -> None:
+    queries, targets = at(0, 90, 40, 20), at(10, 35, 60, 80)
+    # own alone: 0 at 10; 90 has 80 and 60 before 35; 40 has 35 before 60; 20 has all three before 80
+    assert partner_ranks(queries, targets).tolist() == [1, 3, 2, 4]
+    # rows 1 and 3 agree: 90 is nearest to 80, which is right; 20 has 10 before 35
+    assert partner_ranks(queries, targets, torch.tensor([7, 3, 8, 3])).tolist() == [1, 1, 2, 2]
+    assert partner_ranks(queries, targets, torch.zeros(4)).tolist() == [1] * 4
+
+
+def test_right_ones_that_tie_are_no_errors_and_wrong_ones_are() -> None:
+    # one point for everything: of five targets two are right and three wrong, which stand before them
+    assert partner_ranks(torch.ones(5, 3), torch.ones(5, 3), torch.tensor([0, 0, 1, 1, 1])).tolist() == [4, 4, 3, 3, 3]
+
+
+def test_chance_is_that_of_a_right_one_among_the_first() -> None:
+    # of 4 targets 2 are right: first 1 of 2; among two all but one of the six pairs; among three always
+    assert [recall_by_chance(k, torch.full((4,), 2)) for k in (1, 2, 3)] == pytest.approx([1 / 2, 5 / 6, 1])
+    # one alone: k of n, and never above one; a mean over queries: 1/4 and three times 3/4
+    alone = torch.ones(4, dtype=torch.int64)
+    assert [recall_by_chance(k, alone) for k in (1, 3, 9)] == pytest.approx([1 / 4, 3 / 4, 1])
+    assert recall_by_chance(1, torch.tensor([1, 3, 3, 3])) == pytest.approx(10 / 16)
+
+
 def test_many_chunks_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, targets = torch.randn(2, 50, 4)
     whole = partner_ranks(queries, targets)
+    same = torch.arange(50) % 20
+    by_same = partner_ranks(queries, targets, same)
     monkeypatch.setattr("mmssl.evaluation.retrieval.CHUNK", 150)
     assert torch.equal(partner_ranks(queries, targets), whole)
+    assert torch.equal(partner_ranks(queries, targets, same), by_same)
     table = torch.nn.functional.cosine_similarity(queries[:, None], targets[None], dim=2)
     order = table.argsort(1, descending=True)
     assert whole.tolist() == [1 + order[row].tolist().index(row) for row in range(50)]

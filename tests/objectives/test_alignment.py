@@ -12,12 +12,10 @@ from mmssl.objectives.slip import SLIP
 
 NAMES = ("speech", "image", "text")
 OBJECTIVES = [CLIP, SigLIP, CLIPLite, SLIP]
-CHUNKED = [CLIP, SigLIP, SLIP]
 SAID = {CLIP: "CLIP", SigLIP: "SigLIP", CLIPLite: "CLIP-Lite", SLIP: "SLIP"}
 VIEWS = {"self_supervised": {"image": "distortions"}, "view_makers": {"image": distortions}}
 OWN = {SLIP: {**VIEWS, "ssl_hidden": 12, "ssl_dim": 6}}
 each = pytest.mark.parametrize("kind", OBJECTIVES)
-each_chunked = pytest.mark.parametrize("kind", CHUNKED)
 
 
 def build(kind, *names: str, shared: bool = False, transformer=None, **settings):
@@ -105,7 +103,7 @@ def test_while_evaluating_the_loss_is_the_same_where_nothing_is_drawn(kind) -> N
 # gradient caching
 
 
-@each_chunked
+@each
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 9])
 def test_a_batch_in_chunks_has_the_gradient_of_the_whole(kind, chunk) -> None:
     whole, first = gradient(build(kind, *NAMES), batch(*NAMES))
@@ -114,7 +112,7 @@ def test_a_batch_in_chunks_has_the_gradient_of_the_whole(kind, chunk) -> None:
     assert (whole - parts).norm() < 1e-5 * whole.norm()
 
 
-@each_chunked
+@each
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_what_dropout_draws_for_a_chunk_is_drawn_again(kind, precision, monkeypatch) -> None:
     noise = {"dropout": 0.3, "attention_dropout": 0.2, "drop_path": 0.4}
@@ -135,7 +133,7 @@ def test_what_dropout_draws_for_a_chunk_is_drawn_again(kind, precision, monkeypa
     assert (other - kept).norm() > 0.01 * kept.norm()
 
 
-@each_chunked
+@each
 def test_no_more_than_a_chunk_is_in_memory(kind) -> None:
     """What autograd keeps of the forward pass: of four clips the activations, and in chunks their vectors alone."""
     sizes = []
@@ -147,7 +145,7 @@ def test_no_more_than_a_chunk_is_in_memory(kind) -> None:
     assert sizes[1] < 0.1 * sizes[0]
 
 
-@each_chunked
+@each
 def test_a_chunk_that_cannot_be_is_one_sentence(kind) -> None:
     with pytest.raises(ValueError, match="objective.chunk=0: must be at least 1; leave it out"):
         build(kind, chunk=0)

@@ -29,6 +29,7 @@ KINDS = {
     "siglip": (SigLIP, {}),
     "siglip_in_chunks": (SigLIP, {"chunk": 1}),
     "clip_lite": (CLIPLite, {}),
+    "clip_lite_in_chunks": (CLIPLite, {"chunk": 1}),
     "slip": (SLIP, {**VIEWS, "ssl_hidden": 12, "ssl_dim": 6}),
     "slip_in_chunks": (SLIP, {**VIEWS, "ssl_hidden": 12, "ssl_dim": 6, "chunk": 2}),
 }

@@ -57,7 +57,29 @@ def test_recall_counts_the_rows_that_have_both(rows: Manifest) -> None:
     assert scores["image_to_text_at_1"].details["median_rank"] == 2
     assert scores["text_to_image_at_1"].n == 3
     assert "retrieval: R@1 image to text 33.3 %" in str(scores["image_to_text_at_1"])
-    assert "ties against the model; chance 33 %; median rank 2" in scores["image_to_text_at_1"].protocol
+    assert "ties against the model; chance 33.3 %; median rank 2" in scores["image_to_text_at_1"].protocol
+
+
+def test_rows_that_agree_in_a_key_are_right_for_each_other(rows: Manifest, tmp_path: Path) -> None:
+    # of pictures 0 (low), 90 (high) and 40 (low): 90 has 60 before 35; 40 has 35, which is high, before 10 and 60
+    scores = retrieval(Known(PLACES), rows, same="label")
+    assert scores["image_to_text_at_1"].value == pytest.approx(1 / 3)
+    # of words 10 (low), 35 (high) and 60 (low): 35 has 40 and 0 before 90
+    assert scores["text_to_image_at_1"].value == pytest.approx(2 / 3)
+    assert scores["image_to_text_at_5"].value == 1
+    # the first is right for two rows by 2 of 3, for one by 1 of 3: 5/9
+    assert scores["image_to_text_at_1"].details["chance"] == pytest.approx(5 / 9)
+    assert scores["image_to_text_at_1"].protocol.startswith(
+        "each of 3 clips finds one that agrees in 'label' among 3, of which 1 to 2 do, ties against the model; chance "
+        "55.6 %; median rank 2; known"
+    )
+    twice = [{"image": f"{n}.png", "text": word} for n, word in ((0, "zero"), (9, "zero"), (4, "zero"))]
+    write_manifest(tmp_path / "twice.jsonl", twice)
+    alike = Manifest(tmp_path / "twice.jsonl")
+    assert retrieval(Known(PLACES), alike)["image_to_text_at_1"].value == 0  # three captions that are one
+    assert retrieval(Known(PLACES), alike, same="text")["image_to_text_at_1"].value == 1
+    with pytest.raises(ValueError, match=r"twice.jsonl:1: the row has no 'speaker', only id, image, text"):
+        retrieval(Known(PLACES), alike, same="speaker")
 
 
 def test_zero_shot_goes_to_the_nearest_name(rows: Manifest, tmp_path: Path) -> None:
@@ -128,6 +150,7 @@ def test_the_commands_measure_a_run(pictures: Path, tmp_path: Path, monkeypatch:
     train(load("small/clip_emoji", ["data.train=train.jsonl", "data.workers=0", *small]), Path("run"))
     for arguments, said in (
         (["--task", "retrieval"], ["R@1 image to text", "R@10 text to image"]),
+        (["--task", "retrieval", "--same", "text"], ["agrees in 'text' among 6, of which 6 do", "chance 100 %"]),
         (["--task", "zero-shot", "--classes", "names.yaml"], ["zero-shot: accuracy"]),
         (["--task", "knn", "--modality", "image", "--train", "train.jsonl", "--layer", "-1", "--k", "1"], ["accuracy"]),
     ):

@@ -431,6 +431,7 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
         ({"task": "linear", "beam": 5}, "is for task ctc only; leave beam out"),
         ({"task": "classify", "train": None, "lm": "words.arpa"}, "is for task ctc only; leave lm out"),
         ({"task": "knn", "classes": "names.yaml"}, "is for task zero-shot only; leave classes out"),
+        ({"task": "zero-shot", "train": None, "same": "text"}, "is for task retrieval only; leave same out"),
         ({"task": "rank", "train": None, "ood": "noise.jsonl"}, "is for task ood only; leave ood out"),
         ({"task": "knn", "plot": "layers.svg"}, "is for task layers only; leave plot out"),
         ({"task": "linear", "against": "other.json"}, "is for task corruption only; leave against out"),
