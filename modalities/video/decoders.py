@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -38,6 +39,7 @@ class Timeline:
     seconds: from the first frame's appearance to the last one's end.
     edited: whether the file holds frames that are not to be shown.
     leading: whether frames are stored behind a key and shown before it ("open groups of pictures").
+    broken: whether packets are not as they were written: the file was cut off within one, or lost bytes.
     """
 
     stamps: list[int]
@@ -48,6 +50,7 @@ class Timeline:
     codec: str
     edited: bool
     leading: bool
+    broken: bool
     sound: bool
 
     def at(self, time: float) -> int:
@@ -60,16 +63,25 @@ class Timeline:
 def read_timeline(file: BinaryIO) -> Timeline:
     """The frames of a file, from its packets: none is decoded where every packet says when its frame is shown.
 
+    It ends before a broken packet that no key comes after. What a broken packet holds in the middle of a file, and what
+    follows it up to the next key, has its place and cannot be decoded.
+
     Raises:
         Unreadable: no video, or no frame in it.
     """
     with _opened(file) as (container, stream):
         shown: list[tuple[int, int, bool]] = []  # stamp, duration, whether it is a key
-        complete, edited, leading, key = True, False, False, 0
+        complete, edited, leading, broken, key = True, False, False, False, 0
+        end: tuple[int, int | None] | None = None  # packets before a broken one, and when that is decoded
         holds_picture = _picture_test(stream.codec_context)
         for packet in container.demux(stream):
             if not packet.size:
                 continue  # the end
+            if packet.is_corrupt:
+                broken = True
+                end = end or (len(shown), packet.dts)
+            elif packet.is_keyframe:
+                end = None
             if packet.is_discard:
                 edited = True
             elif packet.pts is None:
@@ -79,13 +91,17 @@ def read_timeline(file: BinaryIO) -> Timeline:
                 if packet.is_keyframe or len(shown) == 1:
                     key = packet.pts
                 leading |= packet.pts < key
+        if end is not None:
+            # a frame is never shown before it is decoded: up to then none of those that are lost is missing
+            count, last_whole = end
+            shown = [one for one in shown[:count] if last_whole is None or one[0] <= last_whole]
         shown.sort()
         stamps = [stamp for stamp, _, _ in shown]
         if not complete or len(set(stamps)) < len(stamps):
             shown = _decode_timeline(container, stream)
             stamps = [stamp for stamp, _, _ in shown]
         if not stamps:
-            raise Unreadable("there is no frame in it")
+            raise Unreadable("it is cut off within its first frames" if broken else "there is no frame in it")
         base, rate = float(stream.time_base), float(stream.average_rate or stream.base_rate or 0)
         last = shown[-1][1] * base or (1 / rate if rate else 0.0)
         return Timeline(
@@ -97,6 +113,7 @@ def read_timeline(file: BinaryIO) -> Timeline:
             codec=stream.codec_context.codec.canonical_name,
             edited=edited,
             leading=leading,
+            broken=broken,
             sound=bool(container.streams.audio),
         )
 
@@ -116,8 +133,8 @@ def by_pyav(file: BinaryIO, timeline: Timeline, numbers: list[int]) -> list[np.n
                         container.seek(start, stream=stream)
                     else:
                         container.seek(min(0, start), stream=stream)
-                    for frame in container.decode(stream):
-                        if frame.pts in wanted and frame.pts not in found:
+                    for frame in _whole_frames(container, stream):
+                        if frame.pts in wanted and frame.pts not in found and not frame.is_corrupt:
                             found[frame.pts] = _upright(frame)
                         if frame.pts is not None and frame.pts >= group[-1]:
                             break
@@ -201,12 +218,29 @@ def _decode_timeline(container: Any, stream: Any) -> list[tuple[int, int, bool]]
     container.seek(0, stream=stream)
     shown = []
     try:
-        for frame in container.decode(stream):
+        for frame in _whole_frames(container, stream):
             if frame.pts is not None:
                 shown.append((frame.pts, frame.duration or 0, False))
     except av.FFmpegError:
         pass  # a file that was cut off: what is there
     return sorted({stamp: (stamp, duration, key) for stamp, duration, key in shown}.values())
+
+
+def _whole_frames(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames from here on, without those of broken packets and of what follows them up to the next key.
+
+    A decoder would make them up: gray, or from frames that are not theirs.
+    """
+    lost = False
+    for packet in container.demux(stream):
+        if packet.is_corrupt and not lost:
+            lost = True
+            yield from stream.decode(None)  # what it holds back of the frames before
+        elif lost and packet.is_keyframe and not packet.is_corrupt:
+            lost = False
+            stream.codec_context.flush_buffers()
+        if not lost:
+            yield from packet.decode()
 
 
 def _upright(frame: Any) -> np.ndarray:

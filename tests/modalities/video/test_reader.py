@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import multiprocessing
@@ -250,6 +251,49 @@ def test_a_file_that_was_cut_off_gives_what_is_there_or_one_sentence(
         return
     assert 1 < clip.shape[1] < 20
     assert painted.numbers(clip) == list(range(clip.shape[1]))
+
+
+# whose index stands before the frames, so that what is there can be read
+FRONT = {"movflags": "faststart"}
+
+
+def cut(path: Path, share: float) -> int:
+    """Leaves that share of a file's bytes, and says how many of its frames are whole, in the order they are stored."""
+    import av
+
+    with av.open(str(path)) as container:
+        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+    content = path.read_bytes()
+    left = int(share * len(content))
+    path.write_bytes(content[:left])
+    return sum(end <= left for end in ends)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7])
+def test_a_clip_ends_before_the_frame_that_was_cut_through(painted: Any, tmp_path: Path, share: float) -> None:
+    """A decoder makes such a frame up, gray or from the one before."""
+    count = cut(painted.write(tmp_path / "a.mp4", "mpeg4", frames=60, muxer=FRONT), share)
+    assert 1 < count < 50
+    for decoder in ("auto", "pyav"):
+        assert painted.numbers(read(tmp_path / "a.mp4", rate=10, decoder=decoder)) == list(range(count))
+
+
+def test_nothing_is_made_up_behind_bytes_that_were_lost_up_to_the_next_key(painted: Any, tmp_path: Path) -> None:
+    path = painted.write(tmp_path / "a.ts", "libx264", frames=60, options={"bf": "0"})
+    content = path.read_bytes()
+    middle = len(content) // 188 // 2 * 188  # between two of the transport's packets
+    path.write_bytes(content[:middle] + content[middle + 3 * 188 :])
+    got = []
+    for number in range(60):
+        with contextlib.suppress(BadClip):
+            got += painted.numbers(read(path, rate=10, start=number / 10, duration=0.1))
+    with pytest.raises(BadClip, match=r"damaged or cut off: the frame at .* cannot be decoded"):
+        read(path, rate=10)
+    assert probe(path)["decoder"] == "pyav"
+    lost = sorted(set(range(60)) - set(got))
+    assert got == sorted(set(got))
+    assert lost == list(range(lost[0], lost[-1] + 1))
+    assert lost[-1] % 8 == 7  # a key comes every 8 frames
 
 
 def test_holes_are_not_filled_with_other_frames(files: Path, tmp_path: Path) -> None:
