@@ -21,7 +21,8 @@ import numpy as np
 # What decord was never seen to be wrong on. It refuses AV1 and gif; from MPEG transport streams, from AVI whose frames
 # are not shown as they are stored, and behind the key of an open group of frames, which x265 writes where nobody tells
 # it not to, it gives wrong frames without a word.
-DECORD_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+BOXES = "mov,mp4,m4a,3gp,3g2,mj2"
+DECORD_CONTAINERS = {BOXES, "matroska,webm"}
 DECORD_CODECS = {"h264", "hevc", "vp9", "vp8", "mpeg4", "mjpeg"}
 
 
@@ -39,7 +40,7 @@ class Timeline:
     seconds: from the first frame's appearance to the last one's end.
     edited: whether the file holds frames that are not to be shown.
     leading: whether frames are stored behind a key and shown before it ("open groups of pictures").
-    broken: whether packets are not as they were written: the file was cut off within one, or lost bytes.
+    broken: whether packets are not as they were written, or not there: the file was cut off, or lost bytes.
     """
 
     stamps: list[int]
@@ -73,6 +74,7 @@ def read_timeline(file: BinaryIO) -> Timeline:
         shown: list[tuple[int, int, bool]] = []  # stamp, duration, whether it is a key
         complete, edited, leading, broken, key = True, False, False, False, 0
         end: tuple[int, int | None] | None = None  # packets before a broken one, and when that is decoded
+        last: int | None = None  # when the one before is
         holds_picture = _picture_test(stream.codec_context)
         for packet in container.demux(stream):
             if not packet.size:
@@ -91,6 +93,10 @@ def read_timeline(file: BinaryIO) -> Timeline:
                 if packet.is_keyframe or len(shown) == 1:
                     key = packet.pts
                 leading |= packet.pts < key
+            last = packet.dts
+        if container.format.name == BOXES and _ends_within_its_media(file):
+            broken = True
+            end = end or (len(shown), last)
         if end is not None:
             # a frame is never shown before it is decoded: up to then none of those that are lost is missing
             count, last_whole = end
@@ -103,12 +109,12 @@ def read_timeline(file: BinaryIO) -> Timeline:
         if not stamps:
             raise Unreadable("it is cut off within its first frames" if broken else "there is no frame in it")
         base, rate = float(stream.time_base), float(stream.average_rate or stream.base_rate or 0)
-        last = shown[-1][1] * base or (1 / rate if rate else 0.0)
+        stands = shown[-1][1] * base or (1 / rate if rate else 0.0)
         return Timeline(
             stamps=stamps,
             keys=[stamp for stamp, _, key in shown if key] if complete else stamps[:1],
             base=base,
-            seconds=(stamps[-1] - stamps[0]) * base + last,
+            seconds=(stamps[-1] - stamps[0]) * base + stands,
             container=container.format.name,
             codec=stream.codec_context.codec.canonical_name,
             edited=edited,
@@ -196,6 +202,22 @@ class _opened:
 
     def __exit__(self, *exception: object) -> None:
         self.container.close()
+
+
+def _ends_within_its_media(file: BinaryIO) -> bool:
+    """Whether a file of boxes (mp4, mov) is shorter than the box that holds its packets."""
+    before = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    place, kind = 0, b""
+    while place + 16 <= size:
+        file.seek(place)
+        head = file.read(16)
+        length = int.from_bytes(head[8:16] if head[:4] == b"\0\0\0\1" else head[:4], "big")
+        if length < 8:
+            break  # the last one, whose end is the file's
+        place, kind = place + length, head[4:8]
+    file.seek(before)  # where FFmpeg left it
+    return kind == b"mdat" and place > size
 
 
 def _groups(stamps: list[int], keys: list[int]) -> list[list[int]]:
@@ -344,6 +366,8 @@ class _Session:
         line = self.timeline
         if line.edited:
             return "an edit list hides frames of it"
+        if line.broken:
+            return "it is damaged or cut off"
         if line.codec not in DECORD_CODECS:
             return f"it is {line.codec}"
         if line.container not in DECORD_CONTAINERS:

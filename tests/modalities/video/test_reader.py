@@ -253,20 +253,30 @@ def test_a_file_that_was_cut_off_gives_what_is_there_or_one_sentence(
     assert painted.numbers(clip) == list(range(clip.shape[1]))
 
 
+FPS = 10  # of all that is written here
+
 # whose index stands before the frames, so that what is there can be read
 FRONT = {"movflags": "faststart"}
 
 
-def cut(path: Path, share: float) -> int:
-    """Leaves that share of a file's bytes, and says how many of its frames are whole, in the order they are stored."""
+def cut(path: Path, share: float, *, within: bool = True) -> int:
+    """Leaves that share of a file's bytes, or somewhat more, up to where a packet ends.
+
+    Returns:
+        How many frames are there of which, and before which, none is missing.
+    """
     import av
 
     with av.open(str(path)) as container:
-        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        stored = [(packet.pts * packet.time_base * FPS, packet.pos + packet.size) for packet in packets]
     content = path.read_bytes()
     left = int(share * len(content))
+    if not within:
+        left = min(end for _, end in stored if end >= left)
     path.write_bytes(content[:left])
-    return sum(end <= left for end in ends)
+    there = {number for number, end in stored if end <= left}
+    return min(number for number in range(len(stored) + 1) if number not in there)
 
 
 @pytest.mark.parametrize("share", [0.4, 0.7])
@@ -276,6 +286,24 @@ def test_a_clip_ends_before_the_frame_that_was_cut_through(painted: Any, tmp_pat
     assert 1 < count < 50
     for decoder in ("auto", "pyav"):
         assert painted.numbers(read(tmp_path / "a.mp4", rate=10, decoder=decoder)) == list(range(count))
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within a frame", "between frames"])
+@pytest.mark.parametrize("share", [0.95, 0.7])
+@pytest.mark.parametrize(
+    ("encoder", "options"), [("libx264", {}), ("libx265", HEVC), ("mpeg4", {}), ("mpeg4", {"bf": "2"})]
+)
+def test_what_a_manifest_counts_in_a_file_that_was_cut_off_is_what_is_read(
+    painted: Any, tmp_path: Path, encoder: str, options: dict[str, str], share: float, within: bool
+) -> None:
+    path = painted.write(tmp_path / "a.mp4", encoder, frames=200, gop=24, options=options, muxer=FRONT)
+    whole = cut(path, share, within=within)
+    found = probe(path)
+    assert found["decoder"] == "pyav"
+    assert found["seconds"] == pytest.approx(found["frames"] / FPS)
+    # up to two before the gap may be left out, because nothing says that there is none between them
+    assert whole - 2 <= found["frames"] <= whole
+    assert painted.numbers(read(path, rate=FPS)) == list(range(found["frames"]))
 
 
 def test_nothing_is_made_up_behind_bytes_that_were_lost_up_to_the_next_key(painted: Any, tmp_path: Path) -> None:
