@@ -11,8 +11,9 @@ import json
 import os
 import signal
 import sys
-from bisect import bisect_right
-from collections.abc import Iterator
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -24,6 +25,7 @@ import numpy as np
 BOXES = "mov,mp4,m4a,3gp,3g2,mj2"
 DECORD_CONTAINERS = {BOXES, "matroska,webm"}
 DECORD_CODECS = {"h264", "hevc", "vp9", "vp8", "mpeg4", "mjpeg"}
+STRIDE = 50  # frames that decord decodes without a sign of life
 
 
 class Unreadable(Exception):
@@ -60,12 +62,20 @@ class Timeline:
         stamp = self.stamps[0] + (time + 1e-6) / self.base
         return max(bisect_right(self.stamps, stamp) - 1, 0)
 
+    def key_before(self, number: int) -> int:
+        """The number of the frame from which decoding frame `number` starts."""
+        place = bisect_right(self.keys, self.stamps[number]) - 1
+        return bisect_left(self.stamps, self.keys[place]) if place >= 0 else 0
 
-def read_timeline(file: BinaryIO) -> Timeline:
+
+def read_timeline(file: BinaryIO, alive: Callable[[], None]) -> Timeline:
     """The frames of a file, from its packets: none is decoded where every packet says when its frame is shown.
 
     It ends before a broken packet that no key comes after. What a broken packet holds in the middle of a file, and what
     follows it up to the next key, has its place and cannot be decoded.
+
+    Args:
+        alive: called after each packet and each frame.
 
     Raises:
         Unreadable: no video, or no frame in it.
@@ -77,6 +87,7 @@ def read_timeline(file: BinaryIO) -> Timeline:
         last: int | None = None  # when the one before is
         holds_picture = _picture_test(stream.codec_context)
         for packet in container.demux(stream):
+            alive()
             if not packet.size:
                 continue  # the end
             if packet.is_corrupt:
@@ -104,7 +115,7 @@ def read_timeline(file: BinaryIO) -> Timeline:
         shown.sort()
         stamps = [stamp for stamp, _, _ in shown]
         if not complete or len(set(stamps)) < len(stamps):
-            shown = _decode_timeline(container, stream)
+            shown = _decode_timeline(container, stream, alive)
             stamps = [stamp for stamp, _, _ in shown]
         if not stamps:
             raise Unreadable("it is cut off within its first frames" if broken else "there is no frame in it")
@@ -124,8 +135,11 @@ def read_timeline(file: BinaryIO) -> Timeline:
         )
 
 
-def by_pyav(file: BinaryIO, timeline: Timeline, numbers: list[int]) -> list[np.ndarray]:
-    """Frames by their numbers, ascending: (H, W, 3) uint8 each, upright, up to the first that cannot be decoded."""
+def by_pyav(file: BinaryIO, timeline: Timeline, numbers: list[int], alive: Callable[[], None]) -> list[np.ndarray]:
+    """Frames by their numbers, ascending: (H, W, 3) uint8 each, upright, up to the first that cannot be decoded.
+
+    `alive` is called after each frame that is decoded.
+    """
     import av
 
     found: dict[int, np.ndarray] = {}
@@ -140,6 +154,7 @@ def by_pyav(file: BinaryIO, timeline: Timeline, numbers: list[int]) -> list[np.n
                     else:
                         container.seek(min(0, start), stream=stream)
                     for frame in _whole_frames(container, stream):
+                        alive()
                         if frame.pts in wanted and frame.pts not in found and not frame.is_corrupt:
                             found[frame.pts] = _upright(frame)
                         if frame.pts is not None and frame.pts >= group[-1]:
@@ -156,23 +171,51 @@ def by_pyav(file: BinaryIO, timeline: Timeline, numbers: list[int]) -> list[np.n
     return frames
 
 
-def by_decord(file: str | BinaryIO, numbers: list[int], *, count: int | None) -> np.ndarray:
-    """Frames by their numbers: (T, H, W, 3) uint8.
+def by_decord(
+    file: str | BinaryIO, timeline: Timeline, numbers: list[int], alive: Callable[[], None], *, check: bool = True
+) -> list[np.ndarray]:
+    """Frames by their numbers, ascending: (H, W, 3) uint8 each.
+
+    decord says nothing before all is done that it was asked for. So it is asked for little at a time, on long ways for
+    frames that nobody wants, too; `alive` is called after each time.
 
     Raises:
-        Unreadable: decord cannot read the file, or does not find `count` frames in it: then its numbers are others, or
-            it would look for ever for those that are not there.
+        Unreadable: decord cannot read the file, or, with `check`, counts other frames in it than the timeline: then its
+            numbers are others, or it would look for ever for those that are not there.
     """
     import decord
 
     try:
         reader = decord.VideoReader(file, num_threads=1)
-        if count is not None and len(reader) != count:
+        if check and len(reader) != len(timeline.stamps):
             raise Unreadable("decord counts other frames than are shown")
-        frames: np.ndarray = reader.get_batch(numbers).asnumpy()
+        alive()
+        frames: list[np.ndarray] = []
+        for way, portion in _portions(timeline, numbers):
+            for between in way:
+                reader.get_batch([between])
+                alive()
+            frames.extend(reader.get_batch(portion).asnumpy())
+            alive()
     except (RuntimeError, decord.DECORDError, OSError) as error:
         raise Unreadable("decord fails on it") from error
     return frames
+
+
+def _portions(timeline: Timeline, numbers: list[int]) -> Iterator[tuple[range, list[int]]]:
+    """The numbers in portions for each of which some `STRIDE` frames are decoded, and the frames on the way to each."""
+    way, portion, decoded, reached = range(0), list[int](), 0, 0
+    for number in numbers:
+        start = max(reached, timeline.key_before(number))
+        reached = number + 1
+        if portion and decoded + reached - start > STRIDE:
+            yield way, portion
+            portion = []
+        if not portion:
+            way, decoded = range(start + STRIDE, number, STRIDE), 0
+        portion.append(number)
+        decoded += reached - start
+    yield way, portion
 
 
 class _opened:
@@ -233,7 +276,7 @@ def _groups(stamps: list[int], keys: list[int]) -> list[list[int]]:
     return groups
 
 
-def _decode_timeline(container: Any, stream: Any) -> list[tuple[int, int, bool]]:
+def _decode_timeline(container: Any, stream: Any, alive: Callable[[], None]) -> list[tuple[int, int, bool]]:
     """For files whose packets do not say when they are shown (AVI with B-frames): what decoding all of it says."""
     import av
 
@@ -241,6 +284,7 @@ def _decode_timeline(container: Any, stream: Any) -> list[tuple[int, int, bool]]
     shown = []
     try:
         for frame in _whole_frames(container, stream):
+            alive()
             if frame.pts is not None:
                 shown.append((frame.pts, frame.duration or 0, False))
     except av.FFmpegError:
@@ -299,28 +343,28 @@ def _picture_test(codec: Any) -> Any:
 class _Session:
     """The file that a process is asked about."""
 
-    def __init__(self, path: str | None, content: bytes) -> None:
+    def __init__(self, path: str | None, content: bytes, alive: Callable[[], None]) -> None:
         self.path = path
         self.file: BinaryIO = io.BytesIO(content) if path is None else open(path, "rb")  # noqa: SIM115 kept open
-        self.timeline = read_timeline(self.file)
+        self.timeline = read_timeline(self.file, alive)
 
-    def describe(self, *, decord: bool) -> dict[str, Any]:
+    def describe(self, alive: Callable[[], None], *, decord: bool) -> dict[str, Any]:
         """What a manifest says of the file. The end is decoded from its last key on: there containers over-report."""
         line = self.timeline
         reason = self._declined()
         first = line.keys[-1] if line.keys else line.stamps[0]
         tail = [number for number, stamp in enumerate(line.stamps) if stamp >= first]
-        decoded = by_pyav(self.file, line, tail)
+        decoded = by_pyav(self.file, line, tail, alive)
         count, seconds = len(line.stamps) - len(tail) + len(decoded), line.seconds
         if len(decoded) < len(tail):
             reason = "its last frames cannot be decoded"
             seconds = (line.stamps[count] - line.stamps[0]) * line.base
-            decoded = decoded or by_pyav(self.file, line, [0])
+            decoded = decoded or by_pyav(self.file, line, [0], alive)
         if not decoded or not count:
             raise Unreadable("its frames cannot be decoded")
         if decord and not reason:
             try:
-                by_decord(self.path or self._rewound(), [count - 1], count=count)
+                by_decord(self.path or self._rewound(), line, [count - 1], alive)
             except Unreadable as error:
                 reason = str(error)
             except ImportError:
@@ -336,30 +380,28 @@ class _Session:
             "reason": reason,
         }
 
-    def frames(self, times: list[float], decoder: str) -> tuple[dict[str, Any], np.ndarray]:
+    def frames(self, times: list[float], decoder: str, alive: Callable[[], None]) -> tuple[dict[str, Any], np.ndarray]:
         """What is shown at each of `times`, and how it was had."""
         line = self.timeline
         numbers = [line.at(time) for time in times]
         unique = sorted(set(numbers))
         reason = self._declined() if decoder == "auto" else ""
-        frames: np.ndarray | None = None
+        found: list[np.ndarray] | None = None
         if decoder == "decord" or (decoder == "auto" and not reason):
             try:
-                count = len(line.stamps) if decoder == "auto" else None
-                frames = by_decord(self.path or self._rewound(), unique, count=count)
+                found = by_decord(self.path or self._rewound(), line, unique, alive, check=decoder == "auto")
             except (Unreadable, ImportError) as error:
                 if isinstance(error, Unreadable):
                     reason = str(error)
-        used = "pyav" if frames is None else "decord"
-        if frames is None:
-            found = by_pyav(self.file, line, unique)
+        used = "pyav" if found is None else "decord"
+        if found is None:
+            found = by_pyav(self.file, line, unique, alive)
             if len(found) < len(unique):
                 lost = (line.stamps[unique[len(found)]] - line.stamps[0]) * line.base
                 raise Unreadable(f"damaged or cut off: the frame at {lost:.2f} s cannot be decoded")
-            frames = np.stack(found)
         places = {number: place for place, number in enumerate(unique)}
         said = {"decoder": used, "reason": reason, "distinct": len(unique)}
-        return said, frames[[places[number] for number in numbers]]
+        return said, np.stack([found[places[number]] for number in numbers])
 
     def _declined(self) -> str:
         """Why decord is not to be asked; empty where it is."""
@@ -379,10 +421,31 @@ class _Session:
         return self.file
 
 
+class _Life:
+    """Says now and then, when called, that something is being done: the time limit counts from there."""
+
+    def __init__(self, limit: float, answers: BinaryIO) -> None:
+        self.limit, self.answers = limit, answers
+        self._begin()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self.said > self.limit / 10:
+            self.answers.write(b'{"alive": true}\n')
+            self.answers.flush()
+            self._begin()
+
+    def _begin(self) -> None:
+        self.said = time.monotonic()
+        if hasattr(signal, "alarm"):
+            # not handled, so that it ends this process whatever holds Python's lock, also where nobody is left to do so
+            signal.setitimer(signal.ITIMER_REAL, self.limit + 1.0)
+
+
 def serve() -> None:
     """Answer requests, a line of JSON each (and as many bytes as its "size" says), until the input ends.
 
-    An answer is a line of JSON, and as many bytes as its "size" says.
+    An answer is a line of JSON, and as many bytes as its "size" says. Before it come lines of JSON {"alive": true}: a
+    request may take for ever, but no more than the seconds of its "limit" from one of them to the next.
     """
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries that print would garble the answers
@@ -390,21 +453,19 @@ def serve() -> None:
     while line := requests.readline():
         request = json.loads(line)
         content = requests.read(request.get("size", 0))
-        if hasattr(signal, "alarm"):
-            # not handled, so that it ends this process whatever holds Python's lock, also where nobody is left to do so
-            signal.setitimer(signal.ITIMER_REAL, request["limit"] + 1.0)
+        alive = _Life(request["limit"], answers)
         pixels: np.ndarray | None = None
         try:
             if request["do"] == "open":
                 session = None
-                session = _Session(request["path"], content)
+                session = _Session(request["path"], content, alive)
                 answer: dict[str, Any] = {"seconds": session.timeline.seconds}
             elif session is None:
                 answer = {"unreadable": "no file is open"}
             elif request["do"] == "describe":
-                answer = session.describe(decord=request["decord"])
+                answer = session.describe(alive, decord=request["decord"])
             else:
-                answer, pixels = session.frames(request["times"], request["decoder"])
+                answer, pixels = session.frames(request["times"], request["decoder"], alive)
                 pixels = np.ascontiguousarray(pixels)
                 answer |= {"shape": pixels.shape, "size": pixels.nbytes}
         except (Unreadable, OSError) as error:

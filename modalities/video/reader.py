@@ -21,7 +21,7 @@ from mmssl.types import BadClip
 
 log = logging.getLogger(__name__)
 
-LIMIT = 20.0  # seconds for one file
+LIMIT = 20.0  # seconds in which a decoder must get further
 _SLACK = 0.1  # seconds that a segment may be shorter than asked for
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -59,13 +59,13 @@ def read(
         span: seconds of that part -> (start, duration) in it of what to read: where a clip is drawn from a long file.
         decoder: "auto" takes decord where it is installed and right, and PyAV elsewhere; "decord" asks no question.
             Where decord fails, hangs or crashes, PyAV is tried.
-        limit: seconds after which a decoder is given up.
+        limit: seconds without a further frame after which a decoder is given up, however long all of them take.
 
     Returns:
         (C, T, H, W) float32 in [0, 1], T >= 1.
 
     Raises:
-        BadClip: missing, empty, damaged, no video at all, not as long as the segment, or not decoded within `limit`.
+        BadClip: missing, empty, damaged, no video at all, shorter than the segment, or no further frame within `limit`.
         ValueError: another number of channels.
     """
     if channels not in (1, 3):

@@ -410,6 +410,61 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_more_try(
     assert running() <= before
 
 
+# what a decode process finds in the place of decord: each 0.06 s a frame
+SLOW = {
+    "pyav": """
+import time, __main__
+whole = __main__._whole_frames
+def slowly(*where):
+    for frame in whole(*where):
+        time.sleep(0.06)
+        yield frame
+__main__._whole_frames = slowly
+raise ImportError
+""",
+    "decord": """
+import time, __main__
+import numpy as np
+__main__.STRIDE = 4
+class DECORDError(Exception): pass
+class VideoReader:
+    def __init__(self, file, num_threads): pass
+    def __len__(self): return 20
+    def get_batch(self, numbers):
+        time.sleep(0.06 * len(numbers))
+        self.numbers = numbers
+        return self
+    def asnumpy(self):
+        return np.stack([np.load({folder!r} + "/frames.npy")[number] for number in self.numbers])
+""",
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_a_limit_is_for_standing_still_and_not_for_the_whole(
+    files: Path, painted: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    np.save(tmp_path / "frames.npy", np.stack([painted.paint(number) for number in range(20)]))
+    (tmp_path / "decord.py").write_text(SLOW[kind].replace("{folder!r}", repr(str(tmp_path))))
+    process.stop()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    try:
+        read(files / "h264.mp4", rate=10, duration=0.1)  # starting takes its time, too
+        begun = time.monotonic()
+        assert painted.numbers(read(files / "h264.mp4", rate=10, limit=0.7)) == list(range(20))
+        assert time.monotonic() - begun > 1.0
+        assert not reader._avoided
+    finally:
+        process.stop()
+
+
+def test_frames_on_the_way_to_one_are_not_taken_for_it(painted: Any, tmp_path: Path) -> None:
+    path = painted.write(tmp_path / "a.mp4", "libx264", frames=200, gop=250, options={"preset": "ultrafast"})
+    for decoder in ("decord", "pyav"):
+        assert painted.numbers(read(path, rate=0.1, decoder=decoder)) == [50, 150]
+        assert painted.numbers(read(path, rate=10, start=18.0, duration=0.3, decoder=decoder)) == [180, 181, 182]
+
+
 def running() -> set[int]:
     """Processes that decode and descend from this one, whoever started them; other tests may have theirs."""
     found = set()
