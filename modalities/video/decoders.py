@@ -135,14 +135,24 @@ def read_timeline(file: BinaryIO, alive: Callable[[], None]) -> Timeline:
         )
 
 
-def by_pyav(file: BinaryIO, timeline: Timeline, numbers: list[int], alive: Callable[[], None]) -> list[np.ndarray]:
+def by_pyav(
+    file: BinaryIO,
+    timeline: Timeline,
+    numbers: list[int],
+    alive: Callable[[], None],
+    *,
+    take: Callable[[Any], Any] | None = None,
+) -> list[Any]:
     """Frames by their numbers, ascending: (H, W, 3) uint8 each, upright, up to the first that cannot be decoded.
 
-    `alive` is called after each frame that is decoded.
+    Args:
+        alive: called after each frame that is decoded.
+        take: what to give of each of them in the place of its pixels, which take memory.
     """
     import av
 
-    found: dict[int, np.ndarray] = {}
+    take = take or _upright
+    found: dict[int, Any] = {}
     stamps = [timeline.stamps[number] for number in numbers]
     wanted = set(stamps)
     with _opened(file) as (container, stream):
@@ -156,7 +166,7 @@ def by_pyav(file: BinaryIO, timeline: Timeline, numbers: list[int], alive: Calla
                     for frame in _whole_frames(container, stream):
                         alive()
                         if frame.pts in wanted and frame.pts not in found and not frame.is_corrupt:
-                            found[frame.pts] = _upright(frame)
+                            found[frame.pts] = take(frame)
                         if frame.pts is not None and frame.pts >= group[-1]:
                             break
                     if all(stamp in found for stamp in group[1:]):
@@ -314,6 +324,11 @@ def _upright(frame: Any) -> np.ndarray:
     return np.rot90(pixels, round(frame.rotation / 90) % 4)
 
 
+def _upright_size(frame: Any) -> tuple[int, int]:
+    """Height and width."""
+    return (frame.width, frame.height) if round(frame.rotation / 90) % 2 else (frame.height, frame.width)
+
+
 def _picture_test(codec: Any) -> Any:
     """packet -> whether it holds a picture: containers count as frames those that hold parameters or nothing, too."""
     extra = bytes(codec.extradata or b"")
@@ -354,12 +369,12 @@ class _Session:
         reason = self._declined()
         first = line.keys[-1] if line.keys else line.stamps[0]
         tail = [number for number, stamp in enumerate(line.stamps) if stamp >= first]
-        decoded = by_pyav(self.file, line, tail, alive)
+        decoded = by_pyav(self.file, line, tail, alive, take=_upright_size)
         count, seconds = len(line.stamps) - len(tail) + len(decoded), line.seconds
         if len(decoded) < len(tail):
             reason = "its last frames cannot be decoded"
             seconds = (line.stamps[count] - line.stamps[0]) * line.base
-            decoded = decoded or by_pyav(self.file, line, [0], alive)
+            decoded = decoded or by_pyav(self.file, line, [0], alive, take=_upright_size)
         if not decoded or not count:
             raise Unreadable("its frames cannot be decoded")
         if decord and not reason:
@@ -369,7 +384,7 @@ class _Session:
                 reason = str(error)
             except ImportError:
                 pass  # nothing can be said against a decoder that is not here
-        height, width = decoded[0].shape[:2]
+        height, width = decoded[0]
         return {
             "seconds": seconds,
             "fps": count / seconds,
@@ -380,8 +395,10 @@ class _Session:
             "reason": reason,
         }
 
-    def frames(self, times: list[float], decoder: str, alive: Callable[[], None]) -> tuple[dict[str, Any], np.ndarray]:
-        """What is shown at each of `times`, and how it was had."""
+    def frames(
+        self, times: list[float], decoder: str, alive: Callable[[], None]
+    ) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """How it was had, and what is shown at each of `times`: (H, W, 3) uint8."""
         line = self.timeline
         numbers = [line.at(time) for time in times]
         unique = sorted(set(numbers))
@@ -401,7 +418,7 @@ class _Session:
                 raise Unreadable(f"damaged or cut off: the frame at {lost:.2f} s cannot be decoded")
         places = {number: place for place, number in enumerate(unique)}
         said = {"decoder": used, "reason": reason, "distinct": len(unique)}
-        return said, np.stack([found[places[number]] for number in numbers])
+        return said, [found[places[number]] for number in numbers]
 
     def _declined(self) -> str:
         """Why decord is not to be asked; empty where it is."""
@@ -454,7 +471,7 @@ def serve() -> None:
         request = json.loads(line)
         content = requests.read(request.get("size", 0))
         alive = _Life(request["limit"], answers)
-        pixels: np.ndarray | None = None
+        frames: list[np.ndarray] = []
         try:
             if request["do"] == "open":
                 session = None
@@ -465,16 +482,15 @@ def serve() -> None:
             elif request["do"] == "describe":
                 answer = session.describe(alive, decord=request["decord"])
             else:
-                answer, pixels = session.frames(request["times"], request["decoder"], alive)
-                pixels = np.ascontiguousarray(pixels)
-                answer |= {"shape": pixels.shape, "size": pixels.nbytes}
+                answer, frames = session.frames(request["times"], request["decoder"], alive)
+                answer |= {"shape": (len(frames), *frames[0].shape), "size": sum(frame.nbytes for frame in frames)}
         except (Unreadable, OSError) as error:
             answer = {"unreadable": str(error)}
         if hasattr(signal, "alarm"):
             signal.setitimer(signal.ITIMER_REAL, 0)
         answers.write(json.dumps(answer).encode() + b"\n")
-        if pixels is not None:
-            answers.write(pixels.data)
+        for frame in frames:
+            answers.write(np.ascontiguousarray(frame).data)
         answers.flush()
 
 

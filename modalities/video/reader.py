@@ -94,10 +94,12 @@ def read(
             "frames come several times where a file's own rate is lower",
             f"{name}: {said['distinct']} frames stand for the {len(pixels)} at {rate:g} a second",
         )
-    clip = torch.from_numpy(pixels).permute(3, 0, 1, 2).float() / 255.0
+    frames = torch.from_numpy(pixels).permute(3, 0, 1, 2)
+    # straight to where they belong: another copy of a long clip is what the memory has no room for
+    clip = torch.empty(frames.shape, dtype=torch.float32).copy_(frames).div_(255.0)
     if channels == 1:
-        clip = torch.einsum("cthw,c->thw", clip, torch.tensor(_LUMA))[None].clamp_max(1.0)
-    return clip.contiguous()
+        clip = torch.einsum("cthw,c->thw", clip, torch.tensor(_LUMA))[None].clamp_max_(1.0)
+    return clip
 
 
 def frames_of(length: int, *, own_rate: float, rate: float, span: Span | None) -> Tensor:

@@ -370,6 +370,37 @@ def test_one_channel_is_luma(files: Path) -> None:
         read(files / "h264.mp4", rate=10, channels=2)
 
 
+def most_memory(process_id: int | str = "self") -> int:
+    """The most bytes that a process has held so far; of this one, since it was asked before."""
+    for line in Path(f"/proc/{process_id}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            if process_id == "self":
+                Path("/proc/self/clear_refs").write_text("5")
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+@linux
+def test_memory_has_room_for_a_clip_once(painted: Any, tmp_path: Path) -> None:
+    steady = painted.paint(5, 256, 256)
+    for name, count in (("short.mp4", 2), ("long.mp4", 200)):
+        settings = {"gop": 250, "size": (256, 256), "options": {"preset": "ultrafast"}}
+        painted.write(tmp_path / name, "libx264", frames=count, draw=lambda number: steady, **settings)
+    values = 3 * 200 * 256 * 256
+    process.stop()
+    probe(tmp_path / "short.mp4")
+    [decoder] = process._idle
+    before = most_memory(decoder._process.pid)
+    probe(tmp_path / "long.mp4")
+    assert most_memory(decoder._process.pid) - before < values / 2  # frames that are counted are not kept
+    most_memory()
+    before = most_memory()
+    clip = read(tmp_path / "long.mp4", rate=10)
+    assert clip.numel() == values
+    assert clip.is_contiguous()
+    assert most_memory() - before < 6 * values  # 4 bytes of each, and that which it was made of
+
+
 # processes
 
 
