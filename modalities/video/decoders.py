@@ -9,11 +9,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 import time
+from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -25,7 +28,9 @@ import numpy as np
 BOXES = "mov,mp4,m4a,3gp,3g2,mj2"
 DECORD_CONTAINERS = {BOXES, "matroska,webm"}
 DECORD_CODECS = {"h264", "hevc", "vp9", "vp8", "mpeg4", "mjpeg"}
+_START = re.compile(b"\0\0\1.", re.DOTALL)  # of a unit of H.264 or HEVC, with the byte that says what it is
 STRIDE = 50  # frames that decord decodes without a sign of life
+KNOWN = 2_000_000  # frames in the timelines that are kept: 16 MB
 
 
 class Unreadable(Exception):
@@ -45,8 +50,8 @@ class Timeline:
     broken: whether packets are not as they were written, or not there: the file was cut off, or lost bytes.
     """
 
-    stamps: list[int]
-    keys: list[int]
+    stamps: Sequence[int]
+    keys: Sequence[int]
     base: float
     seconds: float
     container: str
@@ -99,7 +104,7 @@ def read_timeline(file: BinaryIO, alive: Callable[[], None]) -> Timeline:
                 edited = True
             elif packet.pts is None:
                 complete = False
-            elif holds_picture(bytes(packet)):
+            elif holds_picture(packet):
                 shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
                 if packet.is_keyframe or len(shown) == 1:
                     key = packet.pts
@@ -122,8 +127,8 @@ def read_timeline(file: BinaryIO, alive: Callable[[], None]) -> Timeline:
         base, rate = float(stream.time_base), float(stream.average_rate or stream.base_rate or 0)
         stands = shown[-1][1] * base or (1 / rate if rate else 0.0)
         return Timeline(
-            stamps=stamps,
-            keys=[stamp for stamp, _, key in shown if key] if complete else stamps[:1],
+            stamps=array("q", stamps),
+            keys=array("q", [stamp for stamp, _, key in shown if key] if complete else stamps[:1]),
             base=base,
             seconds=(stamps[-1] - stamps[0]) * base + stands,
             container=container.format.name,
@@ -273,7 +278,7 @@ def _ends_within_its_media(file: BinaryIO) -> bool:
     return kind == b"mdat" and place > size
 
 
-def _groups(stamps: list[int], keys: list[int]) -> list[list[int]]:
+def _groups(stamps: Sequence[int], keys: Sequence[int]) -> list[list[int]]:
     """The stamps that can be decoded from the same key, behind that key."""
     groups: list[list[int]] = []
     for stamp in stamps:
@@ -329,13 +334,16 @@ def _upright_size(frame: Any) -> tuple[int, int]:
     return (frame.width, frame.height) if round(frame.rotation / 90) % 2 else (frame.height, frame.width)
 
 
-def _picture_test(codec: Any) -> Any:
-    """packet -> whether it holds a picture: containers count as frames those that hold parameters or nothing, too."""
+def _picture_test(codec: Any) -> Callable[[Any], bool]:
+    """packet -> whether it holds a picture: containers count as frames those that hold parameters or nothing, too.
+
+    Packets are looked at where they lie, and only as far as the first picture.
+    """
     extra = bytes(codec.extradata or b"")
     if codec.name == "vp8":
-        return lambda data: bool(data[0] & 0x10)  # the others are references that are never shown
+        return lambda packet: bool(memoryview(packet)[0] & 0x10)  # the others are references that are never shown
     if codec.name not in ("h264", "hevc"):
-        return lambda data: True
+        return lambda packet: True
     hevc = codec.name == "hevc"
     size = 0  # of the length before each unit; 0 where start codes stand there
     if extra[:1] == b"\x01" and len(extra) > 21:
@@ -344,15 +352,33 @@ def _picture_test(codec: Any) -> Any:
     def is_picture(head: int) -> bool:
         return (head >> 1 & 0x3F) < 32 if hevc else 1 <= head & 0x1F <= 5
 
-    def test(data: bytes) -> bool:
+    def test(packet: Any) -> bool:
+        data = memoryview(packet)
         place = 0
         while size and place + size < len(data):
             if is_picture(data[place + size]):
                 return True
             place += size + int.from_bytes(data[place : place + size], "big")
-        return not size and any(is_picture(unit[0]) for unit in data.split(b"\0\0\1")[1:] if unit)
+        return not size and any(is_picture(data[start.end() - 1]) for start in _START.finditer(data))
 
     return test
+
+
+_known: OrderedDict[tuple[str, int, int], Timeline] = OrderedDict()  # the one that was asked for last is the last
+
+
+def _timeline(file: BinaryIO, alive: Callable[[], None]) -> Timeline:
+    """The file's timeline, for which all of it is gone through once; see `read_timeline`."""
+    if isinstance(file, io.BytesIO):
+        return read_timeline(file, alive)
+    status = os.fstat(file.fileno())
+    which = (file.name, status.st_size, status.st_mtime_ns)
+    if which not in _known:
+        _known[which] = read_timeline(file, alive)
+        while len(_known) > 1 and sum(len(line.stamps) for line in _known.values()) > KNOWN:
+            _known.popitem(last=False)
+    _known.move_to_end(which)
+    return _known[which]
 
 
 class _Session:
@@ -361,7 +387,7 @@ class _Session:
     def __init__(self, path: str | None, content: bytes, alive: Callable[[], None]) -> None:
         self.path = path
         self.file: BinaryIO = io.BytesIO(content) if path is None else open(path, "rb")  # noqa: SIM115 kept open
-        self.timeline = read_timeline(self.file, alive)
+        self.timeline = _timeline(self.file, alive)
 
     def describe(self, alive: Callable[[], None], *, decord: bool) -> dict[str, Any]:
         """What a manifest says of the file. The end is decoded from its last key on: there containers over-report."""

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from mmssl.modalities.speech.reader import read as read_sound
-from mmssl.modalities.video import process, reader
+from mmssl.modalities.video import decoders, process, reader
 from mmssl.modalities.video.reader import probe, read
 from mmssl.types import BadClip
 
@@ -399,6 +400,33 @@ def test_memory_has_room_for_a_clip_once(painted: Any, tmp_path: Path) -> None:
     assert clip.numel() == values
     assert clip.is_contiguous()
     assert most_memory() - before < 6 * values  # 4 bytes of each, and that which it was made of
+
+
+def test_a_file_is_gone_through_once_until_it_changes(
+    painted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks = []
+    whole = decoders.read_timeline
+    monkeypatch.setattr(decoders, "read_timeline", lambda file, alive: walks.append(file.name) or whole(file, alive))
+    monkeypatch.setattr(decoders, "_known", OrderedDict())
+    monkeypatch.setattr(decoders, "KNOWN", 11)
+
+    def count(name: str) -> int:
+        session = decoders._Session(str(tmp_path / name), b"", lambda: None)
+        session.file.close()
+        return len(session.timeline.stamps)
+
+    for name in "ab":
+        painted.write(tmp_path / f"{name}.mp4", "mpeg4", frames=5)
+    assert [count("a.mp4"), count("b.mp4"), count("a.mp4")] == [5, 5, 5]
+    assert len(walks) == 2
+    painted.write(tmp_path / "b.mp4", "mpeg4", frames=6)
+    assert [count("b.mp4"), count("a.mp4")] == [6, 5]
+    assert len(walks) == 3
+    # of more frames than there is room for, the one that nobody asked for longest goes
+    painted.write(tmp_path / "c.mp4", "mpeg4", frames=6)
+    assert [count("c.mp4"), count("a.mp4"), count("b.mp4")] == [6, 5, 6]
+    assert [Path(name).name for name in walks[3:]] == ["c.mp4", "b.mp4"]
 
 
 # processes
