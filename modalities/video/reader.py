@@ -49,7 +49,8 @@ def read(
     video with pixels that are not square neither side is stretched. Frames that an edit list hides are not there.
 
     Without `duration` the clip goes to the file's end and has seconds * rate frames, rounded. A frame comes several
-    times where the file's own rate is lower than `rate`, or where a frame stands for long; that is logged once.
+    times where the file's own rate is lower than `rate`, or where a frame stands for long; that is logged once,
+    and of each file of which a clip is one frame over and over.
 
     Args:
         source: a path, or a seekable binary file.
@@ -89,7 +90,13 @@ def read(
             raise BadClip(name, f"{second}, by PyAV as by decord") from None
     if said["reason"]:
         _say_once(said["reason"], f"{name}: read by PyAV")
-    if said["distinct"] < len(pixels):
+    if said["distinct"] == 1 < len(pixels):
+        _say_once(
+            f"one frame stands for all {len(pixels)} at {rate:g} a second, so nothing moves in the clip",
+            name,
+            each=True,
+        )
+    elif said["distinct"] < len(pixels):
         _say_once(
             "frames come several times where a file's own rate is lower",
             f"{name}: {said['distinct']} frames stand for the {len(pixels)} at {rate:g} a second",
@@ -191,7 +198,9 @@ def _source(source: str | Path | BinaryIO) -> tuple[str, str | None, bytes]:
     return name, None, content
 
 
-def _say_once(kind: str, what: str) -> None:
-    if kind not in _said:
-        _said.add(kind)
-        log.warning("%s: %s (said once for all such files)", what, kind)
+def _say_once(kind: str, what: str, *, each: bool = False) -> None:
+    """Once in all, or with `each` once of each file, which is then all that `what` says."""
+    key = what if each else kind
+    if key not in _said:
+        _said.add(key)
+        log.warning("%s: %s (said once for %s)", what, kind, "this file" if each else "all such files")

@@ -341,6 +341,19 @@ def test_frames_that_come_again_are_said_to(files: Path, painted: Any, caplog: p
     assert "2 frames stand for the 4 at 20 a second" in caplog.messages[0]
 
 
+def test_a_clip_in_which_nothing_moves_is_named_with_its_file(
+    files: Path, painted: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        read(files / "vp9.mp4", rate=20, duration=0.2)  # frames of another file come again
+        for name in ("h264.mp4", "hevc.mp4"):
+            for start in (0.0, 1.0):
+                assert len(set(painted.numbers(read(files / name, rate=40, start=start, duration=0.1)))) == 1
+        assert painted.numbers(read(files / "h264.mp4", rate=10, duration=0.1)) == [0]
+    for name, text in zip(("h264.mp4", "hevc.mp4"), caplog.messages[1:], strict=True):
+        assert f"{name}: one frame stands for all 4 at 40 a second, so nothing moves in the clip (said once" in text
+
+
 def test_a_short_file_gives_fewer_frames_and_none_twice(painted: Any, tmp_path: Path) -> None:
     path = painted.write(tmp_path / "a.mp4", "libx264", frames=6)
     clip = read(path, rate=10, span=lambda whole: (0.0, min(1.6, whole)))
