@@ -1,4 +1,4 @@
-"""The processes that decoders run in: thrown away when they take too long or crash, gone when nobody asks any more.
+"""The processes that decoders run in: thrown away when they get no further or crash, gone when nobody asks any more.
 
 Decoders loop for ever on some damaged files, holding Python's lock, and end their process on others; neither must cost
 more than the one clip. A `multiprocessing.Process` would not do: workers of a loader may not have any.
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,30 @@ CLIPS = 1000  # files that one process reads before another takes its place: dec
 
 class Died(Exception):
     """The process ended before it answered: killed at the time limit, or crashed. One sentence."""
+
+
+class _Watch:
+    """Kills a process that nothing is heard of for `limit` seconds."""
+
+    def __init__(self, process: subprocess.Popen[bytes], limit: float) -> None:
+        self._process, self._limit = process, limit
+        self.late = False
+        self._ended = threading.Event()
+        self.restart()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def restart(self) -> None:
+        self._deadline = time.monotonic() + self._limit
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.wait(max(self._deadline - time.monotonic(), 0.0)):
+            if time.monotonic() >= self._deadline:
+                self.late = True
+                self._process.kill()
+                return
 
 
 class Decoder:
@@ -47,33 +72,27 @@ class Decoder:
         """The answer to a request of `decoders.serve`, and the pixels that came with it: (T, H, W, 3) uint8.
 
         Raises:
-            Died: it does not answer within `limit` seconds, or ended.
+            Died: for `limit` seconds it neither answers nor gets any further, or ended.
         """
-        late = threading.Event()
-
-        def kill() -> None:
-            late.set()
-            self._process.kill()
-
-        timer = threading.Timer(limit, kill)
-        timer.daemon = True
-        timer.start()
+        watch = _Watch(self._process, limit)
         self.answering = True
         try:
             requests, answers = self._pipes()
             requests.write(json.dumps(request | {"size": len(content), "limit": limit}).encode() + b"\n" + content)
             requests.flush()
-            answer = json.loads(answers.readline())
+            while "alive" in (answer := json.loads(answers.readline())):
+                watch.restart()
+            watch.restart()  # pixels are still to come
             pixels = np.empty(answer.get("shape", 0), np.uint8)
             if pixels.size and answers.readinto(pixels.reshape(-1).data) < pixels.nbytes:
                 raise EOFError
         except (OSError, EOFError, ValueError):
             self.close()
-            if late.is_set():
+            if watch.late:
                 raise Died(f"no frame within {limit:g} s") from None
             raise Died(f"the decoder crashed (exit code {self._process.returncode})") from None
         finally:
-            timer.cancel()
+            watch.end()
         self.answering = False
         return answer, pixels
 

@@ -1,7 +1,8 @@
 """Which part of a file is read: (whole, rng, **settings) -> (start, duration), all in seconds.
 
-A span is chosen before anything is decoded, so a clip from an hour of video costs what the clip costs. A file shorter
-than the span is taken whole, and gives fewer frames.
+A span is chosen before anything is decoded, so of an hour of video no more is decoded than the clip needs. The packets
+of the whole file are gone through once, to know when its frames are shown; the process that decodes remembers that of
+the files that it was asked for last. A file shorter than the span is taken whole, and gives fewer frames.
 
 A setting called `rate` is filled in from the frontend; recipes do not repeat it.
 """

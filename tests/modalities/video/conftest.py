@@ -47,6 +47,7 @@ def write_video(
     draw: Callable[[int], np.ndarray] | None = None,
     sound: str = "",
     sound_from: float = 0.0,
+    muxer: dict[str, str] | None = None,
 ) -> Path:
     """A video of 10 frames/s.
 
@@ -54,11 +55,12 @@ def write_video(
         stamps: milliseconds at which each frame is shown instead.
         sound: codec of a sound track with a click after one second.
         sound_from: seconds at which the track starts.
+        muxer: options of the container.
     """
     import av
 
     height, width = size
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=muxer or {}) as container:
         stream: Any = container.add_stream(encoder, rate=FPS, options=options or {})
         stream.height, stream.width, stream.pix_fmt = height, width, pixels
         stream.codec_context.gop_size = gop

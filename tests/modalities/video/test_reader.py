@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 import torch
 
 from mmssl.modalities.speech.reader import read as read_sound
-from mmssl.modalities.video import process, reader
+from mmssl.modalities.video import decoders, process, reader
 from mmssl.modalities.video.reader import probe, read
 from mmssl.types import BadClip
 
@@ -252,6 +254,77 @@ def test_a_file_that_was_cut_off_gives_what_is_there_or_one_sentence(
     assert painted.numbers(clip) == list(range(clip.shape[1]))
 
 
+FPS = 10  # of all that is written here
+
+# whose index stands before the frames, so that what is there can be read
+FRONT = {"movflags": "faststart"}
+
+
+def cut(path: Path, share: float, *, within: bool = True) -> int:
+    """Leaves that share of a file's bytes, or somewhat more, up to where a packet ends.
+
+    Returns:
+        How many frames are there of which, and before which, none is missing.
+    """
+    import av
+
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        stored = [(packet.pts * packet.time_base * FPS, packet.pos + packet.size) for packet in packets]
+    content = path.read_bytes()
+    left = int(share * len(content))
+    if not within:
+        left = min(end for _, end in stored if end >= left)
+    path.write_bytes(content[:left])
+    there = {number for number, end in stored if end <= left}
+    return min(number for number in range(len(stored) + 1) if number not in there)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7])
+def test_a_clip_ends_before_the_frame_that_was_cut_through(painted: Any, tmp_path: Path, share: float) -> None:
+    """A decoder makes such a frame up, gray or from the one before."""
+    count = cut(painted.write(tmp_path / "a.mp4", "mpeg4", frames=60, muxer=FRONT), share)
+    assert 1 < count < 50
+    for decoder in ("auto", "pyav"):
+        assert painted.numbers(read(tmp_path / "a.mp4", rate=10, decoder=decoder)) == list(range(count))
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within a frame", "between frames"])
+@pytest.mark.parametrize("share", [0.95, 0.7])
+@pytest.mark.parametrize(
+    ("encoder", "options"), [("libx264", {}), ("libx265", HEVC), ("mpeg4", {}), ("mpeg4", {"bf": "2"})]
+)
+def test_what_a_manifest_counts_in_a_file_that_was_cut_off_is_what_is_read(
+    painted: Any, tmp_path: Path, encoder: str, options: dict[str, str], share: float, within: bool
+) -> None:
+    path = painted.write(tmp_path / "a.mp4", encoder, frames=200, gop=24, options=options, muxer=FRONT)
+    whole = cut(path, share, within=within)
+    found = probe(path)
+    assert found["decoder"] == "pyav"
+    assert found["seconds"] == pytest.approx(found["frames"] / FPS)
+    # up to two before the gap may be left out, because nothing says that there is none between them
+    assert whole - 2 <= found["frames"] <= whole
+    assert painted.numbers(read(path, rate=FPS)) == list(range(found["frames"]))
+
+
+def test_nothing_is_made_up_behind_bytes_that_were_lost_up_to_the_next_key(painted: Any, tmp_path: Path) -> None:
+    path = painted.write(tmp_path / "a.ts", "libx264", frames=60, options={"bf": "0"})
+    content = path.read_bytes()
+    middle = len(content) // 188 // 2 * 188  # between two of the transport's packets
+    path.write_bytes(content[:middle] + content[middle + 3 * 188 :])
+    got = []
+    for number in range(60):
+        with contextlib.suppress(BadClip):
+            got += painted.numbers(read(path, rate=10, start=number / 10, duration=0.1))
+    with pytest.raises(BadClip, match=r"damaged or cut off: the frame at .* cannot be decoded"):
+        read(path, rate=10)
+    assert probe(path)["decoder"] == "pyav"
+    lost = sorted(set(range(60)) - set(got))
+    assert got == sorted(set(got))
+    assert lost == list(range(lost[0], lost[-1] + 1))
+    assert lost[-1] % 8 == 7  # a key comes every 8 frames
+
+
 def test_holes_are_not_filled_with_other_frames(files: Path, tmp_path: Path) -> None:
     content = bytearray((files / "vp9.webm").read_bytes())
     content[len(content) // 3 :] = bytes(len(content) - len(content) // 3)
@@ -266,6 +339,19 @@ def test_frames_that_come_again_are_said_to(files: Path, painted: Any, caplog: p
         read(files / "hevc.mp4", rate=20, duration=0.2)
     assert len(caplog.messages) == 1
     assert "2 frames stand for the 4 at 20 a second" in caplog.messages[0]
+
+
+def test_a_clip_in_which_nothing_moves_is_named_with_its_file(
+    files: Path, painted: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        read(files / "vp9.mp4", rate=20, duration=0.2)  # frames of another file come again
+        for name in ("h264.mp4", "hevc.mp4"):
+            for start in (0.0, 1.0):
+                assert len(set(painted.numbers(read(files / name, rate=40, start=start, duration=0.1)))) == 1
+        assert painted.numbers(read(files / "h264.mp4", rate=10, duration=0.1)) == [0]
+    for name, text in zip(("h264.mp4", "hevc.mp4"), caplog.messages[1:], strict=True):
+        assert f"{name}: one frame stands for all 4 at 40 a second, so nothing moves in the clip (said once" in text
 
 
 def test_a_short_file_gives_fewer_frames_and_none_twice(painted: Any, tmp_path: Path) -> None:
@@ -296,6 +382,64 @@ def test_one_channel_is_luma(files: Path) -> None:
     assert torch.allclose(gray[0], 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2], atol=1e-6)
     with pytest.raises(ValueError, match="1 or 3 channels, got 2"):
         read(files / "h264.mp4", rate=10, channels=2)
+
+
+def most_memory(process_id: int | str = "self") -> int:
+    """The most bytes that a process has held so far; of this one, since it was asked before."""
+    for line in Path(f"/proc/{process_id}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            if process_id == "self":
+                Path("/proc/self/clear_refs").write_text("5")
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+@linux
+def test_memory_has_room_for_a_clip_once(painted: Any, tmp_path: Path) -> None:
+    steady = painted.paint(5, 256, 256)
+    for name, count in (("short.mp4", 2), ("long.mp4", 200)):
+        settings = {"gop": 250, "size": (256, 256), "options": {"preset": "ultrafast"}}
+        painted.write(tmp_path / name, "libx264", frames=count, draw=lambda number: steady, **settings)
+    values = 3 * 200 * 256 * 256
+    process.stop()
+    probe(tmp_path / "short.mp4")
+    [decoder] = process._idle
+    before = most_memory(decoder._process.pid)
+    probe(tmp_path / "long.mp4")
+    assert most_memory(decoder._process.pid) - before < values / 2  # frames that are counted are not kept
+    most_memory()
+    before = most_memory()
+    clip = read(tmp_path / "long.mp4", rate=10)
+    assert clip.numel() == values
+    assert clip.is_contiguous()
+    assert most_memory() - before < 6 * values  # 4 bytes of each, and that which it was made of
+
+
+def test_a_file_is_gone_through_once_until_it_changes(
+    painted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks = []
+    whole = decoders.read_timeline
+    monkeypatch.setattr(decoders, "read_timeline", lambda file, alive: walks.append(file.name) or whole(file, alive))
+    monkeypatch.setattr(decoders, "_known", OrderedDict())
+    monkeypatch.setattr(decoders, "KNOWN", 11)
+
+    def count(name: str) -> int:
+        session = decoders._Session(str(tmp_path / name), b"", lambda: None)
+        session.file.close()
+        return len(session.timeline.stamps)
+
+    for name in "ab":
+        painted.write(tmp_path / f"{name}.mp4", "mpeg4", frames=5)
+    assert [count("a.mp4"), count("b.mp4"), count("a.mp4")] == [5, 5, 5]
+    assert len(walks) == 2
+    painted.write(tmp_path / "b.mp4", "mpeg4", frames=6)
+    assert [count("b.mp4"), count("a.mp4")] == [6, 5]
+    assert len(walks) == 3
+    # of more frames than there is room for, the one that nobody asked for longest goes
+    painted.write(tmp_path / "c.mp4", "mpeg4", frames=6)
+    assert [count("c.mp4"), count("a.mp4"), count("b.mp4")] == [6, 5, 6]
+    assert [Path(name).name for name in walks[3:]] == ["c.mp4", "b.mp4"]
 
 
 # processes
@@ -336,6 +480,61 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_more_try(
     finally:
         process.stop()
     assert running() <= before
+
+
+# what a decode process finds in the place of decord: each 0.06 s a frame
+SLOW = {
+    "pyav": """
+import time, __main__
+whole = __main__._whole_frames
+def slowly(*where):
+    for frame in whole(*where):
+        time.sleep(0.06)
+        yield frame
+__main__._whole_frames = slowly
+raise ImportError
+""",
+    "decord": """
+import time, __main__
+import numpy as np
+__main__.STRIDE = 4
+class DECORDError(Exception): pass
+class VideoReader:
+    def __init__(self, file, num_threads): pass
+    def __len__(self): return 20
+    def get_batch(self, numbers):
+        time.sleep(0.06 * len(numbers))
+        self.numbers = numbers
+        return self
+    def asnumpy(self):
+        return np.stack([np.load({folder!r} + "/frames.npy")[number] for number in self.numbers])
+""",
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_a_limit_is_for_standing_still_and_not_for_the_whole(
+    files: Path, painted: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    np.save(tmp_path / "frames.npy", np.stack([painted.paint(number) for number in range(20)]))
+    (tmp_path / "decord.py").write_text(SLOW[kind].replace("{folder!r}", repr(str(tmp_path))))
+    process.stop()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    try:
+        read(files / "h264.mp4", rate=10, duration=0.1)  # starting takes its time, too
+        begun = time.monotonic()
+        assert painted.numbers(read(files / "h264.mp4", rate=10, limit=0.7)) == list(range(20))
+        assert time.monotonic() - begun > 1.0
+        assert not reader._avoided
+    finally:
+        process.stop()
+
+
+def test_frames_on_the_way_to_one_are_not_taken_for_it(painted: Any, tmp_path: Path) -> None:
+    path = painted.write(tmp_path / "a.mp4", "libx264", frames=200, gop=250, options={"preset": "ultrafast"})
+    for decoder in ("decord", "pyav"):
+        assert painted.numbers(read(path, rate=0.1, decoder=decoder)) == [50, 150]
+        assert painted.numbers(read(path, rate=10, start=18.0, duration=0.3, decoder=decoder)) == [180, 181, 182]
 
 
 def running() -> set[int]:
