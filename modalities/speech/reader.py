@@ -19,6 +19,8 @@ from mmssl.types import BadClip
 
 _BLOCK = 1 << 20  # frames decoded at a time: a header that promises an hour costs no memory before the hour is there
 _SLACK = 0.1  # seconds that a segment may be shorter than asked for: MP3 encoders pad and cut by some 50 ms
+_GAP = 0.02  # seconds by which the times of a video's sound may run ahead of its samples; containers round to some ms
+_LONGEST_GAP = 3600.0  # seconds; a clock that is set anew in the middle of a file may jump by a day, in gigabytes
 _LOWEST = 50  # samples a second; a header that says 1 would make seven hours at 16 kHz of a second at 24 kHz
 _OPEN = 0x7FFFF000  # bytes: FFmpeg, sox and arecord leave 2^32 - 1, 2^31 - 1 and less, or 2^31 where they do not know
 _UNKNOWN = 1 << 62  # frames: libsndfile says 2^63 - 1 where a header leaves the length open, as encoders in a pipe do
@@ -38,7 +40,8 @@ def read(
 
     Channels are averaged. n samples at another rate become ceil(n * rate / own rate), as torchaudio and librosa count
     them. A wav, ogg or mp3 file that was cut off gives what is there; a flac or m4a file is refused. The sound of a
-    video starts with its first frame: silence stands where it comes later, and what is heard before is left out.
+    video starts with its first frame: silence stands where it comes later and in the gaps of its timestamps, and what
+    is heard before is left out.
 
     Args:
         source: a path, or a seekable binary file.
@@ -243,13 +246,23 @@ def _decode_by_pyav(
             first, count = round(start * rate), _frames(duration, rate)
             plain = av.AudioResampler(format="fltp", rate=rate)
             seen = _first_picture(container)
+            origin: float | None = None  # the time of the first sample
             for frame in container.decode(stream):
                 if seen is not None and frame.time is not None:
-                    early = round((seen - frame.time) * rate)
-                    if early < 0:
-                        blocks.append(np.zeros(-early, np.float32)[first:])
-                        total -= early
-                    first, seen = first + max(0, early), None
+                    if origin is None:
+                        origin = min(seen, frame.time)
+                        first += round((seen - origin) * rate)
+                    missing = round((frame.time - origin) * rate) - total
+                    if missing > (_GAP * rate if total else 0):
+                        missing = missing if count is None else min(missing, first + count - total)
+                        if missing > _LONGEST_GAP * rate:
+                            raise BadClip(
+                                name,
+                                f"its sound stops at {total / rate:g} s for {missing / rate:g} s, more than an hour; "
+                                "cut the file there",
+                            )
+                        blocks.append(np.zeros(max(0, missing - max(0, first - total)), np.float32))
+                        total += missing
                 for part in plain.resample(frame):
                     block = part.to_ndarray().mean(axis=0, dtype=np.float32)
                     blocks.append(block[max(0, first - total) :])
