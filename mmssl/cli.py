@@ -17,6 +17,8 @@ from mmssl.memory import keep_freed_memory
 from mmssl.tasks import Baseline, Task
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from mmssl.recipe import Recipe
 
 P = ParamSpec("P")
@@ -429,8 +431,9 @@ def manifest(
 
     Labels, splits and texts come from folder names, from a table, or from what lies beside a file under its name, as in
     shards of WebDataset: 0001.txt its text, 0001.cls its label, 0001.json both. Files that cannot be read are named and
-    left out, and of pairs what has no partner. With --stats the constants of normalization are printed as settings of a
-    recipe: of the training split where there are splits; and where DIR is a manifest already, nothing is written.
+    left out, and of pairs what has no partner; those of other kinds are counted by suffix. With --stats the constants
+    of normalization are printed as settings of a recipe: of the training split where there are splits; and where DIR is
+    a manifest already, nothing is written.
     """
     from mmssl.data.manifest import check_shares, split_rows, write_manifest
     from mmssl.data.scan import NoClips, pair, scan
@@ -486,7 +489,8 @@ def manifest(
         if len(names) > 1:
             found = pair(each, {media: kind.hints for media, kind in filed.items()}, text="text" in kinds)
     except NoClips as error:
-        meant = [f"--modality {name}" for name, other in MODALITIES.items() if other.suffixes & error.ignored.keys()]
+        fitting = {name for suffix in error.ignored for name in _looking_for(suffix)}
+        meant = [f"--modality {name}" for name in MODALITIES if name in fitting]
         looks = "looks" if len(meant) == 1 else "look"
         raise ValueError(f"{error}" + (f"; {' and '.join(meant)} {looks} for those" if meant else "")) from None
     if not found.rows:
@@ -499,6 +503,8 @@ def manifest(
         print(f"odd: {len(found.remarks)} of the clips; the first is {path}, which {remark}", file=sys.stderr)
     if found.unlisted:
         print(f"left out: {len(found.unlisted)} files that {tsv} does not name", file=sys.stderr)
+    if found.ignored:
+        print(f"passed over: {_passed_over(found.ignored)}", file=sys.stderr)
     place = folder if out is None else out
     if shares is not None or all("split" in row for row in found.rows):
         if place.suffix == ".jsonl":
@@ -782,6 +788,22 @@ def _print_stats(recipe: str, manifest: Path) -> None:
         print(f"left out: {path}: {reason}", file=sys.stderr)
     print(found)
     print(f"  {found.values:,} values of {found.clips:,} clips in {manifest}, as {recipe} reads them")
+
+
+def _looking_for(suffix: str) -> list[str]:
+    """The modalities that `mmssl manifest` lists files of this suffix for."""
+    from mmssl.modalities import MODALITIES
+
+    return [name for name, kind in MODALITIES.items() if kind.probe is not None and suffix in kind.suffixes]
+
+
+def _passed_over(ignored: Counter[str]) -> str:
+    """How many files of each suffix, the commonest first, and what would look for them."""
+    told = []
+    for suffix, count in ignored.most_common():
+        names = " or ".join(_looking_for(suffix))
+        told.append(f"{count} {suffix or 'without suffix'}" + (f" (--modality {names})" if names else ""))
+    return ", ".join(told)
 
 
 def _is_for_the_user(error: Exception) -> bool:

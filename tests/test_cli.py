@@ -191,6 +191,19 @@ def test_bad_files_are_named_and_left_out_of_a_manifest(pictures: Path, tmp_path
     assert result.stderr.startswith(f"left out: {folder / 'bad.png'}: ")
 
 
+def test_files_that_were_passed_over_are_counted_in_a_line(sounds: Path, tmp_path: Path) -> None:
+    for name in ("a.wav", "b.caf"):  # a file is what its content says
+        (tmp_path / name).write_bytes((sounds / "train/low/0.wav").read_bytes())
+    for name in ("a.txt", "1.mp4", "2.MP4", "3.webm", "notes.md", "README", "1.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    result = mmssl("manifest", tmp_path, "--modality", "audio", "--out", tmp_path / "out" / "a.jsonl")
+    assert result.stdout == f"{tmp_path / 'out' / 'a.jsonl'}: 2 clips, 1 with text\n"
+    assert result.stderr == (
+        "passed over: 2 .mp4 (--modality video), 1 .jpg (--modality image), 1 .webm (--modality video), "
+        "1 without suffix, 1 .md\n"
+    )
+
+
 def test_a_folder_that_gives_no_row_is_refused_with_the_way_out(
     pictures: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

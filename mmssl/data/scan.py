@@ -14,6 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ class ScanResult:
     bad: (path, reason) of each file and folder that cannot be read, and of each line of the table that names no file.
     remarks: (path, sentence) of each file that is in `rows` and has something odd about it.
     unlisted: files that the table does not name; they are not in `rows`.
-    ignored: suffix -> number of files that are not of this media.
+    ignored: suffix -> number of files that are not of this media, and say nothing of one that is.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -120,6 +122,9 @@ def scan(
         clips = [clip for path in inside for clip in _members(path, inside[path], frozenset(suffixes), result)]
     else:
         clips = list(_walk(root, frozenset(suffixes), result))
+    for suffix, _ in {item for clip in clips for item in clip.beside.items()}:
+        result.ignored[suffix] -= 1
+    result.ignored = +result.ignored
     names = Counter(clip.name for clip in clips)
     for clip in clips:
         if clip.member and names[clip.name] > 1:
@@ -173,7 +178,7 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
         bad = [(row["id"], "there is no text of this name beside it") for row in one.rows if "text" not in row]
         return replace(one, rows=rows, bad=one.bad + bad)
     groups: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
-    result = ScanResult()
+    result = ScanResult(ignored=reduce(and_, (one.ignored for one in found.values())))
     for media, one in found.items():
         result.bad += one.bad
         result.remarks += one.remarks
