@@ -166,6 +166,59 @@ def test_a_segment_is_that_part_of_the_whole(write: Callable[..., Path], name: s
         assert torch.equal(read(path, rate=rate, start=start), whole[first:])
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_span_is_that_part_of_the_segment_that_it_is_drawn_from(write: Callable[..., Path], name: str) -> None:
+    rate = 48000
+    path = write(name, tone(2.0, rate) * np.linspace(0, 1, 2 * rate, dtype=np.float32), rate, **FORMATS[name][0])
+    told: list[float] = []
+
+    def span(seconds: float) -> tuple[float, float]:
+        told.append(seconds)
+        return 0.3 * seconds, 0.4
+
+    for segment in ({}, {"start": 0.5}, {"start": 0.25, "duration": 1.5}):
+        for wanted in (RATE, rate):
+            wave = read(path, rate=rate, **segment).numpy()
+            first = round(0.3 * len(wave))
+            want = resample(wave[first : first + 19200], rate, wanted)
+            got = read(path, rate=wanted, span=span, **segment)
+            assert told.pop() == len(wave) / rate
+            assert np.abs(got.numpy() - want).max() < 1e-6
+    with pytest.raises(BadClip, match=r"segment of 3 s from 0.25 s on ends after 1\.\d"):
+        read(path, rate=RATE, start=0.25, duration=3.0, span=span)
+
+
+@pytest.mark.parametrize("name", ["pcm_16.wav", "a.flac", "a.aiff", "a.au", "a.caf", "a.opus"])
+def test_no_more_is_decoded_than_the_segment_or_span(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = write(name, np.tile(tone(1.0), 60), **FORMATS[name][0])
+    decoded: list[int] = []
+    read_into = soundfile.SoundFile.buffer_read_into
+
+    def counted(self: soundfile.SoundFile, block: np.ndarray, dtype: str) -> int:
+        decoded.append(len(block))
+        return int(read_into(self, block, dtype))
+
+    monkeypatch.setattr(soundfile.SoundFile, "buffer_read_into", counted)
+    assert len(read(path, rate=RATE, start=50.0, duration=0.5)) == RATE // 2
+    assert len(read(path, rate=RATE, span=lambda seconds: (seconds - 1.0, 0.5))) == RATE // 2
+    assert sum(decoded) < 3 * RATE
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_place_in_opus_is_where_the_whole_has_it(write: Callable[..., Path], channels: int) -> None:
+    """Over many pages, with steps in loudness, which its decoder remembers."""
+    draw = np.random.default_rng(0)
+    loud = draw.uniform(0.0, 1.0, 300).repeat(1600).astype(np.float32)
+    wave = np.stack([np.tile(tone(1.0, hertz=440.0 * (1 + i)), 30) * loud for i in range(channels)], axis=1)
+    path = write("a.opus", wave + 0.1 * draw.standard_normal(wave.shape).astype(np.float32), **FORMATS["a.opus"][0])
+    whole = read(path, rate=RATE)
+    for first in draw.integers(1, len(whole) - 800, 100).tolist():
+        part = read(path, rate=RATE, start=first / RATE, duration=0.05)
+        assert float((part - whole[first : first + 800]).abs().max()) < 1e-6
+
+
 def test_a_long_mp3_has_no_rubbish_where_blocks_meet(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
