@@ -106,7 +106,8 @@ def finetune(
     """Train with labels: from the encoder that init= names, of a run or of transformers, or from new weights.
 
     Rows of the manifests need "label" (classify) or "text" (ctc). The same command goes on where a run was cut off.
-    With --folds each value's rows are tested on in turn, and scores.json in --out holds what came out.
+    With --folds each value's rows are tested on in turn, and scores.json in --out holds what came out; of a key such as
+    fold, init=runs/mae_{fold} names an encoder for each value, pretrained without its rows.
     """
     from mmssl.recipe import load
 
