@@ -388,7 +388,10 @@ def evaluate(
             print(f"mmssl: {kept}: {error.strerror}; the page of the run goes without it", file=sys.stderr)
 
 
-@command("mmssl manifest digits/ --label-from -1 --split train=0.9,valid=0.1 --by speaker --out manifests/digits")
+@command(
+    "mmssl manifest digits/ --label-from -1 --key-from speaker=1 --split train=0.9,valid=0.1 --by speaker "
+    "--out manifests/digits"
+)
 def manifest(
     folders: Annotated[
         list[Path],
@@ -412,6 +415,10 @@ def manifest(
     ] = None,
     split_from: Annotated[int | None, typer.Option(help="Folder level whose name is the split.")] = None,
     text_from: Annotated[int | None, typer.Option(help="Folder level whose name is the transcript.")] = None,
+    key_from: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=LEVEL", help="Folder level whose name is the value of a key: speaker=1."),
+    ] = None,
     tsv: Annotated[
         Path | None, typer.Option(help="Table of the clips with column names (.tsv, .csv), or fairseq's manifest.")
     ] = None,
@@ -454,6 +461,7 @@ def manifest(
         shares = {name: _number("--split", share, float) for name, share in _pairs("--split", split.split(","))}
         check_shares(shares)  # before every header is read
     columns = dict(_pairs("--column", column or []))
+    keys_from = {key: _number("--key-from", level, int) for key, level in _pairs("--key-from", key_from or [])}
     names = modality.split(",")
     for name in names:
         if name not in MODALITIES:
@@ -479,6 +487,7 @@ def manifest(
                 label_from=label_from,
                 split_from=split_from,
                 text_from=text_from,
+                keys_from=keys_from,
                 tsv=tsv,
                 columns=columns,
                 tars=tars,

@@ -103,6 +103,8 @@ def test_labels_splits_and_texts_come_from_folder_names(tmp_path: Path) -> None:
     assert result.bad == [
         (str(tmp_path / "test/3.wav"), "has no folder of level 2 to take its label from (its folders: ['test'])")
     ]
+    rows = look(tmp_path, keys_from={"speaker": -1, "room": 1}).rows
+    assert [(row["speaker"], row["room"]) for row in rows] == [("test", "test"), ("y", "test"), ("x", "train")]
 
 
 def test_a_tar_is_read_in_place(tmp_path: Path) -> None:
