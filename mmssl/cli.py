@@ -17,6 +17,8 @@ from mmssl.memory import keep_freed_memory
 from mmssl.tasks import Baseline, Task
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from mmssl.recipe import Recipe
 
 P = ParamSpec("P")
@@ -104,7 +106,8 @@ def finetune(
     """Train with labels: from the encoder that init= names, of a run or of transformers, or from new weights.
 
     Rows of the manifests need "label" (classify) or "text" (ctc). The same command goes on where a run was cut off.
-    With --folds each value's rows are tested on in turn, and scores.json in --out holds what came out.
+    With --folds each value's rows are tested on in turn, and scores.json in --out holds what came out; of a key such as
+    fold, init=runs/mae_{fold} names an encoder for each value, pretrained without its rows.
     """
     from mmssl.recipe import load
 
@@ -397,7 +400,10 @@ def evaluate(
             print(f"mmssl: {kept}: {error.strerror}; the page of the run goes without it", file=sys.stderr)
 
 
-@command("mmssl manifest digits/ --label-from -1 --split train=0.9,valid=0.1 --by speaker --out manifests/digits")
+@command(
+    "mmssl manifest digits/ --label-from -1 --key-from speaker=1 --split train=0.9,valid=0.1 --by speaker "
+    "--out manifests/digits"
+)
 def manifest(
     folders: Annotated[
         list[Path],
@@ -421,6 +427,10 @@ def manifest(
     ] = None,
     split_from: Annotated[int | None, typer.Option(help="Folder level whose name is the split.")] = None,
     text_from: Annotated[int | None, typer.Option(help="Folder level whose name is the transcript.")] = None,
+    key_from: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=LEVEL", help="Folder level whose name is the value of a key: speaker=1."),
+    ] = None,
     tsv: Annotated[
         Path | None, typer.Option(help="Table of the clips with column names (.tsv, .csv), or fairseq's manifest.")
     ] = None,
@@ -441,8 +451,9 @@ def manifest(
 
     Labels, splits and texts come from folder names, from a table, or from what lies beside a file under its name, as in
     shards of WebDataset: 0001.txt its text, 0001.cls its label, 0001.json both. Files that cannot be read are named and
-    left out, and of pairs what has no partner. With --stats the constants of normalization are printed as settings of a
-    recipe: of the training split where there are splits; and where DIR is a manifest already, nothing is written.
+    left out, and of pairs what has no partner; those of other kinds are counted by suffix. With --stats the constants
+    of normalization are printed as settings of a recipe: of the training split where there are splits; and where DIR is
+    a manifest already, nothing is written.
     """
     from mmssl.data.manifest import check_shares, split_rows, write_manifest
     from mmssl.data.scan import NoClips, pair, scan
@@ -462,6 +473,7 @@ def manifest(
         shares = {name: _number("--split", share, float) for name, share in _pairs("--split", split.split(","))}
         check_shares(shares)  # before every header is read
     columns = dict(_pairs("--column", column or []))
+    keys_from = {key: _number("--key-from", level, int) for key, level in _pairs("--key-from", key_from or [])}
     names = modality.split(",")
     for name in names:
         if name not in MODALITIES:
@@ -487,6 +499,7 @@ def manifest(
                 label_from=label_from,
                 split_from=split_from,
                 text_from=text_from,
+                keys_from=keys_from,
                 tsv=tsv,
                 columns=columns,
                 tars=tars,
@@ -498,7 +511,8 @@ def manifest(
         if len(names) > 1:
             found = pair(each, {media: kind.hints for media, kind in filed.items()}, text="text" in kinds)
     except NoClips as error:
-        meant = [f"--modality {name}" for name, other in MODALITIES.items() if other.suffixes & error.ignored.keys()]
+        fitting = {name for suffix in error.ignored for name in _looking_for(suffix)}
+        meant = [f"--modality {name}" for name in MODALITIES if name in fitting]
         looks = "looks" if len(meant) == 1 else "look"
         raise ValueError(f"{error}" + (f"; {' and '.join(meant)} {looks} for those" if meant else "")) from None
     if not found.rows:
@@ -511,6 +525,8 @@ def manifest(
         print(f"odd: {len(found.remarks)} of the clips; the first is {path}, which {remark}", file=sys.stderr)
     if found.unlisted:
         print(f"left out: {len(found.unlisted)} files that {tsv} does not name", file=sys.stderr)
+    if found.ignored:
+        print(f"passed over: {_passed_over(found.ignored)}", file=sys.stderr)
     place = folder if out is None else out
     if shares is not None or all("split" in row for row in found.rows):
         if place.suffix == ".jsonl":
@@ -795,6 +811,22 @@ def _print_stats(recipe: str, manifest: Path) -> None:
         print(f"left out: {path}: {reason}", file=sys.stderr)
     print(found)
     print(f"  {found.values:,} values of {found.clips:,} clips in {manifest}, as {recipe} reads them")
+
+
+def _looking_for(suffix: str) -> list[str]:
+    """The modalities that `mmssl manifest` lists files of this suffix for."""
+    from mmssl.modalities import MODALITIES
+
+    return [name for name, kind in MODALITIES.items() if kind.probe is not None and suffix in kind.suffixes]
+
+
+def _passed_over(ignored: Counter[str]) -> str:
+    """How many files of each suffix, the commonest first, and what would look for them."""
+    told = []
+    for suffix, count in ignored.most_common():
+        names = " or ".join(_looking_for(suffix))
+        told.append(f"{count} {suffix or 'without suffix'}" + (f" (--modality {names})" if names else ""))
+    return ", ".join(told)
 
 
 def _is_for_the_user(error: Exception) -> bool:

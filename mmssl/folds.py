@@ -28,6 +28,9 @@ def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterato
     the recipe's seed. The same call goes on where it was cut off. Clips that cannot be read follow `data.on_bad_clip`
     in the test too.
 
+    What the encoder was pretrained on is not seen from here: where that was clips of the rows too, pretrain one encoder
+    for each value, on the rows of all others, and name them by the value: `init: runs/mae_{fold}` for the key "fold".
+
     Args:
         key: of the rows of `data.train`, in which clips that belong together agree: a fold, a speaker.
         out: folder; in it the manifests and the run of each value, by its number. "runs/" and the recipe's name by
@@ -38,18 +41,22 @@ def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterato
         the other.
 
     Raises:
-        ValueError: a row without the key, fewer than two values, several processes, a `data.valid` with clips of
-            `data.train` where `trainer.best` chooses by it, or folds of other rows in `out`.
+        ValueError: a row without the key, fewer than two values, several processes, a value without its folder of
+            `init`, a `data.valid` with clips of `data.train` where `trainer.best` chooses by it, or folds of other rows
+            in `out`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"folds={key}: folds are trained one by one, in one process; start it without torchrun")
+    given, named = recipe, f"{{{key}}}" in str(recipe.get("init"))
+    if named and recipe.get("data.train") is not None:
+        recipe = _started(given, key, _names(Manifest(str(given.get("data.train"))).values(key))[0])
     recipe = resolve(recipe)
     task = recipe.get("objective.name")
     if task not in LABELLED:
         raise recipe.error("objective.name", f"folds={key}: tests what a run says, so take {' or '.join(LABELLED)}")
     manifest = Manifest(recipe.get("data.train"))
     values = np.array([str(value) for value in manifest.values(key)])
-    names = Classes.from_labels(values.tolist()).names  # in the order of numbers, where they are some
+    names = _names(values)
     if len(names) < 2:
         raise ValueError(f"folds={key}: all rows of {manifest.path} have {names[0]!r}; it takes two or more values")
     if recipe.get("trainer.best") is not None and recipe.get("data.valid") is not None:
@@ -60,6 +67,8 @@ def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterato
                 f"folds={key}: {shared} of its clips are in data.train, and trainer.best would choose by clips that "
                 "are tested on; give clips that are not, or leave trainer.best out",
             )
+    # each before the first is trained
+    recipes = [resolve(_started(given, key, name)) for name in names] if named else [recipe] * len(names)
     out = Path("runs", recipe.name) if out is None else out
     parts: list[dict[str, Path]] = []
     for number, name in enumerate(names, start=1):
@@ -67,7 +76,7 @@ def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterato
         for side, path in parts[-1].items():
             _write_part(path, manifest.select(np.flatnonzero((values == name) == (side == "test"))), key)
     found: list[dict[str, Score]] = []
-    for number, (name, part) in enumerate(zip(names, parts, strict=True), start=1):
+    for number, (name, part, recipe) in enumerate(zip(names, parts, recipes, strict=True), start=1):
         data = {**recipe.values["data"], "train": str(part["train"])}
         run = finetune(replace(recipe, values={**recipe.values, "data": data}), out / str(number))
         scores = evaluate(
@@ -80,6 +89,26 @@ def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterato
         found.append(scores)
         yield f"{key}={name}", scores
     yield "", {metric: _over([scores[metric] for scores in found], key, names) for metric in found[0]}
+
+
+def _names(values: Iterable[Any]) -> list[str]:
+    """The values of a key, in the order of numbers where they are some."""
+    return Classes.from_labels([str(value) for value in values]).names
+
+
+def _started(recipe: Recipe, key: str, name: str) -> Recipe:
+    """The recipe with the `init` of one value.
+
+    Raises:
+        RecipeError: there is no such folder.
+    """
+    init = str(recipe.get("init")).replace(f"{{{key}}}", name)
+    if not Path(init).is_dir():
+        raise recipe.error(
+            "init",
+            f"init={init}: no such folder, for {key}={name}; pretrain a run there, on the rows of all other values",
+        )
+    return replace(recipe, values={**recipe.values, "init": init})
 
 
 def _clips(path: str | Path) -> set[str]:

@@ -265,6 +265,7 @@ class Loss:
     answers: (B, classes) scores, and bool, which of the classes each clip has: for what all clips together tell, the
         mean average precision. Only while evaluating, where a clip has any number of classes.
     nothing: why `count` is 0, where it is, for the sentence that names the clips of a skipped update.
+    left_out: id -> why, of clips that the sum leaves out.
     """
 
     total: Tensor
@@ -272,6 +273,7 @@ class Loss:
     metrics: dict[str, tuple[float | Tensor, float]] = field(default_factory=dict)
     answers: tuple[Tensor, Tensor] | None = None
     nothing: str = ""
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 class BadClip(ValueError):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -150,6 +151,8 @@ def test_a_folder_with_other_files_is_left_alone(pretrained: Path, manifests: Pa
         (["manifest", "a.jsonl", "--stats", "small/mae_audio"], "a.jsonl: no such manifest"),
         (["manifest", ".", "--modality", "smell"], "--modality smell: one of speech, audio, "),
         (["manifest", ".", "--column", "text"], "--column text: expected NAME=VALUE"),
+        (["manifest", ".", "--key-from", "speaker=first"], "--key-from: 'first' is no number"),
+        (["manifest", ".", "--key-from", "audio=1"], "scan: 'audio' says where a clip lies"),
         (["manifest", ".", "--split", "train=most"], "--split: 'most' is no number"),
         (
             ["manifest", ".", "--split", "train=0.8,valid=0.1"],
@@ -189,6 +192,19 @@ def test_bad_files_are_named_and_left_out_of_a_manifest(pictures: Path, tmp_path
     assert result.exit_code == 0
     assert result.stdout == f"{folder / 'manifest.jsonl'}: 1 clips\n"
     assert result.stderr.startswith(f"left out: {folder / 'bad.png'}: ")
+
+
+def test_files_that_were_passed_over_are_counted_in_a_line(sounds: Path, tmp_path: Path) -> None:
+    for name in ("a.wav", "b.caf"):  # a file is what its content says
+        (tmp_path / name).write_bytes((sounds / "train/low/0.wav").read_bytes())
+    for name in ("a.txt", "1.mp4", "2.MP4", "3.webm", "notes.md", "README", "1.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    result = mmssl("manifest", tmp_path, "--modality", "audio", "--out", tmp_path / "out" / "a.jsonl")
+    assert result.stdout == f"{tmp_path / 'out' / 'a.jsonl'}: 2 clips, 1 with text\n"
+    assert result.stderr == (
+        "passed over: 2 .mp4 (--modality video), 1 .jpg (--modality image), 1 .webm (--modality video), "
+        "1 without suffix, 1 .md\n"
+    )
 
 
 def test_a_folder_that_gives_no_row_is_refused_with_the_way_out(
@@ -306,6 +322,24 @@ def test_recipes_are_listed_and_printed() -> None:
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "embed", "search", "evaluate", "manifest", "recipes"])
 def test_each_command_teaches_by_an_example(name: str) -> None:
     assert f"Example: mmssl {name} " in " ".join(ok(name, "--help").split())
+
+
+def test_the_example_of_manifest_writes_what_it_says(
+    sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [example] = [one.epilog for one in app.registered_commands if one.epilog and "mmssl manifest " in one.epilog]
+    monkeypatch.chdir(tmp_path)
+    for speaker in range(10):
+        for digit in ("one", "two"):
+            path = tmp_path / "digits" / f"speaker {speaker}" / digit / "1.wav"
+            path.parent.mkdir(parents=True)
+            path.write_bytes((sounds / "train/low/0.wav").read_bytes())
+    ok(*shlex.split(example.removeprefix("Example: mmssl ")))
+    parts = {side: list(Manifest(tmp_path / "manifests" / "digits" / f"{side}.jsonl")) for side in ("train", "valid")}
+    speakers = {side: {row["speaker"] for row in rows} for side, rows in parts.items()}
+    assert speakers["train"] | speakers["valid"] == {f"speaker {speaker}" for speaker in range(10)}
+    assert len(speakers["valid"]) == 1
+    assert {row["label"] for row in parts["train"]} == {"one", "two"}
 
 
 def test_the_help_of_evaluate_says_of_each_task_what_it_is() -> None:

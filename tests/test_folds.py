@@ -130,3 +130,20 @@ def test_nothing_is_chosen_by_clips_that_are_tested_on(manifest: Path, tmp_path:
         next(cross_validate(recipe, "fold", tmp_path / "runs"))
     recipe = load(tmp_path / "toy.yaml", [*best, f"data.valid={tmp_path / 'apart' / 'valid.jsonl'}"])
     assert next(cross_validate(recipe, "fold", tmp_path / "runs"))[0] == "fold=0"
+
+
+def test_each_fold_starts_from_the_encoder_of_its_own(manifest: Path, tmp_path: Path) -> None:
+    settings = ["objective={name: mae, target: pixels}", f"data.train={manifest}", "trainer.steps=1"]
+    for fold in (0, 10):
+        pretrained = load(tmp_path / "toy.yaml", [*settings, f"trainer.seed={fold}"])
+        mmssl.train(pretrained, tmp_path / f"mae_{fold}")
+    started = ["trainer.steps=1", f"data.train={manifest}", f"init={tmp_path}/mae_{{fold}}"]
+    recipe = load(tmp_path / "toy.yaml", started)
+    with pytest.raises(ValueError, match=r"init=.*mae_20: no such folder, for fold=20; pretrain"):
+        next(cross_validate(recipe, "fold", tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+    mmssl.train(load(tmp_path / "toy.yaml", [*settings, "trainer.seed=20"]), tmp_path / "mae_20")
+    scores = dict(cross_validate(recipe, "fold", tmp_path / "runs"))
+    assert list(scores) == ["fold=0", "fold=10", "fold=20", ""]
+    for number, fold in enumerate((0, 10, 20), start=1):
+        assert load(tmp_path / "runs" / str(number) / "recipe.yaml").get("init") == str(tmp_path / f"mae_{fold}")

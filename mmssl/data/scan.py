@@ -14,6 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ class ScanResult:
     bad: (path, reason) of each file and folder that cannot be read, and of each line of the table that names no file.
     remarks: (path, sentence) of each file that is in `rows` and has something odd about it.
     unlisted: files that the table does not name; they are not in `rows`.
-    ignored: suffix -> number of files that are not of this media.
+    ignored: suffix -> number of files that are not of this media, and say nothing of one that is.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -76,6 +78,7 @@ def scan(
     label_from: int | None = None,
     split_from: int | None = None,
     text_from: int | None = None,
+    keys_from: Mapping[str, int] | None = None,
     tsv: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
     tars: Collection[str | Path] = (),
@@ -96,6 +99,7 @@ def scan(
         suffixes: with their dot, in lower case. They choose what is looked at; what a file is, its content decides.
         label_from, split_from, text_from: the folder whose name is the clip's label, split, transcript: 1 is the first
             below `folder`, -1 the one that the file lies in.
+        keys_from: other keys of a row, such as "speaker" -> the folder that tells it.
         tsv: a table of the clips: tab-separated (or .csv) with a line of column names, or fairseq's (a root, then
             `relative path <tab> samples`; a .wrd or .ltr file beside it gives the transcripts). Its file names may be
             relative paths or bare names, with or without suffix.
@@ -106,7 +110,8 @@ def scan(
 
     Raises:
         NoClips: nothing in it to look at.
-        ValueError: no such folder, a table that cannot be read, or columns of neither a table nor any .json.
+        ValueError: no such folder, a table that cannot be read, columns of neither a table nor any .json, or a key of
+            `keys_from` that says where a clip lies.
     """
     root = os.path.abspath(folder)
     if not os.path.isdir(root):
@@ -114,12 +119,18 @@ def scan(
         raise ValueError(f"{folder}: {what}")
     if media not in MEDIA:
         raise ValueError(f"scan: media {media!r} is not among {', '.join(MEDIA)}")
+    for key in keys_from or {}:
+        if key in (*MEDIA, *PLACES, "id", "seconds"):
+            raise ValueError(f"scan: {key!r} says where a clip lies, and no folder's name does; choose another key")
     result = ScanResult()
     if tars:
         inside = {os.path.abspath(path): os.path.relpath(os.path.dirname(os.path.abspath(path)), root) for path in tars}
         clips = [clip for path in inside for clip in _members(path, inside[path], frozenset(suffixes), result)]
     else:
         clips = list(_walk(root, frozenset(suffixes), result))
+    for suffix, _ in {item for clip in clips for item in clip.beside.items()}:
+        result.ignored[suffix] -= 1
+    result.ignored = +result.ignored
     names = Counter(clip.name for clip in clips)
     for clip in clips:
         if clip.member and names[clip.name] > 1:
@@ -138,7 +149,7 @@ def scan(
             f"columns {written}: name what a table or .json files say, and {folder} has no .json beside a clip; give a "
             "table (--tsv), or leave the columns out"
         )
-    levels = {"label": label_from, "split": split_from, "text": text_from}
+    levels = {"label": label_from, "split": split_from, "text": text_from, **(keys_from or {})}
 
     def look(part: list[_Clip]) -> list[Row | tuple[str, str]]:
         return [_probe(clip, media, probe, levels, {} if tsv is not None else columns or {}) for clip in part]
@@ -173,7 +184,7 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
         bad = [(row["id"], "there is no text of this name beside it") for row in one.rows if "text" not in row]
         return replace(one, rows=rows, bad=one.bad + bad)
     groups: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
-    result = ScanResult()
+    result = ScanResult(ignored=reduce(and_, (one.ignored for one in found.values())))
     for media, one in found.items():
         result.bad += one.bad
         result.remarks += one.remarks

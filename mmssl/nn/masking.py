@@ -7,7 +7,8 @@ Every function hides real tokens only, counts its ratio in each row's real token
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +18,17 @@ from mmssl.types import MaskPlan, Tokens, valid_mask
 
 # of the draws that are no masks of a clip's clones, see `uniform`; those count from 0
 _START, _STRIPES = 1_000_000, 1_000_001
-# deviations in tokens of the two Gaussians between which green noise lies
-_GREEN = (0.5, 2.0)
+# deviations in tokens of the Gaussians by which noise is blurred a little, `fine`, and more, `coarse`
+_FINE, _COARSE = 0.5, 2.0
+
+Color = Literal["red", "blue", "green", "purple"]
+# (fine, coarse) -> what is left of each frequency of white noise; red, green and blue together are white
+COLORS: dict[Color, Callable[[Tensor, Tensor], Tensor]] = {
+    "red": lambda fine, coarse: coarse,
+    "blue": lambda fine, coarse: 1 - fine,
+    "green": lambda fine, coarse: fine - coarse,
+    "purple": lambda fine, coarse: 1 - (fine - coarse),
+}
 
 
 def random_mask(lengths: Tensor, *, ratio: float, seeds: Tensor, clones: int = 1) -> MaskPlan:
@@ -43,14 +53,18 @@ def random_mask(lengths: Tensor, *, ratio: float, seeds: Tensor, clones: int = 1
     return plan_of(_lowest(noise, lengths, ratio), lengths, rows=rows)
 
 
-def green_mask(tokens: Tokens, *, ratio: float, seeds: Tensor) -> MaskPlan:
-    """Hide where green noise is lowest: patches of a few tokens, spread evenly over the clip.
+def color_mask(tokens: Tokens, *, color: Color, ratio: float, seeds: Tensor) -> MaskPlan:
+    """Hide where noise of a color is lowest.
 
-    Source: Hinojosa et al. 2024, ColorMAE (arXiv:2407.13036), section 3, "green noise": white noise blurred a little,
-    less the same blurred more, which leaves the middle frequencies.
+    "red" leaves the low frequencies of white noise and hides large patches, "blue" the high ones and hides single
+    tokens that lie apart, "green" the middle ones and hides patches of a few tokens, spread evenly over the clip, and
+    "purple" all but those.
+
+    Source: Hinojosa et al. 2024, ColorMAE (arXiv:2407.13036), section 3: white noise blurred by a Gaussian, what that
+    takes away, the difference of two blurs, and what that takes away.
     Differs from the paper: noise is drawn for each clip on its own grid, whatever the axes, and not cropped from stored
         maps; it wraps around at the edges, so that each place is hidden equally often; and the deviations of the two
-        Gaussians, in tokens, are chosen here.
+        Gaussians, in tokens, are chosen here, the same for all colors.
 
     Args:
         tokens: their grid and lengths are read.
@@ -69,8 +83,8 @@ def green_mask(tokens: Tokens, *, ratio: float, seeds: Tensor) -> MaskPlan:
         square = torch.zeros(grid, dtype=torch.float64)  # of the frequency, in cycles per token
         for axis in torch.meshgrid(*[torch.fft.fftfreq(size, dtype=torch.float64) for size in grid], indexing="ij"):
             square += axis.square()
-        fine, coarse = (torch.exp(-2 * (math.pi * deviation) ** 2 * square) for deviation in _GREEN)
-        spectrum = torch.fft.fftn(noise[rows, :n].view(-1, *grid), dim=axes) * (fine - coarse)
+        fine, coarse = (torch.exp(-2 * (math.pi * deviation) ** 2 * square) for deviation in (_FINE, _COARSE))
+        spectrum = torch.fft.fftn(noise[rows, :n].view(-1, *grid), dim=axes) * COLORS[color](fine, coarse)
         noise[rows, :n] = torch.fft.ifftn(spectrum, dim=axes).real.flatten(1)
     return plan_of(_lowest(noise, lengths, ratio), lengths)
 

@@ -115,8 +115,13 @@ class CTC(nn.Module):
             tokens = self.encoder.tokens(batch.raw)
         x = self._encode(tokens, batch.seeds if self.training else None, frozen)
         log_probs = self._log_probs(x)
-        feasible = frames_needed(labels, label_lengths) <= tokens.lengths
-        self._name([name for name, fits in zip(batch.ids, feasible.tolist(), strict=True) if not fits])
+        needed = frames_needed(labels, label_lengths)
+        feasible = needed <= tokens.lengths
+        left_out = {
+            batch.ids[i]: f"{int(tokens.lengths[i])} frames, and its transcript takes {int(needed[i])}"
+            for i in (~feasible).nonzero().flatten().tolist()
+        }
+        self._name(list(left_out))
         # An infeasible clip is given an empty transcript, whose loss is finite, and then left out: zero_infinity
         # would hide every other infinite loss as well.
         losses = F.ctc_loss(
@@ -138,7 +143,7 @@ class CTC(nn.Module):
             "frozen": (frozen / (self.encoder.depth + 1), 1),
         }
         nothing = "" if n else "transcripts cannot be spelled in so few frames"
-        return Loss(total, n, metrics, nothing=nothing)
+        return Loss(total, n, metrics, nothing=nothing, left_out=left_out)
 
     def after_step(self, step: int) -> None:
         self.updates.fill_(step)

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
-from mmssl.nn.masking import green_mask, plan_of, random_mask, running_cells, tube_mask
+from mmssl.nn.masking import COLORS, color_mask, plan_of, random_mask, running_cells, tube_mask
 from mmssl.nn.predictor import Predictor
 from mmssl.nn.reconstruction import token_errors
 from mmssl.nn.seeds import normal_per_clip
 from mmssl.nn.spread import token_spread
 from mmssl.types import Batch, Frontend, Hide, Loss, MaskPlan, Raw, Tokens
 
-Mask = Literal["random", "tube", "green"]
+Mask = Literal["random", "tube", "red", "blue", "green", "purple"]
 DecoderMask = Literal["running_cells"]
 # (tokens, ratio, seeds) -> MaskPlan
 MASKS: dict[Mask, Callable[..., MaskPlan]] = {
     "random": lambda tokens, **settings: random_mask(tokens.lengths, **settings),
     "tube": tube_mask,
-    "green": green_mask,
+    **{color: partial(color_mask, color=color) for color in COLORS},
 }
 # (tokens, ratio, seeds) -> (B, N) bool, True = the decoder works for it
 DECODER_MASKS: dict[DecoderMask, Callable[..., Tensor]] = {"running_cells": running_cells}
@@ -45,7 +46,8 @@ class MAE(nn.Module):
         pictures: (frontend, tokens, masked, values) -> pictures of the target's values, for `reconstruct`.
         mask: "random" hides tokens anywhere (over space and time of video: Feichtenhofer et al. 2022, MAE-ST,
             arXiv:2205.09113); "tube" the same places in every time step (Tong et al. 2022, VideoMAE, arXiv:2203.12602);
-            "green" patches of a few tokens (Hinojosa et al. 2024, ColorMAE, arXiv:2407.13036).
+            "red", "blue", "green" and "purple" where noise of that color is lowest, of which green, patches of a few
+            tokens, is the paper's best (Hinojosa et al. 2024, ColorMAE, arXiv:2407.13036; see `color_mask`).
         mask_ratio: share of each clip's tokens to hide; or [first, last, updates], to go evenly from the first share
             to the last over that many updates of the optimizer, and stay there.
         decoder_mask: "running_cells" leaves hidden tokens out of the decoder and of the loss (Wang et al. 2023,

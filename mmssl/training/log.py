@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,35 @@ from mmssl.types import Loss
 # of all that log.jsonl holds, what a line on the screen has room for
 _SHOWN = ("loss", "accuracy", "chance_accuracy", "code_perplexity", "grad_norm")
 _EVALUATED = ("loss", "accuracy", "chance_accuracy", "map", "wer", "cer")
+
+
+class LeftOut:
+    """The clips that an objective leaves out of its loss, each named once in a run, in `left_out.jsonl`.
+
+    Several processes share the file: each names its own clips that nobody has named before.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "left_out.jsonl"
+        self._ids: set[str] = set()
+
+    def add(self, found: Mapping[str, str]) -> bool:
+        """Note clips, id -> why; whether there are new ones.
+
+        Raises:
+            OSError: the file cannot be read or written; the clips are named when they are met again.
+        """
+        if found.keys() <= self._ids:
+            return False
+        if self.path.exists():  # what other processes wrote in the meantime, and this run before it was cut off
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # half a line, where a machine failed
+                    self._ids.add(json.loads(line)["id"])
+        new = {name: reason for name, reason in found.items() if name not in self._ids}
+        if new:
+            _append(self.path, "".join(json.dumps({"id": name, "reason": why}) + "\n" for name, why in new.items()))
+        self._ids |= new.keys()
+        return bool(new)
 
 
 class RunLog:
@@ -127,21 +157,12 @@ class RunLog:
         clean = finite(row)
         if self.main:
             try:
-                self._append(json.dumps(clean, allow_nan=False) + "\n")
+                _append(self._path, json.dumps(clean, allow_nan=False) + "\n")
                 self._write_events(clean)
             except OSError as error:
                 # a full disk must not end a run that could still be saved when there is room again
                 self.say_once(f"{self.run}: {error.strerror}, so lines of the log are missing")
         return clean
-
-    def _append(self, line: str) -> None:
-        """All of a line or nothing, so that the next one does not go on where half of this one ended."""
-        data = line.encode()
-        with self._path.open("ab", buffering=0) as file:
-            end = file.tell()
-            if file.write(data) < len(data):
-                file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @property
     def _path(self) -> Path:
@@ -261,3 +282,13 @@ def _finite(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         else:
             clean[name] = value
     return clean, missing
+
+
+def _append(path: Path, lines: str) -> None:
+    """All of it or nothing, so that the next line does not go on where half of this one ended."""
+    data = lines.encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(data) < len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -23,7 +23,7 @@ from mmssl import distributed
 from mmssl.memory import keep_freed_memory
 from mmssl.training import checkpoint, health
 from mmssl.training.gradients import backward, scale_gradients, share_statistics, weight_size
-from mmssl.training.log import RunLog, Window, finite
+from mmssl.training.log import LeftOut, RunLog, Window, finite
 from mmssl.training.parallel import gathered, parallelize
 from mmssl.training.resume import Place, begin, held, made_with
 from mmssl.training.rng import random_state, undisturbed
@@ -180,6 +180,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.world = distributed.world_size()
         self.window = Window(self.place)
+        self.left_out = LeftOut(self.run)
         self.started = time.monotonic() - self.place.seconds
         self.weight_size = weight_size(self.optimizer)
 
@@ -252,6 +253,7 @@ class _Run:
         if shares:
             share_statistics(self.model, self.objective, parts, self.device, settings.precision)
         losses = backward(self.model, parts, self.device, settings.precision)
+        self.name_left_out(losses)
         if shares:
             self.objective.global_statistics = None  # type: ignore[assignment]
         sums = torch.tensor(
@@ -281,6 +283,16 @@ class _Run:
         else:
             self.skip(number, count, losses, parts)
         return good
+
+    def name_left_out(self, losses: Sequence[Loss]) -> None:
+        """Write down the clips that losses leave out, each once."""
+        try:
+            new = self.left_out.add({name: why for loss in losses for name, why in loss.left_out.items()})
+        except OSError as error:  # as where the log cannot be written
+            self.log.say_once(f"{self.left_out.path}: {error.strerror}, so clips that are left out are missing there")
+            return
+        if new:
+            self.log.say_once(f"clips that are left out of the loss are named in {self.left_out.path}")
 
     def skip(self, number: int, count: float, losses: Sequence[Loss], parts: Sequence[Batch]) -> None:
         """Say which clips an update was skipped for; stop where that goes on."""

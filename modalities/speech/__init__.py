@@ -10,7 +10,10 @@ from mmssl.modalities.speech.targets import TARGETS
 SPEECH = Modality(
     name="speech",
     media="audio",
-    suffixes=frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff"}),
+    suffixes=frozenset(
+        {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf"}
+        | {".m4a", ".aac", ".mka", ".ac3"}
+    ),
     frontends={"waveform": Waveform, "logmel": LogMel},
     read=reader.read,
     probe=reader.probe,

@@ -19,11 +19,15 @@ from mmssl.types import BadClip
 
 _BLOCK = 1 << 20  # frames decoded at a time: a header that promises an hour costs no memory before the hour is there
 _SLACK = 0.1  # seconds that a segment may be shorter than asked for: MP3 encoders pad and cut by some 50 ms
+_GAP = 0.02  # seconds by which the times of a video's sound may run ahead of its samples; containers round to some ms
+_LONGEST_GAP = 3600.0  # seconds; a clock that is set anew in the middle of a file may jump by a day, in gigabytes
 _LOWEST = 50  # samples a second; a header that says 1 would make seven hours at 16 kHz of a second at 24 kHz
 _OPEN = 0x7FFFF000  # bytes: FFmpeg, sox and arecord leave 2^32 - 1, 2^31 - 1 and less, or 2^31 where they do not know
 _UNKNOWN = 1 << 62  # frames: libsndfile says 2^63 - 1 where a header leaves the length open, as encoders in a pipe do
-# libsndfile 1.2.2 finds a place in these to the sample; in Ogg Vorbis it now and then lands elsewhere
+# libsndfile 1.2.2 finds a place in these to the sample; in Ogg Vorbis and MP3 it now and then lands elsewhere
 _SEEKS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC"}
+# seconds that are decoded before a place in Opus, whose decoder remembers: from there on it is the whole within 1e-6
+_WARM_UP = 0.5
 
 
 def read(
@@ -38,12 +42,15 @@ def read(
 
     Channels are averaged. n samples at another rate become ceil(n * rate / own rate), as torchaudio and librosa count
     them. A wav, ogg or mp3 file that was cut off gives what is there; a flac or m4a file is refused. The sound of a
-    video starts with its first frame: silence stands where it comes later, and what is heard before is left out.
+    video starts with its first frame: silence stands where it comes later and in the gaps of its timestamps, and what
+    is heard before is left out.
 
     Args:
         source: a path, or a seekable binary file.
-        start, duration: seconds. In wav, flac, aiff, au and caf only that part is decoded, elsewhere all up to its end.
-        span: (seconds of that) -> (start, duration): which part of it is wanted, chosen once its true length is known.
+        start, duration: seconds. In wav, flac, aiff, au, caf and opus only that part is decoded, elsewhere all up to
+            its end.
+        span: (seconds of that) -> (start, duration): which part of it is wanted, chosen once its true length is known;
+            only that part is decoded where the above holds and the header says the length.
 
     Returns:
         (T,) float32, T >= 1, in [-1, 1] as far as the file is: floating point files may go beyond, and are left so.
@@ -54,13 +61,11 @@ def read(
     with _opened(source) as (file, name):
         if start < 0 or (duration is not None and duration <= 0):
             raise BadClip(name, f"a segment of {duration} s from {start} s on is none")
-        wave, own_rate, _ = _decode(file, name, start, duration)
+        wave, own_rate, _ = _decode(file, name, start, duration, span)
     if not len(wave):
         raise BadClip(name, "holds no samples")
     if own_rate < _LOWEST:
         raise BadClip(name, f"its header says {own_rate} samples a second; below {_LOWEST} is no sound")
-    if span is not None:
-        wave = wave[samples_of(span, len(wave), own_rate)].copy()
     finite = np.isfinite(wave)
     if not finite.all():
         bad = int((~finite).sum())
@@ -93,8 +98,7 @@ def probe(source: str | Path | BinaryIO) -> dict[str, Any]:
         try:
             with _sound(file) as sound:
                 frames, rate, channels = sound.frames, sound.samplerate, sound.channels
-                sound.seek(frames - 1)
-                honest = sound.buffer_read_into(np.empty((2, channels), np.float32), "float32") == 1
+                honest = _ends_there(sound)
         except soundfile.LibsndfileError:
             honest = False
         if not honest:
@@ -169,40 +173,70 @@ def _sound(file: BinaryIO | io.FileIO) -> Any:
     return soundfile.SoundFile(file.fileno() if isinstance(file, io.FileIO) else file, closefd=False)
 
 
-def _decode(file: BinaryIO | io.FileIO, name: str, start: float, duration: float | None) -> tuple[np.ndarray, int, int]:
+def _ends_there(sound: Any) -> bool:
+    """Whether the last frame that the header states can be read, and nothing follows it."""
+    sound.seek(sound.frames - 1)
+    return bool(sound.buffer_read_into(np.empty((2, sound.channels), np.float32), "float32") == 1)
+
+
+def _decode(
+    file: BinaryIO | io.FileIO,
+    name: str,
+    start: float,
+    duration: float | None,
+    span: Callable[[float], tuple[float, float]] | None = None,
+) -> tuple[np.ndarray, int, int]:
     """(T,) float32 mono at the file's own rate, that rate, and how many channels there were."""
     import soundfile
+
+    def chosen(wave: np.ndarray, rate: int) -> np.ndarray:
+        return wave if span is None or not len(wave) else wave[samples_of(span, len(wave), rate)].copy()
 
     try:
         sound = _sound(file)
     except soundfile.LibsndfileError as error:
         file.seek(0)
-        return _decode_by_pyav(file, name, start, duration, error.error_string)
+        wave, rate, channels = _decode_by_pyav(file, name, start, duration, error.error_string)
+        return chosen(wave, rate), rate, channels
     open_end = sound.frames > _UNKNOWN or (sound.format.startswith("WAV") and not sound.frames)
     if sound.format == "MP3" or sound.subtype == "GSM610" or open_end:
         # soundfile seeks after every read, which libsndfile does wrongly in MP3 (the second block starts with rubbish)
         # and not at all in GSM and in FLAC of unknown length; a wav whose header says 0 it takes for empty
         sound.close()
         file.seek(0)
-        return _decode_by_pyav(file, name, start, duration, f"{sound.format} is left to PyAV")
+        wave, rate, channels = _decode_by_pyav(file, name, start, duration, f"{sound.format} is left to PyAV")
+        return chosen(wave, rate), rate, channels
     with sound:
         rate = sound.samplerate
         first, count = round(start * rate), _frames(duration, rate)
+        seeks = sound.seekable() and (sound.format in _SEEKS or sound.subtype == "OPUS")
         try:
-            if first and sound.format in _SEEKS and sound.seekable():
-                sound.seek(first)
-                blocks = list(_blocks(sound, count))
+            if span is not None and seeks and first < sound.frames:
+                if _ends_there(sound):
+                    there = sound.frames - first if count is None else min(count, sound.frames - first)
+                    _check_segment(name, start, duration, there / rate)
+                    part = samples_of(span, there, rate)
+                    return _part(sound, first + part.start, min(part.stop, there) - part.start), rate, sound.channels
+                sound.seek(0)
+            if first and seeks:
+                wave = _part(sound, first, count)
             else:
-                blocks = list(_from(first, _blocks(sound, None if count is None else first + count)))
+                wave = np.concatenate(list(_from(first, _blocks(sound, None if count is None else first + count))))
         except soundfile.LibsndfileError as error:
             if first >= sound.frames:
                 raise _outside(name, start, sound.frames / rate) from None
             raise BadClip(name, f"damaged or cut off: {error.error_string.rstrip('.')}") from None
-    wave = np.concatenate(blocks)
     if first and not len(wave):
         raise _outside(name, start, sound.frames / rate)
     _check_segment(name, start, duration, len(wave) / rate)
-    return wave, rate, sound.channels
+    return chosen(wave, rate), rate, sound.channels
+
+
+def _part(sound: Any, first: int, count: int | None) -> np.ndarray:
+    """Up to `count` mono frames from frame `first` on, of a file that seeks; None: to its real end."""
+    early = min(first, round(_WARM_UP * sound.samplerate)) if sound.subtype == "OPUS" else 0
+    sound.seek(first - early)
+    return np.concatenate(list(_from(early, _blocks(sound, None if count is None else early + count))))
 
 
 def _blocks(sound: Any, count: int | None) -> Iterator[np.ndarray]:
@@ -243,13 +277,23 @@ def _decode_by_pyav(
             first, count = round(start * rate), _frames(duration, rate)
             plain = av.AudioResampler(format="fltp", rate=rate)
             seen = _first_picture(container)
+            origin: float | None = None  # the time of the first sample
             for frame in container.decode(stream):
                 if seen is not None and frame.time is not None:
-                    early = round((seen - frame.time) * rate)
-                    if early < 0:
-                        blocks.append(np.zeros(-early, np.float32)[first:])
-                        total -= early
-                    first, seen = first + max(0, early), None
+                    if origin is None:
+                        origin = min(seen, frame.time)
+                        first += round((seen - origin) * rate)
+                    missing = round((frame.time - origin) * rate) - total
+                    if missing > (_GAP * rate if total else 0):
+                        missing = missing if count is None else min(missing, first + count - total)
+                        if missing > _LONGEST_GAP * rate:
+                            raise BadClip(
+                                name,
+                                f"its sound stops at {total / rate:g} s for {missing / rate:g} s, more than an hour; "
+                                "cut the file there",
+                            )
+                        blocks.append(np.zeros(max(0, missing - max(0, first - total)), np.float32))
+                        total += missing
                 for part in plain.resample(frame):
                     block = part.to_ndarray().mean(axis=0, dtype=np.float32)
                     blocks.append(block[max(0, first - total) :])

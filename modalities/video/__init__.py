@@ -22,6 +22,8 @@ VIDEO = Modality(
         "flip": augment.flip,
         "shift": augment.shift,
         "color_jitter": augment.color_jitter,
+        "gray": augment.gray,
+        "blur": augment.blur,
     },
     durations={"random_span": spans.span_extent, "center_span": spans.span_extent},
     sizes={

@@ -102,3 +102,19 @@ def color_jitter(
         x.flatten(1, 2), rng, brightness=brightness, contrast=contrast, saturation=saturation, p=p
     )
     return tall.view(x.shape)
+
+
+def gray(x: Tensor, rng: np.random.Generator, *, p: float = 0.2) -> Tensor:
+    """All frames without their colors, in as many channels as before, with probability `p`.
+
+    Source: as for `color_jitter`.
+    """
+    return image.gray(x.flatten(1, 2), rng, p=p).view(x.shape)
+
+
+def blur(x: Tensor, rng: np.random.Generator, *, sigma: tuple[float, float] = (0.1, 2.0), p: float = 0.5) -> Tensor:
+    """All frames by the same Gaussian, in a share `p` of clips; settings as for pictures.
+
+    Source: as for `color_jitter`.
+    """
+    return image.blur(x.flatten(0, 1), rng, sigma=sigma, p=p).unflatten(0, x.shape[:2])

@@ -52,6 +52,23 @@ def test_a_folder_gives_a_row_for_each_clip_and_names_the_rest(tmp_path: Path) -
     assert result.ignored == {".txt": 1}
 
 
+@pytest.mark.parametrize("tarred", [False, True])
+def test_what_was_passed_over_is_counted_but_for_what_speaks_of_a_clip(tmp_path: Path, tarred: bool) -> None:
+    files = {"1.wav": "1", "1.txt": "a word", "1.json": "{}", "2.wav": "2", "alone.txt": "", "3.mp4": "", "4.mp4": ""}
+    make(tmp_path / "in", files)
+    if tarred:
+        with tarfile.open(tmp_path / "a.tar", "w") as shard:
+            for name in files:
+                shard.add(tmp_path / "in" / name, name)
+    found = look(tmp_path, tars=[tmp_path / "a.tar"]) if tarred else look(tmp_path / "in")
+    assert len(found.rows) == 2
+    assert found.ignored == {".txt": 1, ".mp4": 2}
+    # of what a pair is looked for in, only what none of its members is
+    shown = scan(tmp_path / "in", media="video", probe=lambda source: {}, suffixes={".mp4"}, progress=False)
+    both = pair({"audio": found, "video": shown}, {"audio": (), "video": ()}, text=False)
+    assert both.ignored == {".txt": 1}
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, {"a/1.wav": "1", "a/1.txt": "", "b/2.wav": "2"})
     scandir = os.scandir
@@ -86,6 +103,8 @@ def test_labels_splits_and_texts_come_from_folder_names(tmp_path: Path) -> None:
     assert result.bad == [
         (str(tmp_path / "test/3.wav"), "has no folder of level 2 to take its label from (its folders: ['test'])")
     ]
+    rows = look(tmp_path, keys_from={"speaker": -1, "room": 1}).rows
+    assert [(row["speaker"], row["room"]) for row in rows] == [("test", "test"), ("y", "test"), ("x", "train")]
 
 
 def test_a_tar_is_read_in_place(tmp_path: Path) -> None:

@@ -56,5 +56,5 @@ def test_sound_has_no_places():
 
 def test_a_mask_that_does_not_exist_is_answered_with_those_that_do():
     encoder = Encoder(Tubes(dim=6), Transformer(dim=6, depth=1, heads=1), SinCos(6))
-    with pytest.raises(ValueError, match="objective.mask='cube': choose one of random, tube, green"):
+    with pytest.raises(ValueError, match="objective.mask='cube': choose one of random, tube, red, blue, green, purple"):
         MAE(encoder, target=lambda raw, tokens: tokens.feat, target_dim=1536, mask="cube")

@@ -100,6 +100,7 @@ def test_a_clip_too_short_for_its_transcript_is_left_out_counted_and_named(caplo
     assert loss.metrics["infeasible"] == (1, 2)
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["clip0"]
     assert objective.infeasible_ids == {"clip0"}
+    assert loss.left_out == {"clip0": "5 frames, and its transcript takes 7"}
     nothing = objective(short)
     assert nothing.count == 0
     assert (nothing.nothing, loss.nothing) == ("transcripts cannot be spelled in so few frames", "")

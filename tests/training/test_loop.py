@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,25 @@ def test_a_bad_update_is_skipped_and_its_clips_are_named(tmp_path: Path) -> None
     (found,) = [line for line in lines(tmp_path) if "not_finite" in line.get("verdict", {})]
     assert found["ids"] == ["clip4", "clip5", "clip6", "clip7"]
     assert "at update 1 from these clips: clip4, clip5, clip6, clip7;" in found["verdict"]["not_finite"]
+
+
+def test_each_clip_that_a_loss_leaves_out_is_named_once_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = Toy.forward
+
+    def leaving(self: Toy, batch: Batch) -> Loss:
+        odd = {f"clip{int(name.removeprefix('clip')) % 7}": "too short" for name in batch.ids}  # met again and again
+        return replace(forward(self, batch), left_out=odd)
+
+    monkeypatch.setattr(Toy, "forward", leaving)
+    run(tmp_path, built(), steps=1)
+    rows = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    assert rows == [{"id": f"clip{n}", "reason": "too short"} for n in range(4)]
+    run(tmp_path, built(), steps=5, resume=True)
+    rows = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in rows) == [f"clip{n}" for n in range(7)]
+    assert f"clips that are left out of the loss are named in {tmp_path / 'left_out.jsonl'}" in capsys.readouterr().err
 
 
 def test_a_skipped_update_moves_no_weight(tmp_path: Path) -> None:

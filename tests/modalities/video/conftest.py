@@ -48,6 +48,7 @@ def write_video(
     sound: str = "",
     sound_from: float = 0.0,
     muxer: dict[str, str] | None = None,
+    sound_gap: tuple[float, float] = (0.0, 0.0),
 ) -> Path:
     """A video of 10 frames/s.
 
@@ -56,6 +57,7 @@ def write_video(
         sound: codec of a sound track with a click after one second.
         sound_from: seconds at which the track starts.
         muxer: options of the container.
+        sound_gap: seconds from and to which it has no packets.
     """
     import av
 
@@ -80,7 +82,8 @@ def write_video(
             packets += stream.encode(frame)
         packets += stream.encode()
         if track is not None:
-            packets += _click(track, frames / FPS, sound_from)
+            click = _click(track, frames / FPS, sound_from)
+            packets += [one for one in click if not sound_gap[0] <= one.pts * one.time_base < sound_gap[1]]
         for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
             container.mux(packet)
     return path
@@ -96,7 +99,8 @@ def _click(track: Any, seconds: float, start: float) -> list[Any]:
     frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
     frame.sample_rate, frame.pts, frame.time_base = 48_000, first, Fraction(1, 48_000)
     context = track.codec_context
-    cut = av.AudioResampler(format=context.format.name, layout="mono", rate=48_000, frame_size=context.frame_size or 0)
+    size = context.frame_size or 1024
+    cut = av.AudioResampler(format=context.format.name, layout="mono", rate=48_000, frame_size=size)
     packets = []
     for part in [*cut.resample(frame), *cut.resample(None)]:
         packets += track.encode(part)

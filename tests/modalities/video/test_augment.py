@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmssl.modalities.image import IMAGE
 from mmssl.modalities.video import VIDEO
 from mmssl.modalities.video.augment import color_jitter, flip, multi_scale_crop, resize
 from mmssl.modalities.video.spans import center_span, random_span
@@ -18,6 +19,8 @@ SETTINGS = {
     "flip": {},
     "shift": {"pixels": 3},
     "color_jitter": {},
+    "gray": {"p": 0.5},
+    "blur": {},
 }
 SHAPES = {"resize": (12, 15), "center_crop": (8, 10), "random_resized_crop": (8, 10), "multi_scale_crop": (8, 8)}
 
@@ -66,6 +69,16 @@ def test_contrast_turns_about_the_mean_of_the_whole_clip():
     # the mean, 0.4, stays; about a mean of each frame nothing would move
     assert torch.allclose(got.mean(), torch.tensor(0.4))
     assert not torch.allclose(got, clip)
+
+
+@pytest.mark.parametrize("name", ["gray", "blur"])
+def test_every_frame_is_changed_as_a_picture_is(name):
+    clip = torch.rand(3, 5, 16, 20, generator=torch.Generator().manual_seed(0))
+    for seed in range(4):
+        got = VIDEO.augments[name](clip, np.random.default_rng(seed), **SETTINGS[name])
+        for frame in range(5):
+            alone = IMAGE.augments[name](clip[:, frame], np.random.default_rng(seed), **SETTINGS[name])
+            assert torch.allclose(got[:, frame], alone, atol=1e-6)
 
 
 def test_a_flip_can_be_turned_off():

@@ -624,3 +624,28 @@ def test_sound_is_in_time_with_the_frames(
     part = read_sound(path, rate=16_000, start=0.9, duration=0.5)
     assert float((part.abs() > 0.3).nonzero()[0]) / 16_000 == pytest.approx(0.1, abs=0.005)
     assert painted.numbers(read(path, rate=10, start=1.0, duration=0.1)) == [10]
+
+
+@pytest.mark.parametrize(("name", "sound"), [("a.mp4", "aac"), ("a.mkv", "aac"), ("a.mkv", "pcm_s16le")])
+def test_sound_stays_in_time_after_a_gap(painted: Any, tmp_path: Path, name: str, sound: str) -> None:
+    path = painted.write(tmp_path / name, "libx264", frames=30, sound=sound, sound_gap=(0.3, 0.8))
+    wave = read_sound(path, rate=16_000)
+    click = (wave.abs() > 0.3).nonzero()[:, 0] / 16_000
+    assert float(click.min()) == pytest.approx(1.0, abs=0.005)
+    assert float(click.max()) == pytest.approx(1.01, abs=0.005)
+    assert len(wave) == pytest.approx(3 * 16_000, abs=0.03 * 16_000)
+    for start, duration in ((0.1, 0.3), (0.5, 0.1), (0.6, 0.6), (0.9, 0.5)):  # into it, within, out of it, after it
+        first, size = round(start * 16_000), round(duration * 16_000)
+        part = read_sound(path, rate=16_000, start=start, duration=duration)
+        assert len(part) == size
+        # resampled by itself, a part is silent beyond its ends
+        assert float((part - wave[first : first + size]).abs()[200:-200].max()) < 1e-3
+
+
+def test_a_gap_of_more_than_an_hour_is_one_sentence(
+    painted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmssl.modalities.speech.reader._LONGEST_GAP", 0.4)
+    path = painted.write(tmp_path / "a.mkv", "libx264", sound="pcm_s16le", sound_gap=(0.3, 0.8))
+    with pytest.raises(BadClip, match=r"a.mkv: its sound stops at 0\.\d+ s for 0\.\d+ s, more than an hour; cut"):
+        read_sound(path, rate=16_000)
