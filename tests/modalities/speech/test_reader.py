@@ -192,7 +192,7 @@ def test_a_span_is_that_part_of_the_segment_that_it_is_drawn_from(write: Callabl
 def test_no_more_is_decoded_than_the_segment_or_span(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    path = write(name, np.tile(tone(1.0), 60), **FORMATS[name][0])
+    path = write(name, np.tile(tone(1.0), 20), **FORMATS[name][0])
     decoded: list[int] = []
     read_into = soundfile.SoundFile.buffer_read_into
 
@@ -201,7 +201,7 @@ def test_no_more_is_decoded_than_the_segment_or_span(
         return int(read_into(self, block, dtype))
 
     monkeypatch.setattr(soundfile.SoundFile, "buffer_read_into", counted)
-    assert len(read(path, rate=RATE, start=50.0, duration=0.5)) == RATE // 2
+    assert len(read(path, rate=RATE, start=15.0, duration=0.5)) == RATE // 2
     assert len(read(path, rate=RATE, span=lambda seconds: (seconds - 1.0, 0.5))) == RATE // 2
     assert sum(decoded) < 3 * RATE
 
@@ -214,7 +214,7 @@ def test_a_place_in_opus_is_where_the_whole_has_it(write: Callable[..., Path], c
     wave = np.stack([np.tile(tone(1.0, hertz=440.0 * (1 + i)), 30) * loud for i in range(channels)], axis=1)
     path = write("a.opus", wave + 0.1 * draw.standard_normal(wave.shape).astype(np.float32), **FORMATS["a.opus"][0])
     whole = read(path, rate=RATE)
-    for first in draw.integers(1, len(whole) - 800, 100).tolist():
+    for first in draw.integers(1, len(whole) - 800, 30).tolist():
         part = read(path, rate=RATE, start=first / RATE, duration=0.05)
         assert float((part - whole[first : first + 800]).abs().max()) < 1e-6
 
