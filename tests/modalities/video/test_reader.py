@@ -397,19 +397,20 @@ def most_memory(process_id: int | str = "self") -> int:
 @linux
 def test_memory_has_room_for_a_clip_once(painted: Any, tmp_path: Path) -> None:
     steady = painted.paint(5, 256, 256)
-    for name, count in (("short.mp4", 2), ("long.mp4", 200)):
+    # transport streams are PyAV's: how many frames decord holds in a queue of its own depends on the moment
+    for name, count in (("short.ts", 2), ("long.ts", 200)):
         settings = {"gop": 250, "size": (256, 256), "options": {"preset": "ultrafast"}}
         painted.write(tmp_path / name, "libx264", frames=count, draw=lambda number: steady, **settings)
     values = 3 * 200 * 256 * 256
     process.stop()
-    probe(tmp_path / "short.mp4")
+    probe(tmp_path / "short.ts")
     [decoder] = process._idle
     before = most_memory(decoder._process.pid)
-    probe(tmp_path / "long.mp4")
+    probe(tmp_path / "long.ts")
     assert most_memory(decoder._process.pid) - before < values / 2  # frames that are counted are not kept
     most_memory()
     before = most_memory()
-    clip = read(tmp_path / "long.mp4", rate=10)
+    clip = read(tmp_path / "long.ts", rate=10)
     assert clip.numel() == values
     assert clip.is_contiguous()
     assert most_memory() - before < 6 * values  # 4 bytes of each, and that which it was made of
