@@ -27,7 +27,7 @@ def fft_conv(x: Tensor, spectrum: Tensor) -> Tensor:
     """`F.conv1d(..., padding=K // 2)` with channels last, and as long as its input: (B, N, C) -> (B, N, C') float32.
 
     Pieces of 2K steps, K - 1 of which they share with the next one, are multiplied in the frequency domain ("overlap
-    and save"). Of wav2vec 2.0's positions, kernel 128 in 16 groups, that is a fiftieth of the operations.
+    and save"). Of wav2vec 2.0's positions, kernel 128 in 16 groups, that is some twentieth of the operations.
 
     Args:
         x: (B, N, C), zero where it is to read as silence.

@@ -152,7 +152,7 @@ class Convolutional(nn.Module):
     _packed: tuple[Tensor, list[tuple[Tensor, int]]] | None = None
 
     def pack(self) -> None:
-        """Keep the kernel's spectrum for calls without gradients on the CPU: they take a quarter of the time with it.
+        """Keep the kernel's spectrum for calls without gradients on the CPU, which `fft_conv` answers with it.
 
         As `mmssl.nn.linear.Linear.pack`: until the kernel is exchanged, changed or to be trained.
         """

@@ -26,8 +26,8 @@ from mmssl.types import Point, valid_mask
 # On the CPU, rows at least this long are attended to one by one: the square of their padding would cost more than the
 # calls do. Shorter ones go as one padded call with a mask.
 _ROW_BY_ROW = 128
-# In bfloat16 on the CPU torch's own attention, with its backward pass, takes twice the time of its two products written
-# out. Calls of more scores than these, 128 MiB a block, keep torch's, which never holds all of them.
+# In bfloat16 on the CPU torch's own attention, with its backward pass, is slower than its two products written out.
+# Calls of more scores than these, 128 MiB a block, keep torch's, which never holds all of them.
 _PLAIN_SCORES = 2**26
 
 

@@ -109,7 +109,7 @@ def _by_channel(raw: Raw, tokens: Tokens) -> Tensor:
 def _moments(tubes: Tensor) -> tuple[Tensor, Tensor]:
     """(B, N, pixels, C) -> mean and deviation of each channel, (B, N, 1, C)."""
     mean = tubes.mean(-2, keepdim=True)
-    # torch's own deviation over this axis takes three times as long
+    # torch's own deviation over this axis, which is not the last one, is slower
     deviation = torch.linalg.vector_norm(tubes - mean, dim=-2, keepdim=True) / math.sqrt(tubes.shape[-2] - 1)
     return mean, deviation + _EPS
 
