@@ -1,13 +1,14 @@
-"""One training step of ours against transformers' of the same size, in turn, in one process.
+"""One training step of ours against transformers' of the same size, in turn, in one run.
 
     python benchmarks/step_speed.py                      # base size, all modalities, float32 and bfloat16
     python benchmarks/step_speed.py --size small --modality speech --rounds 9
 
-Prints seconds (median over rounds), their ratio, and which share of the machine's own matrix-product rate, measured in
-the same run and precision, each step reaches. Both get the same input, masks of the same share, no dropout and AdamW;
-a step is forward, backward and update. `mmssl` keeps freed memory when it trains: before each turn the process is given
-the setting that it comes with, and a step that is not timed; transformers' last turn has our setting, for the last
-column.
+Prints seconds (median over the steps of all rounds), their ratio (median over rounds, and its range), and which share
+of the machine's own matrix-product rate, measured in the same run and precision, each step reaches. Both get the same
+input, masks of the same share, no dropout and AdamW; a step is forward, backward and update. Each side is a process of
+its own, as its user would run it, and they take turns: `mmssl` keeps freed memory when it trains, transformers leaves
+that to its user, and in one process either would inherit the other's memory. A third process is transformers with our
+setting, for the last column.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 
 import torch
-from allocator import as_it_comes
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmssl.encoder import Encoder
@@ -44,6 +46,7 @@ SIZES = {"base": {"dim": 768, "depth": 12, "heads": 12}, "small": {"dim": 192, "
 BATCH = {("image", "base"): 8, ("image", "small"): 32, ("speech", "base"): 2, ("speech", "small"): 8}
 CLIPS, FRAMES = 2, 16  # of a step of VideoMAE
 SECONDS = {"base": 8, "small": 4}
+SETTLING, TIMED = 2, 3  # steps before all turns, and of a turn
 
 
 def matrix_rate(precision: torch.dtype) -> float:
@@ -207,6 +210,12 @@ def stepper(model: torch.nn.Module, loss: Callable[[], torch.Tensor], precision:
     return step
 
 
+def _time(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
 @contextmanager
 def counted_by_torch() -> Iterator[None]:
     """While our products are counted they go through torch's own operations: the counter knows no others."""
@@ -217,39 +226,65 @@ def counted_by_torch() -> Iterator[None]:
         linear._HAS_ONEDNN = kept
 
 
+BUILDERS: dict[str, tuple[Builder, Builder]] = {
+    "image": (our_image, their_image),
+    "speech": (our_speech, their_speech),
+    "video": (our_video, their_video),
+}
+SIDES = ((0, True), (1, False), (1, True))  # which builder; whether freed memory is kept
+
+
+def work(side: int, keep: bool, modality: str, size: str, precision: torch.dtype, wire: Connection) -> None:
+    """A process of one side: sends a step's operations, then the seconds of as many steps as it is asked for."""
+    warnings.filterwarnings("ignore")
+    if keep:
+        keep_freed_memory()
+    torch.manual_seed(0)
+    step = stepper(*BUILDERS[modality][side](size), precision)
+    with counted_by_torch(), FlopCounterMode(display=False) as counter:
+        step()
+    for _ in range(SETTLING):
+        step()
+    wire.send(counter.get_total_flops())
+    while count := wire.recv():
+        step()
+        wire.send([_time(step) for _ in range(count)])
+
+
 def compare(modality: str, size: str, precision: torch.dtype, rounds: int) -> None:
-    builders = {
-        "image": (our_image, their_image),
-        "speech": (our_speech, their_speech),
-        "video": (our_video, their_video),
-    }[modality]
-    steps, operations = [], []
-    for build in builders:
-        torch.manual_seed(0)
-        step = stepper(*build(size), precision)
-        with counted_by_torch(), FlopCounterMode(display=False) as counter:
-            step()
-        steps.append(step)
-        operations.append(counter.get_total_flops())
-    ours, theirs = steps
-    turns = ((keep_freed_memory, ours), (as_it_comes, theirs), (keep_freed_memory, theirs))
-    seconds: list[list[float]] = [[] for _ in turns]
-    rates = []
+    spawn = get_context("spawn")
+    wires, workers, operations = [], [], []
+    for side, keep in SIDES:
+        wire, end = spawn.Pipe()
+        worker = spawn.Process(target=work, args=(side, keep, modality, size, precision, end), daemon=True)
+        worker.start()
+        end.close()  # so that a process that dies is noticed
+        operations.append(wire.recv())
+        wires.append(wire)
+        workers.append(worker)
+    seconds: list[list[float]] = [[] for _ in SIDES]
+    rates, ratios = [], []
     for _ in range(rounds):
         rates.append(matrix_rate(precision))
-        for (setting, step), times in zip(turns, seconds, strict=True):
-            setting()
-            step()
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
+        medians = []
+        for wire, times in zip(wires, seconds, strict=True):
+            wire.send(TIMED)
+            turn = wire.recv()
+            times += turn
+            medians.append(statistics.median(turn))
+        ratios.append((medians[1] / medians[0], medians[2] / medians[0]))
+    for wire, worker in zip(wires, workers, strict=True):
+        wire.send(0)
+        worker.join()
     own, comes, helped = map(statistics.median, seconds)
+    ratio, ratio_helped = map(statistics.median, zip(*ratios, strict=True))
     rate = statistics.median(rates)
     name = str(precision).removeprefix("torch.")
     print(
         f"{modality:7} {size:6} {name:9} ours {own:7.3f} s ({operations[0] / own / rate:4.0%} of "
         f"{rate / 1e9:.0f} GFLOP/s)   transformers {comes:7.3f} s ({operations[1] / comes / rate:4.0%})   "
-        f"ratio {comes / own:.2f}   with freed memory kept {helped:7.3f} s, ratio {helped / own:.2f}",
+        f"ratio {ratio:.2f} ({min(r for r, _ in ratios):.2f} to {max(r for r, _ in ratios):.2f})   "
+        f"with freed memory kept {helped:7.3f} s, ratio {ratio_helped:.2f}",
         flush=True,
     )
 
@@ -261,7 +296,6 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], action="append")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {args.rounds} rounds"
     )

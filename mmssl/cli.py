@@ -264,12 +264,13 @@ def evaluate(
         typer.Option(
             help="linear, knn, attentive: fitted on frozen features; superb, superb-verify, superb-ctc: with learned "
             "weights of layers; corruption: on spoiled clips; layers: what each layer holds; cluster, verify, rank, "
-            "ood: of frozen features themselves; classify, ctc: what a fine-tuned run says; retrieval, zero-shot: of a "
-            "run on several modalities."
+            "ood, retrieval: of frozen features themselves; classify, ctc: what a fine-tuned run says; retrieval, "
+            "zero-shot: of a run on several modalities."
         ),
     ] = "linear",
     train: Annotated[
-        Path | None, typer.Option(help="Manifest to fit on, to be near to (ood), or to center on (verify).")
+        Path | None,
+        typer.Option(help="Manifest to fit on, to search (retrieval), to be near to (ood), or to center on (verify)."),
     ] = None,
     valid: Annotated[
         Path | None, typer.Option(help="Manifest to choose layer and settings on.", show_default="a fifth of --train")

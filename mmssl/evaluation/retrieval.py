@@ -1,4 +1,4 @@
-"""Finding by similarity: how far up the right one is, and which class is nearest."""
+"""Finding by similarity: how far up the right one is, clips of a class by one of them, and which class is nearest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmssl.evaluation.score import Score, student, wilson
+
+PLACES = (1, 5, 10)
 CHUNK = 2**24  # similarities held at a time: 64 MB in float32
 # Unit vectors of the same thing differ by rounding from one batch to another, and their similarities by less than this.
 TIE = 1e-6
@@ -50,15 +53,94 @@ def partner_ranks(queries: Tensor, targets: Tensor, same: Tensor | None = None) 
     return torch.cat(ranks)
 
 
-def recall_by_chance(place: int, right: Tensor) -> float:
+def retrieve(
+    queries: Tensor, labels: Tensor, bank: Tensor | None = None, bank_labels: Tensor | None = None
+) -> dict[str, Score]:
+    """How far up each clip finds those of its class: {"map": Score, "at_1": Score, "at_5": Score, "at_10": Score}.
+
+    Similarity is the cosine. Ties count against the model, as in `partner_ranks`. Average precision is the mean of the
+    precisions at each right target; queries of a class that no target has are left out.
+
+    Args:
+        queries: (B, E).
+        labels: (B,) int64, their classes.
+        bank, bank_labels: (M, E) and (M,), what is searched; None for the other queries.
+
+    Raises:
+        ValueError: features that are not finite, or fewer than two queries with something to be found.
+    """
+    own = bank is None or bank_labels is None
+    targets, target_labels = (queries, labels) if bank is None or bank_labels is None else (bank, bank_labels)
+    if not (torch.isfinite(queries).all() and torch.isfinite(targets).all()):
+        raise ValueError("retrieval: features that are not finite; leave out the clips they belong to")
+    directions = normalize(targets.double(), dim=1)
+    precisions, firsts, numbers = [], [], []
+    start = 0
+    for part in normalize(queries.double(), dim=1).split(max(1, CHUNK // len(targets))):
+        here = slice(start, start + len(part))
+        right = labels[here, None] == target_labels
+        # a right one stands behind the wrong ones as near as itself
+        similarity = part @ directions.T - TIE * right
+        if own:
+            rows = torch.arange(len(part))
+            similarity[rows, start + rows], right[rows, start + rows] = -torch.inf, False
+        hits = right.gather(1, similarity.argsort(1, descending=True))
+        found = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
+        number = hits.sum(1)
+        precisions.append((found * hits).sum(1) / number)
+        firsts.append(1 + hits.int().argmax(1))
+        numbers.append(number)
+        start += len(part)
+    right = torch.cat(numbers)
+    asked = right > 0
+    n, among = int(asked.sum()), len(targets) - own
+    if n < 2:
+        raise ValueError(f"retrieval: {n} clips have another of their class to be found, and a mean takes two")
+    precision, first, right = torch.cat(precisions)[asked], torch.cat(firsts)[asked], right[asked]
+    lost = len(queries) - n
+    searched = "each clip among all others" if own else f"among {among:,} clips of train"
+    common = f"cosine, {searched}, ties against the model; median rank of the first {float(first.double().median()):g}"
+    common += f"; {lost} clips of a class with nothing to be found left out" if lost else ""
+    value = float(precision.mean())
+    low, high = student(precision.tolist())
+    details = {"median_rank": float(first.double().median())}
+    scores = {
+        "map": Score(
+            "retrieval",
+            value,
+            max(0.0, low),
+            min(1.0, high),
+            n,
+            f"{common}; interval over queries",
+            metric="mAP",
+            details=details,
+        )
+    }
+    for place in PLACES:
+        hit = int((first <= place).sum())
+        chance = recall_by_chance(place, right, among)
+        scores[f"at_{place}"] = Score(
+            "retrieval",
+            hit / n,
+            *wilson(hit, n),
+            n,
+            f"{common}; chance {100 * chance:.3g} %",
+            metric=f"R@{place}",
+            details={**details, "chance": chance},
+        )
+    return scores
+
+
+def recall_by_chance(place: int, right: Tensor, targets: int | None = None) -> float:
     """How many queries in the mean find a right target among the first `place` of all, in any order alike.
 
     Of n targets m are right: 1 - C(n - m, k) / C(n, k) for the first k.
 
     Args:
-        right: (B,) int64, how many of the B targets are right for each query.
+        right: (B,) int64, how many of the targets are right for each query.
+        targets: how many there are; B by default.
     """
-    n, missed = len(right), torch.ones(len(right), dtype=torch.float64)
+    n, missed = targets or len(right), torch.ones(len(right), dtype=torch.float64)
     for before in range(min(place, n)):
         missed *= (n - right - before).clamp_min(0) / (n - before)
     return float((1 - missed).mean())

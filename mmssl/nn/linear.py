@@ -87,5 +87,10 @@ class _OneDNN(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        grad_weight = _product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        grad_weight = _weight_gradient(rows, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, rows.sum(0) if ctx.has_bias else None
+
+
+def _weight_gradient(rows: Tensor, x: Tensor) -> Tensor:
+    """(M, N), (M, K) -> (N, K). oneDNN copies the transposed rows first: not worth it where they are the wider ones."""
+    return rows.t() @ x if rows.shape[1] > x.shape[1] else _product(rows.t(), x.t())

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from mmssl.data.manifest import Manifest
 from mmssl.embed import Embedder
-from mmssl.evaluation.retrieval import nearest_class, partner_ranks, recall_by_chance
+from mmssl.evaluation.retrieval import PLACES, nearest_class, partner_ranks, recall_by_chance
 from mmssl.evaluation.score import Score, wilson
 from mmssl.modalities import MODALITIES
-
-PLACES = (1, 5, 10)
 
 
 def retrieval(embedder: Embedder, test: Manifest, *, same: str | None = None, **settings: Any) -> dict[str, Score]:

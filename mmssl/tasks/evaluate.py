@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 from unicodedata import normalize
@@ -25,13 +26,14 @@ from mmssl.evaluation.layers import layer_plot
 from mmssl.evaluation.novelty import measure_novelty
 from mmssl.evaluation.probe import STRENGTHS, fit_linear
 from mmssl.evaluation.protocol import Fit, Split, balanced_accuracy, measure, said_balanced
+from mmssl.evaluation.retrieval import retrieve
 from mmssl.evaluation.score import Score, average_precisions, student, wilson
 from mmssl.evaluation.speech import error_rates
 from mmssl.evaluation.verification import all_pairs, read_trials, said_pairs, verify
 from mmssl.modalities import MODALITIES
 from mmssl.tasks import Baseline, Task
 from mmssl.tasks.crossmodal import retrieval, zero_shot
-from mmssl.tasks.labelled import Clips, fitting_of, labelled, labelled_tokens, manifest_of
+from mmssl.tasks.labelled import Clips, fitting_of, labelled, labelled_tokens, manifest_of, numbers_of
 from mmssl.tasks.layerwise import measure_layers
 from mmssl.tasks.robustness import measure_robustness
 from mmssl.tasks.superb import measure_superb
@@ -40,7 +42,7 @@ from mmssl.types import Encoded, Raw, Tokens
 # what may be fitted on few labels, what is fitted, what goes by frozen features, and what of that reads no classes
 _FEW: tuple[Task, ...] = ("linear", "knn", "attentive", "superb", "layers")
 _FITTED: tuple[Task, ...] = (*_FEW, "superb-verify", "superb-ctc", "corruption")
-_FROZEN: tuple[Task, ...] = (*_FITTED, "cluster", "verify", "rank", "ood")
+_FROZEN: tuple[Task, ...] = (*_FITTED, "cluster", "retrieval", "verify", "rank", "ood")
 _UNLABELLED: tuple[Task, ...] = ("rank", "ood", "superb-ctc")
 
 
@@ -88,18 +90,19 @@ def evaluate(
     touched once. "classify" and "ctc" measure what a fine-tuned run says of the clips of `test`, and fit nothing.
     "retrieval" and "zero-shot" measure a run on several modalities, see `crossmodal`, and fit nothing either. The
     others measure the frozen features of `test` themselves, of one layer, and choose nothing: "cluster", how far
-    k-means finds the classes; "verify", how well pairs of one class are told from pairs of two; "rank", of how many
-    directions features make use, without labels; "ood", how well clips of another kind are told by their distance from
-    `train`. "layers" measures what each layer holds, see `measure_layers`; "superb", "superb-verify" and "superb-ctc"
-    are SUPERB's protocol, see `measure_superb`; "corruption" what a linear probe of clean clips gets wrong of spoiled
-    ones, see `measure_robustness`.
+    k-means finds the classes; "retrieval" of one modality, how far up a clip finds those of its class; "verify", how
+    well pairs of one class are told from pairs of two; "rank", of how many directions features make use, without
+    labels; "ood", how well clips of another kind are told by their distance from `train`. "layers" measures what each
+    layer holds, see `measure_layers`; "superb", "superb-verify" and "superb-ctc" are SUPERB's protocol, see
+    `measure_superb`; "corruption" what a linear probe of clean clips gets wrong of spoiled ones, see
+    `measure_robustness`.
 
     Args:
         run: see `mmssl.load`; or an `Embedder`.
         train, valid, test: manifests. Where something is to be chosen and there is no `valid`, a fifth of the training
             clips is set aside for it, drawn by class; once chosen, what is fitted sees them too, unless `train` is to
-            be used with few labels.
-        modality: see `Embedder.embed`.
+            be used with few labels. "retrieval" of one modality searches `train`, or without it the other clips.
+        modality: see `Embedder.embed`. With it "retrieval" is of that modality alone.
         classes: of "zero-shot", see `crossmodal.read_prompts`.
         same: of "retrieval", a key such as "text": members of rows that agree in it are right as well.
         layer: see `Embedder.embed`; "select" or "all" chooses among all of them, the output after the final norm
@@ -127,10 +130,10 @@ def evaluate(
 
     Returns:
         {"accuracy": Score}; {"wer": Score, "cer": Score} for "ctc"; {"map": Score}, the mean average precision, for
-        "classify" where clips have several classes; {"image_to_text_at_1": Score, ...} for "retrieval"; {"nmi",
-        "ari"} for "cluster", {"eer", "min_dcf_0.01", "min_dcf_0.05"} for "verify", {"rank_me", "spread"} for "rank",
-        {"auroc"} for "ood"; for "layers" see `measure_layers`, for "corruption"
-        `measure_robustness`, for "superb" and so on `measure_superb`.
+        "classify" where clips have several classes; {"image_to_text_at_1": Score, ...} for "retrieval", of one
+        modality {"map", "at_1", "at_5", "at_10"}; {"nmi", "ari"} for "cluster", {"eer", "min_dcf_0.01",
+        "min_dcf_0.05"} for "verify", {"rank_me", "spread"} for "rank", {"auroc"} for "ood"; for "layers" see
+        `measure_layers`, for "corruption" `measure_robustness`, for "superb" and so on `measure_superb`.
 
     Raises:
         ValueError: something that this task needs is missing, or manifests that do not fit each other.
@@ -140,7 +143,7 @@ def evaluate(
     layer = "select" if layer == "all" else layer
     # setting -> the tasks that it is for, its value, and what leaves it out
     own: dict[str, tuple[Sequence[Task], Any, Any]] = {
-        "train": ((*_FITTED, "verify", "ood"), train, None),
+        "train": ((*_FITTED, "retrieval", "verify", "ood"), train, None),
         "valid": (_FITTED, valid, None),
         "by": (_FITTED, by, None),
         "layer": (_FROZEN, layer, "select"),
@@ -167,21 +170,22 @@ def evaluate(
         if value != absent and task not in tasks:
             shown = value.path if isinstance(value, Manifest) else value
             raise ValueError(f"{name}={shown}: is for task {_one_of(tasks)} only; leave {name} out")
-    if modality is not None and task == "retrieval":
-        raise ValueError(f"modality={modality}: retrieval goes between all modalities; leave modality out")
     few = labels_per_class is not None or label_share is not None
     if isinstance(layer, Mapping):
         layer = [tuple(sorted((int(i), float(weight)) for i, weight in layer.items()))]
     if few and task not in _FEW:
         raise ValueError(f"labels_per_class={labels_per_class}, label_share={label_share}: {task} takes no few labels")
     embedder = run if isinstance(run, Embedder) else load(run, device=device, precision=precision)
-    if task in ("retrieval", "zero-shot"):
+    crossing = task == "retrieval" and modality is None and len(embedder.modalities) > 1
+    if task == "retrieval":
+        _one_kind_of_retrieval(crossing, train=train, layer=layer, pool=pool, label=label, same=same)
+    if crossing or task == "zero-shot":
         if baseline is not None:
             raise ValueError(
                 f"baseline={baseline}: {task} goes by a space of several modalities; leave the baseline out"
             )
         common: dict[str, Any] = {"batch_size": batch_size, "on_bad_clip": on_bad_clip, "progress": progress}
-        if task == "retrieval":
+        if crossing:
             return retrieval(embedder, manifest_of(test), same=same, **common)
         if classes is None:
             raise ValueError("task=zero-shot: give a file with the names of classes (classes, --classes)")
@@ -219,7 +223,7 @@ def evaluate(
             Path(plot).parent.mkdir(parents=True, exist_ok=True)
             Path(plot).write_text(layer_plot(scores), encoding="utf-8")
         return scores
-    if task in ("cluster", "verify", "rank", "ood"):
+    if task in ("cluster", "retrieval", "verify", "rank", "ood"):
         return _frozen(embedder, task, test, train, ood, trials, layer, pool, label, k, settings)
     if train is None:
         raise ValueError(f"task={task}: is fitted on labelled clips, give their manifest as train")
@@ -304,6 +308,20 @@ def _one_of(names: Sequence[str]) -> str:
     return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
+def _one_kind_of_retrieval(crossing: bool, **given: Any) -> None:
+    """Raises ValueError where a setting is of the other kind: between modalities, or by the classes of one."""
+    absent = {"train": None, "layer": "select", "pool": "mean", "label": "label"} if crossing else {"same": None}
+    for name, value in absent.items():
+        if given[name] != value:
+            shown = given[name].path if isinstance(given[name], Manifest) else given[name]
+            way = (
+                "retrieval between modalities goes by their common space; leave it out, or name one modality"
+                if crossing
+                else "is for retrieval between modalities; in one, label names the key of what is right"
+            )
+            raise ValueError(f"{name}={shown}: {way}")
+
+
 def _frozen(
     embedder: Embedder,
     task: str,
@@ -349,10 +367,13 @@ def _frozen(
             features, first[both], second[both], target[both], center=_center(collect, train), trials="listed"
         )
     else:
-        classes = Classes.from_labels(manifest.values(label))
-        numbers = torch.tensor([classes.encode(name) for name in manifest.values(label)])[read]
+        known = [manifest] if task != "retrieval" or train is None else [manifest, manifest_of(train)]
+        classes = Classes.from_labels(chain.from_iterable(one.values(label) for one in known))
+        numbers = numbers_of(manifest, classes, label)[read]
         if task == "cluster":
             scores = cluster(scene[read], numbers)
+        elif task == "retrieval":
+            scores = retrieve(scene[read], numbers, *_bank(collect, train, classes, label))
         else:
             first, second, target = all_pairs(numbers)
             which = said_pairs(first, len(numbers))
@@ -367,6 +388,16 @@ def _frozen(
         )
         for name, score in scores.items()
     }
+
+
+def _bank(
+    collect: Callable[[Clips], tuple[Tensor, Tensor]], train: Clips | None, classes: Classes, label: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is searched, where it is not the other clips: features and classes."""
+    if train is None:
+        return None, None
+    scene, read = collect(train)
+    return scene[read], numbers_of(manifest_of(train), classes, label)[read]
 
 
 def _center(collect: Callable[[Clips], tuple[Tensor, Tensor]], train: Clips | None) -> Tensor | None:

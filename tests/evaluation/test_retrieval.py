@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmssl.evaluation.retrieval import nearest_class, partner_ranks, recall_by_chance
+from mmssl.evaluation.retrieval import nearest_class, partner_ranks, recall_by_chance, retrieve
 
 
 def at(*degrees: float) -> torch.Tensor:
@@ -79,3 +79,52 @@ def test_the_nearest_class_is_that_of_the_mean_of_its_prompts() -> None:
 def test_what_cannot_be_ranked_is_refused(queries, targets, sentence) -> None:
     with pytest.raises(ValueError, match=sentence):
         partner_ranks(queries, targets)
+
+
+def test_finding_clips_of_a_class_by_hand() -> None:
+    # from 0: 10 (wrong), 30 (right), 70; from 10: 0, 30, 70, of which none is right; from 30: 10, 0, 70; 70 has none
+    scores = retrieve(at(0, 10, 30, 70), torch.tensor([5, 6, 5, 6]))
+    # right ones at 2 of 3; at 3; at 2; at 2 (10 lies 60 away, 30 lies 40 away)
+    assert scores["map"].value == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
+    assert [scores[f"at_{k}"].value for k in (1, 5)] == [0, 1]
+    assert scores["at_1"].details["chance"] == pytest.approx(1 / 3)
+    assert "median rank of the first 2" in scores["map"].protocol
+
+
+def test_precision_is_that_of_scikit_learn_where_nothing_ties() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    torch.manual_seed(0)
+    queries, bank = torch.randn(20, 6), torch.randn(57, 6)
+    labels, bank_labels = torch.arange(20) % 4, torch.arange(57) % 3
+    found = retrieve(queries, labels, bank, bank_labels)
+    table = torch.nn.functional.cosine_similarity(queries[:, None].double(), bank[None].double(), dim=2)
+    asked = labels < 3  # the bank has no class 3
+    by_query = [
+        metrics.average_precision_score((bank_labels == label).numpy(), row.numpy())
+        for row, label in zip(table[asked], labels[asked], strict=True)
+    ]
+    assert found["map"].value == pytest.approx(sum(by_query) / len(by_query))
+    assert found["map"].n == 15
+    assert "among 57 clips of train" in found["map"].protocol
+    assert "5 clips of a class with nothing to be found left out" in found["map"].protocol
+    first = bank_labels[table[asked].argmax(1)] == labels[asked]
+    assert found["at_1"].value == pytest.approx(float(first.double().mean()))
+
+
+def test_one_point_for_everything_finds_its_class_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.arange(24) % 12  # one other of its class among 23: behind all 22 wrong ones
+    scores = retrieve(torch.ones(24, 3), labels)
+    assert scores["map"].value == pytest.approx(1 / 23)
+    assert scores["at_10"].value == 0
+    monkeypatch.setattr("mmssl.evaluation.retrieval.CHUNK", 50)
+    mixed = torch.randn(24, 3)
+    chunked = retrieve(mixed, labels)["map"].value
+    monkeypatch.undo()
+    assert chunked == pytest.approx(retrieve(mixed, labels)["map"].value)
+
+
+def test_classes_that_cannot_be_found_are_refused() -> None:
+    with pytest.raises(ValueError, match="0 clips have another of their class to be found"):
+        retrieve(torch.randn(3, 2), torch.arange(3))
+    with pytest.raises(ValueError, match="features that are not finite"):
+        retrieve(torch.full((3, 2), torch.nan), torch.zeros(3, dtype=torch.int64))

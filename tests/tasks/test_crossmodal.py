@@ -151,6 +151,10 @@ def test_the_commands_measure_a_run(pictures: Path, tmp_path: Path, monkeypatch:
     for arguments, said in (
         (["--task", "retrieval"], ["R@1 image to text", "R@10 text to image"]),
         (["--task", "retrieval", "--same", "text"], ["agrees in 'text' among 6, of which 6 do", "chance 100 %"]),
+        (
+            ["--task", "retrieval", "--modality", "image", "--layer", "1"],
+            ["retrieval: mAP", "each clip among all others"],
+        ),
         (["--task", "zero-shot", "--classes", "names.yaml"], ["zero-shot: accuracy"]),
         (["--task", "knn", "--modality", "image", "--train", "train.jsonl", "--layer", "-1", "--k", "1"], ["accuracy"]),
     ):

@@ -148,6 +148,11 @@ def test_frozen_features_are_measured_as_they_are(heard: dict[str, Path], tmp_pa
     clusters = evaluate(run, task="cluster", **given)
     assert clusters["nmi"].value == clusters["ari"].value == pytest.approx(1.0)
     assert "log-mel energies, layer -1, pool slices:2+std" in clusters["nmi"].protocol
+    found = evaluate(run, task="retrieval", **given)
+    assert list(found) == ["map", "at_1", "at_5", "at_10"]
+    assert found["map"].value == found["at_1"].value == pytest.approx(1.0)
+    searched = evaluate(run, task="retrieval", train=heard["test"], **given)
+    assert "among 4 clips of train" in searched["at_1"].protocol
     rank = evaluate(run, task="rank", **given)
     assert (rank["rank_me"].value, rank["spread"].value) == (rank_me(features), spread(features))
     words = evaluate(run, task="verify", **given)
@@ -447,9 +452,12 @@ def test_a_label_that_training_has_not_is_named_with_its_line(image: Path, seen:
         ({"task": "ctc", "train": None, "word_score": 1.0, "label": "word"}, "label=word: is for task linear, "),
         ({"task": "classify", "train": None, "layer": 1}, "layer=1: is for task linear, .* only; leave layer out"),
         ({"task": "classify", "train": None, "seed": 1}, "seed=1: is for task linear, .* only; leave seed out"),
-        ({"task": "retrieval"}, "train=.*: is for task linear, .* only; leave train out"),
-        ({"task": "retrieval", "train": None, "pool": "class"}, "pool=class: is for task linear, .* only"),
-        ({"task": "retrieval", "train": None, "modality": "image"}, "goes between all modalities; leave modality out"),
+        (
+            {"task": "retrieval", "same": "label"},
+            "same=label: is for retrieval between modalities; in one, label names",
+        ),
+        ({"task": "retrieval", "layer": [0, 1]}, "task retrieval measures one layer, and chooses none; name one"),
+        ({"task": "retrieval", "valid": "v.jsonl"}, "valid=v.jsonl: is for task linear, .* only; leave valid out"),
         ({"task": "zero-shot", "train": None, "layer": [1, 2]}, "is for task linear, .* only; leave layer out"),
         ({"task": "layers", "layer": 1}, "measures all of them; leave layer out"),
         ({"task": "layers", "train": None, "label_share": 0.1}, "are of probes, which take train; give it"),
