@@ -113,8 +113,8 @@ class Predictor(nn.Module):
             moved = F.linear(noise.to(self.embed.weight.dtype), self.embed.weight)
             filled = filled.flatten(0, 1).index_add(0, hidden, moved.to(filled.dtype)).view_as(filled)
         windows = self._windows(tokens.grid, place.expand(len(visible), -1), lengths, device)
-        h, _ = self.transformer(filled, lengths + prefix, windows=windows)
-        return self.out(h.flatten(0, 1).index_select(0, hidden))
+        h, _ = self.transformer(filled, lengths + prefix, windows=windows, wanted=hidden)
+        return self.out(h)
 
     def _windows(
         self, grid: Sequence[int], place: Tensor, lengths: Tensor, device: torch.device

@@ -101,11 +101,16 @@ class Layout:
         rows = h.new_zeros(self.batch * self.size, h.shape[-1])
         return rows.index_copy(0, self.index, h).view(self.batch, self.size, -1)
 
-    def per_clip(self, value: Tensor) -> Tensor:
-        """(B,) values in the shape that multiplies packed or padded tokens."""
-        if not self.ragged:
+    def packed(self, places: Tensor) -> Tensor:
+        """Flat places of real tokens in (B, N), ascending -> their rows in what `pack` gives, flat as well."""
+        return torch.searchsorted(self.index, places) if self.ragged else places
+
+    def per_clip(self, value: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """(B,) values in the shape that multiplies packed tokens, or the rows `wanted` of them."""
+        if not self.ragged and wanted is None:
             return value[:, None, None]
-        return value[torch.div(self.index, self.size, rounding_mode="floor")][:, None]
+        place = self.index if wanted is None else self.index[wanted] if self.ragged else wanted
+        return value[torch.div(place, self.size, rounding_mode="floor")][:, None]
 
 
 class Attention(nn.Module):
@@ -120,8 +125,18 @@ class Attention(nn.Module):
         self.scale = _layer_scale(dim, layer_scale)
         self.gate = Gate(dim, heads) if gated else None
 
-    def forward(self, h: Tensor, layout: Layout, windows: Windows | None = None, bias: Tensor | None = None) -> Tensor:
-        """What each token takes from those that it sees, in the shape of `h`; `bias` as in `mmssl.nn.bias`."""
+    def forward(
+        self,
+        h: Tensor,
+        layout: Layout,
+        windows: Windows | None = None,
+        bias: Tensor | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """What each token takes from those that it sees, in the shape of `h`; `bias` as in `mmssl.nn.bias`.
+
+        Of the rows `wanted` alone where they are given: (W, D).
+        """
         qkv = self.qkv(h)
         gate = None if self.gate is None else self.gate(h)
         if windows is not None:
@@ -139,14 +154,16 @@ class Attention(nn.Module):
             gate = None if gate is None else layout.pad(gate)
             bias = None if bias is None else bias[..., : layout.longest, : layout.longest]
             mixed = self._attend(layout.pad(qkv), _biased(layout.seen, bias, gate))[layout.valid]
-        return _scaled(self.out(mixed), self.scale)
+        return _scaled(self.out(_rows(mixed, wanted)), self.scale)
 
     def _attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, N, 3D) -> (B, N, D)."""
         batch, size, width = qkv.shape
-        q, k, v = qkv.view(batch, size, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
+        q, k, v = parts = qkv.view(batch, size, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
         rate = self.dropout if self.training else 0.0
-        attend = _attend_plainly if _is_halved(q) else F.scaled_dot_product_attention
+        attend = F.scaled_dot_product_attention
+        if _is_halved(q):
+            attend, (q, k, v) = _attend_plainly, parts.contiguous()  # here once, or each product would for itself
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)
         mixed = attend(q, k, v, attn_mask=mask, dropout_p=rate)
@@ -225,6 +242,11 @@ class MLP(nn.Module):
         return _scaled(self.down(F.dropout(self.activate(self.up(h)), self.dropout, self.training)), self.scale)
 
 
+def _rows(h: Tensor, wanted: Tensor | None) -> Tensor:
+    """(..., D) -> (W, D), some rows of all."""
+    return h if wanted is None else h.flatten(0, -2).index_select(0, wanted)
+
+
 def _layer_scale(dim: int, start: float | None) -> nn.Parameter | None:
     return None if start is None else nn.Parameter(torch.full((dim,), float(start)))
 
@@ -276,25 +298,32 @@ class Block(nn.Module):
         self.mlp = MLP(dim, mlp_dim, dropout=activation_dropout, activation=activation, layer_scale=layer_scale)
 
     def forward(
-        self, h: Tensor, layout: Layout, windows: Windows | None = None, bias: Tensor | None = None
+        self,
+        h: Tensor,
+        layout: Layout,
+        windows: Windows | None = None,
+        bias: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The block's output; and that of its MLP, before dropout and the residual."""
+        """The block's output; and that of its MLP, before dropout and the residual. Of the rows `wanted`: (W, D)."""
         if self.pre:
-            h = h + self._branch(self.attention(self.norm1(h), layout, windows, bias), layout)
+            mixed = self.attention(self.norm1(h), layout, windows, bias, wanted)
+            h = _rows(h, wanted) + self._branch(mixed, layout, wanted)
             added = self.mlp(self.norm2(h))
-            return h + self._branch(added, layout), added
-        h = self.norm1(h + self._branch(self.attention(h, layout, windows, bias), layout))
+            return h + self._branch(added, layout, wanted), added
+        mixed = self.attention(h, layout, windows, bias, wanted)
+        h = self.norm1(_rows(h, wanted) + self._branch(mixed, layout, wanted))
         added = self.mlp(h)
-        return self.norm2(h + self._branch(added, layout)), added
+        return self.norm2(h + self._branch(added, layout, wanted)), added
 
-    def _branch(self, branch: Tensor, layout: Layout) -> Tensor:
+    def _branch(self, branch: Tensor, layout: Layout, wanted: Tensor | None = None) -> Tensor:
         branch = F.dropout(branch, self.dropout, self.training)
         if not self.training or self.drop_path == 0:
             return branch
         # Stochastic depth, Huang et al. 2016 (arXiv:1603.09382): a clip's branch is left out whole.
         keep = 1 - self.drop_path
         alive = torch.rand(layout.batch, device=branch.device) < keep
-        return branch * layout.per_clip(alive.to(branch.dtype) / keep)
+        return branch * layout.per_clip(alive.to(branch.dtype) / keep, wanted)
 
 
 class Transformer(nn.Module):
@@ -415,6 +444,7 @@ class Transformer(nn.Module):
         bias: Sequence[Tensor] = (),
         until: int | None = None,
         frozen: int = 0,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Encode rows of which the first `lengths[b]` places are real.
 
@@ -433,10 +463,12 @@ class Transformer(nn.Module):
             until: the last block to go through, without the norm at the end; all blocks and that norm by default.
             frozen: layers that get no gradient, from the input on: the input where it is 1, block i where it is above
                 i, and the norm at the end where it is above all blocks.
+            wanted: (W,) int64, ascending flat places in (B, N) of the real tokens whose output is wanted, for which
+                alone the last block then has an MLP; all by default. Not beside that block in `layers`.
 
         Returns:
-            (B, N, D) after the final norm (of "pre"), zero past each length; and the layers asked for. A block that
-            `layer_drop` leaves out has no MLP output: it is left out of them as well.
+            (B, N, D) after the final norm (of "pre"), zero past each length, or (W, D) of those wanted; and the layers
+            asked for. A block that `layer_drop` leaves out has no MLP output: it is left out of them as well.
         """
         wrong = [i for i in layers if not 0 <= i <= self.depth]
         if wrong:
@@ -448,6 +480,7 @@ class Transformer(nn.Module):
             h = self.input_norm(h) if self.pre else self.norm(h)
             h = F.dropout(h, self.dropout, self.training)
         left_out = self._left_out()
+        rows = None if wanted is None else layout.packed(wanted)
         kept = {0: layout.unpack(h)} if 0 in layers else {}
         none: list[None] = [None] * self.depth
         for i, (block, own, places) in enumerate(zip(self.blocks, windows or none, bias or none, strict=True), start=1):
@@ -455,15 +488,19 @@ class Transformer(nn.Module):
                 break
             added = None
             if i not in left_out:
+                only = rows if i == self.depth else None
                 with torch.set_grad_enabled(learning and i >= frozen):
-                    h, added = block(h, layout, own, places)
+                    h, added = block(h, layout, own, places, only)
             value = h if point == "block" else added
             if i in layers and value is not None:
                 kept[i] = layout.unpack(value)
         if self.pre and until is None:
             with torch.set_grad_enabled(learning and self.depth >= frozen):
                 h = self.norm(h)
-        return layout.unpack(h), kept
+        if rows is None:
+            return layout.unpack(h), kept
+        # the last block has taken them, if it was gone through
+        return h if until is None and self.depth and self.depth not in left_out else _rows(h, rows), kept
 
     def _left_out(self) -> set[int]:
         if not self.training or self.layer_drop == 0:

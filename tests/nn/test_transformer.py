@@ -89,6 +89,37 @@ def test_it_may_stop_after_a_block_and_gives_what_that_block_gave(norm):
         assert torch.equal(kept[0], layers[0])
 
 
+@pytest.mark.parametrize("row_by_row", [1, 99])
+@pytest.mark.parametrize("lengths", [None, [9, 3, 6]])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"norm": "post"}, {"layer_scale": 0.5, "causal": True}, {"depth": 0}, {"layer_drop": 0.6}, {"drop_path": 0.9}],
+    ids=str,
+)
+def test_rows_that_are_wanted_are_those_of_all_with_their_gradients(settings, lengths, row_by_row, monkeypatch):
+    monkeypatch.setattr(room, "_ROW_BY_ROW", row_by_row)
+    model = build(**settings)
+    x = torch.randn(3, 9, 32)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    wanted = torch.tensor([0, 4, 8, 9, 11, 19, 23])  # of the second row its first and third, of the third 1 and 5
+    results = []
+    for given in (None, wanted):
+        model.zero_grad()
+        model.draws.zero_()
+        torch.manual_seed(1)
+        h, _ = model(x, lengths, wanted=given)
+        rows = h.flatten(0, 1)[wanted] if given is None else h
+        rows.square().sum().backward()
+        results.append((rows.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    (whole, expected), (some, found) = results
+    assert some.shape == (7, 32)
+    assert torch.allclose(some, whole, atol=1e-6)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    stopped = model(x, lengths, wanted=wanted, until=0)[0]
+    assert torch.equal(stopped, model(x, lengths, until=0)[0].flatten(0, 1)[wanted])
+
+
 def test_a_layer_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="layer=4: this Transformer has layers 0"):
         build()(torch.randn(1, 2, 32), layers=[4])
