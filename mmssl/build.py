@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mmssl.convert.folder import Exported, open_encoder
+from mmssl.convert.folder import encoder_of, open_encoder
 from mmssl.encoder import Encoder, Encoders
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Target
@@ -103,26 +103,6 @@ def build_objective(config: Config, encoder: Encoder | Encoders) -> nn.Module:
     return made
 
 
-def encoder_of(found: Exported, modality: str) -> Exported:
-    """What was exported, as the encoder of one modality: of a run on several, that of this one.
-
-    Raises:
-        ValueError: it is of another.
-    """
-    own = members(found.config)
-    if modality not in own:
-        raise ValueError(f"{found.folder}: holds an encoder of {' and '.join(own)}, and none of {modality}")
-    if isinstance(found.config["modality"], str):
-        return found
-    tensors = {
-        name.removeprefix(f"{modality}."): tensor
-        for name, tensor in found.encoder.items()
-        if name.startswith(f"{modality}.")
-    }
-    nothing = {"format": found.config["format"], "objective": None, "classes": None, "vocabulary": None}
-    return Exported({**nothing, **own[modality]}, tensors, {}, found.folder)
-
-
 def make(table: Mapping[str, Callable[..., Any]], section: Mapping[str, Any], **given: Any) -> Any:
     """What a section with a `name` becomes."""
     settings = dict(section)
@@ -139,13 +119,13 @@ def _teacher(config: Config) -> Encoder:
     if folder is None:
         return build_encoder(config)
     found = open_encoder(folder)
-    theirs = found.config
-    if theirs["modality"] != config["modality"]:
+    if config["modality"] not in members(found.config):
         raise ValueError(
-            f"objective.teacher={folder}: holds an encoder of {theirs['modality']}, and this recipe is for "
-            f"{config['modality']}; give the folder of another run"
+            f"objective.teacher={folder}: holds an encoder of {' and '.join(members(found.config))}, and this recipe "
+            f"is for {config['modality']}; give the folder of another run"
         )
-    encoder = build_encoder(theirs)
+    found = encoder_of(found, config["modality"])
+    encoder = build_encoder(found.config)
     encoder.load_state_dict(found.encoder)
     return encoder
 

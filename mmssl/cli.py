@@ -568,7 +568,8 @@ def convert(
     To read one of theirs, this is not needed: give its folder or name to embed, evaluate, or init=.
 
     Layouts: wav2vec2, hubert, data2vec-audio, wavlm, vit, vit_mae, dinov2, dinov2_with_registers, beit,
-    data2vec-vision, clip_vision_model, siglip_vision_model, videomae, audio-spectrogram-transformer.
+    data2vec-vision, clip_vision_model, siglip_vision_model, videomae, audio-spectrogram-transformer; and of
+    pictures with captions clip and siglip.
 
     Written are weights, settings, preprocessor and, for CTC, head and vocabulary. What a layout cannot say of an
     encoder is refused by the name of the setting.

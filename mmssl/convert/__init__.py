@@ -5,8 +5,8 @@ A layout is a row of `LAYOUTS`: which settings of theirs are which of ours, and 
 
 from mmssl.convert.ast import AST
 from mmssl.convert.beit import BEIT, DATA2VEC_VISION
-from mmssl.convert.clip import CLIP, SIGLIP
-from mmssl.convert.layout import Layout
+from mmssl.convert.clip import CLIP, CLIP_VISION, SIGLIP, SIGLIP_VISION
+from mmssl.convert.layout import Layout, Towers
 from mmssl.convert.speech import DATA2VEC_AUDIO, HUBERT, WAV2VEC2, WAVLM
 from mmssl.convert.videomae import VIDEOMAE
 from mmssl.convert.vit import DINOV2, DINOV2_WITH_REGISTERS, VIT, VIT_MAE
@@ -25,11 +25,11 @@ LAYOUTS: dict[str, Layout] = {
         DINOV2_WITH_REGISTERS,
         BEIT,
         DATA2VEC_VISION,
-        CLIP,
-        SIGLIP,
+        CLIP_VISION,
+        SIGLIP_VISION,
         VIDEOMAE,
         AST,
     )
 }
-# a model of several towers -> the layout of the one that is read
-TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+# models of an image and a text tower
+TOWERS: dict[str, Towers] = {towers.model_type: towers for towers in (CLIP, SIGLIP)}

@@ -23,7 +23,10 @@ from torch import Tensor
 from mmssl.convert import LAYOUTS, TOWERS
 from mmssl.convert.ctc import TOKENIZER, read_head, tokens_of, write_head
 from mmssl.convert.layout import Config
+from mmssl.convert.towers import TOKENIZER as CAPTIONS
+from mmssl.convert.towers import read_towers, write_towers
 from mmssl.convert.translate import layout_for, to_ours, to_theirs
+from mmssl.recipe import members
 from mmssl.training.checkpoint import read_encoder, read_tensors, write_encoder
 
 log = logging.getLogger(__name__)
@@ -145,30 +148,38 @@ def is_transformers(folder: Path) -> bool:
 
 
 def read_transformers(folder: Path) -> Exported:
-    """The encoder of a model of transformers, and its head where it spells.
+    """The encoder of a model of transformers, with its head where it spells; or those of pictures and captions in one.
+
+    Without a tokenizer.json a model of pictures and captions is read as its vision tower alone.
 
     Raises:
         ValueError: a layout, a setting or a tensor that we have no counterpart of, or a file that is broken.
     """
     given = _read_json(folder / _CONFIG)
     kind = str(given["model_type"])
-    if TOWERS.get(kind, kind) not in LAYOUTS:
+    towers = TOWERS.get(kind)
+    if towers is None and kind not in LAYOUTS:
         raise ValueError(f"{folder}: layout {kind!r}: mmssl reads {', '.join([*LAYOUTS, *TOWERS])}")
-    layout = LAYOUTS[TOWERS.get(kind, kind)]
-    if layout.nested is not None and layout.nested in given:
-        given = given[layout.nested] or {}
-    preprocessor = _preprocessor(folder)
+    layout = LAYOUTS[kind] if towers is None else towers.image
+    preprocessor, tensors = _preprocessor(folder), read_weights(folder)
     if preprocessor is None:
         log.warning(
             "%s: no preprocessor_config.json, so clips are prepared as is usual for a %s", folder, layout.model_type
         )
-    config, encoder, beside = to_ours(layout, given, preprocessor or {}, read_weights(folder), place=folder)
-    objective: dict[str, Tensor] = {}
     why = ""
+    if towers is not None and any(name.startswith(towers.text.prefixes) for name in tensors):
+        if (folder / CAPTIONS).is_file():
+            said = _read_json(folder / _TOKENS[2]) if (folder / _TOKENS[2]).is_file() else {}
+            return Exported(*read_towers(towers, given, preprocessor or {}, said, tensors, folder=folder), folder)
+        why = f", for there is no {CAPTIONS} to read captions with"
+    if layout.nested is not None and layout.nested in given:
+        given = given[layout.nested] or {}
+    config, encoder, beside = to_ours(layout, given, preprocessor or {}, tensors, place=folder)
+    objective: dict[str, Tensor] = {}
     if "lm_head.weight" in beside and (folder / _TOKENS[0]).is_file():
         try:
-            said = [_read_json(folder / name) if (folder / name).is_file() else {} for name in _TOKENS]
-            tokens = tokens_of(said[0], said[1], said[2], rows=len(beside["lm_head.weight"]))
+            files = [_read_json(folder / name) if (folder / name).is_file() else {} for name in _TOKENS]
+            tokens = tokens_of(files[0], files[1], files[2], rows=len(beside["lm_head.weight"]))
             config, objective = read_head(config, given, tokens, beside)
             beside = {name: tensor for name, tensor in beside.items() if not name.startswith("lm_head.")}
         except ValueError as error:
@@ -184,18 +195,23 @@ def read_transformers(folder: Path) -> Exported:
         )
     config = {"objective": None, "classes": None, "vocabulary": None, **config}
     head = next((head for head in _HEADS if any(name.startswith(f"{head}.") for name in beside)), "")
-    return Exported(config, encoder, objective, folder, left_out=f"{head}{why}")
+    return Exported(config, encoder, objective, folder, left_out=head and f"{head}{why}")
 
 
 def write_transformers(folder: Path, source: Exported, *, layout: str | None = None) -> str:
     """Write an encoder as transformers reads it, and its head where it spells; the class that opens it.
 
     Args:
-        layout: its name; by default that which the encoder came in, else the first that can say what it is.
+        layout: its name; by default that which the encoder came in, else the first that can say what it is. Of a run on
+            several modalities that of one writes its encoder alone.
 
     Raises:
         ValueError: no layout can.
     """
+    if not isinstance(source.config["modality"], str):
+        if layout not in LAYOUTS:
+            return _write(folder, *write_towers(source.config, source.encoder, source.objective, wanted=layout))
+        source = encoder_of(source, LAYOUTS[layout].modality)
     chosen = layout_for(source.config, layout)
     given, preprocessor, tensors = to_theirs(chosen, source.config, source.encoder)
     files: dict[str, Any] = {"preprocessor_config.json": preprocessor}
@@ -207,11 +223,35 @@ def write_transformers(folder: Path, source: Exported, *, layout: str | None = N
         files |= {"vocab.json": vocabulary, "tokenizer_config.json": TOKENIZER}
     elif source.objective:
         log.warning("%s: the encoder alone is written, and not the head of its objective %s", folder, objective)
+    return _write(folder, given, tensors, files)
+
+
+def _write(folder: Path, given: Config, tensors: Mapping[str, Tensor], files: Mapping[str, Any]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(dict(tensors), folder / _WEIGHTS, metadata={"format": "pt"})
     for name, content in {**files, _CONFIG: given}.items():
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return str(given["architectures"][0])
+
+
+def encoder_of(found: Exported, modality: str) -> Exported:
+    """What was exported, as the encoder of one modality: of a run on several, that of this one.
+
+    Raises:
+        ValueError: it is of another.
+    """
+    own = members(found.config)
+    if modality not in own:
+        raise ValueError(f"{found.folder}: holds an encoder of {' and '.join(own)}, and none of {modality}")
+    if isinstance(found.config["modality"], str):
+        return found
+    tensors = {
+        name.removeprefix(f"{modality}."): tensor
+        for name, tensor in found.encoder.items()
+        if name.startswith(f"{modality}.")
+    }
+    nothing = {"format": found.config["format"], "objective": None, "classes": None, "vocabulary": None}
+    return Exported({**nothing, **own[modality]}, tensors, {}, found.folder)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

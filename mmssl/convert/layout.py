@@ -94,6 +94,30 @@ class Layout:
     positions: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Towers:
+    """A model of an image and a text tower with a space that they share.
+
+    model_type, architecture: see `Layout`.
+    image, text: its towers; of a text tower the preprocessor is its tokenizer, see `mmssl.convert.towers`.
+    objective: of ours, that trains such a space.
+    settings: its settings, of which the model has but these.
+    space: name of a tensor of theirs that is as long as the space is wide.
+    pairs: (our config of the image tower) -> every tensor of the objective, theirs by their whole names.
+    more: settings of theirs beside those of the layouts, by the key of config.json.
+    """
+
+    model_type: str
+    architecture: str
+    image: Layout
+    text: Layout
+    objective: str
+    settings: Settings
+    space: str
+    pairs: Callable[[Config], list[Pair]]
+    more: Mapping[str, Settings] = field(default_factory=dict)
+
+
 def same(ours: str, theirs: str) -> Pair:
     """One tensor that is the same in both."""
     return Pair((ours,), (theirs,), lambda x: [x], lambda x: [x])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,26 +49,14 @@ def to_ours(
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     config = completed({"format": 1, "layout": layout.model_type, **read})
-    ours: dict[str, Tensor] = {DRAWS: torch.zeros((), dtype=torch.int64)}
-    pairs, known = layout.pairs(config, settings), set()
+    pairs = layout.pairs(config, settings)
     for name in layout.drawn:
         if name not in inside and any(name in pair.theirs for pair in pairs):
             log.warning("%s: the weights lack '%s', which training alone uses: it is drawn anew", place, name)
             generator = torch.Generator().manual_seed(0)
             inside[name] = torch.rand(config["transformer"]["dim"], generator=generator)
-    for pair in pairs:
-        for name in pair.theirs:
-            if name not in inside:
-                raise ValueError(f"{place}: the weights lack '{name}', which a {layout.model_type} has")
-        known |= set(pair.theirs)
-        try:
-            made = pair.read(*(inside[name] for name in pair.theirs))
-        except (RuntimeError, IndexError):
-            shapes = ", ".join(f"'{name}' {tuple(inside[name].shape)}" for name in pair.theirs)
-            raise ValueError(f"{place}: {shapes}: not the shapes that config.json makes of them") from None
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-        ours |= {name: tensor.contiguous() for name, tensor in zip(pair.ours, made, strict=True)}
+    ours = {DRAWS: torch.zeros((), dtype=torch.int64)} | read_pairs(pairs, inside, kind=layout.model_type, place=place)
+    known = {name for pair in pairs for name in pair.theirs}
     beside = {name: tensor for name, tensor in inside.items() if name not in known} | rest
     for name in beside:
         if not name.startswith(layout.beside):
@@ -76,6 +64,32 @@ def to_ours(
                 f"{place}: the weights hold '{name}', which has no place in a {layout.model_type} with this config.json"
             )
     return config, ours, beside
+
+
+def read_pairs(pairs: Sequence[Pair], tensors: Mapping[str, Tensor], *, kind: str, place: object) -> dict[str, Tensor]:
+    """Our tensors of theirs.
+
+    Args:
+        kind: what errors call a model that has them.
+        place: what errors name.
+
+    Raises:
+        ValueError: one of theirs is missing or of another shape.
+    """
+    ours: dict[str, Tensor] = {}
+    for pair in pairs:
+        for name in pair.theirs:
+            if name not in tensors:
+                raise ValueError(f"{place}: the weights lack '{name}', which a {kind} has")
+        try:
+            made = pair.read(*(tensors[name] for name in pair.theirs))
+        except (RuntimeError, IndexError):
+            shapes = ", ".join(f"'{name}' {tuple(tensors[name].shape)}" for name in pair.theirs)
+            raise ValueError(f"{place}: {shapes}: not the shapes that config.json makes of them") from None
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        ours |= {name: tensor.contiguous() for name, tensor in zip(pair.ours, made, strict=True)}
+    return ours
 
 
 def to_theirs(

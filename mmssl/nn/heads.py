@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.nn.transformer import MLP, Transformer
 from mmssl.types import valid_mask
 
 
@@ -56,14 +57,17 @@ class AttentionPool(nn.Module):
 
     Source: Lee et al. 2019 (arXiv:1810.00825), section 3.2, "pooling by multihead attention" with one seed vector;
     for frozen masked image models, Chen et al. 2022 (CAE, arXiv:2202.03026), "attentive probing".
+
+    Args:
+        norm: whether tokens go through a norm of its own; those behind an encoder's last norm need none.
     """
 
-    def __init__(self, dim: int, heads: int, *, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, heads: int, *, norm: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"heads={heads}: must divide dim={dim}")
         self.heads = heads
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm = nn.LayerNorm(dim, eps=eps) if norm else nn.Identity()
         self.query = nn.Parameter(torch.randn(dim) * 0.02)
         self.kv = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
@@ -85,6 +89,33 @@ class AttentionPool(nn.Module):
         q = self.query.to(k.dtype).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).reshape(batch, dim))
+
+
+class AttentionHead(nn.Module):
+    """Attention pooling of an encoder's output, and an MLP with a residual: the head MAP of SigLIP.
+
+    Source: Zhai et al. 2022 (Scaling Vision Transformers, arXiv:2106.04560), section 3.2, "multihead attention
+        pooling", and the released code of SigLIP (arXiv:2303.15343).
+    Differs from the released code: the query is learned as it is, and not mapped once more.
+
+    Args:
+        transformer: of the encoder; the head is as wide, with as many heads and such an MLP.
+    """
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        dim = transformer.dim
+        self.attention = AttentionPool(dim, transformer.heads, norm=False)
+        self.norm = nn.LayerNorm(dim, eps=transformer.eps)
+        self.mlp = MLP(dim, transformer.mlp_dim, dropout=0.0, activation=transformer.activation, layer_scale=None)
+        for linear in (self.mlp.up, self.mlp.down):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, lengths: Tensor, n_prefix: int = 0) -> Tensor:
+        """(B, prefix + N, D) -> (B, D), as `mean_pool`."""
+        pooled = self.attention(x, lengths, n_prefix)
+        return pooled + self.mlp(self.norm(pooled))
 
 
 class ClassifierHead(nn.Module):

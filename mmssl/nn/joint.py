@@ -41,11 +41,13 @@ def refuse_pools(pool: Mapping[str, str], prefixes: Mapping[str, int]) -> None:
             )
 
 
-def projections(widths: Mapping[str, int], dim: int) -> nn.ModuleDict:
+def projections(widths: Mapping[str, int], dim: int, *, bias: bool = False) -> nn.ModuleDict:
     """Modality -> the linear map from the width of its encoder to that of the space, begun as CLIP's are."""
-    maps = {name: nn.Linear(width, dim, bias=False) for name, width in widths.items()}
+    maps = {name: nn.Linear(width, dim, bias=bias) for name, width in widths.items()}
     for linear in maps.values():
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        if bias:
+            nn.init.zeros_(linear.bias)
     return nn.ModuleDict(maps)
 
 

@@ -396,6 +396,7 @@ class Transformer(nn.Module):
         if gated_bias and bias is None:
             raise ValueError("transformer.gated_bias=true: there is no bias to weigh; choose a transformer.bias")
         self.dim, self.depth = dim, depth
+        self.heads, self.mlp_dim, self.activation, self.eps = heads, mlp_dim or 4 * dim, activation, eps
         self.causal, self.window = causal, window
         self.pre = norm == "pre"
         self.dropout = dropout
@@ -407,7 +408,7 @@ class Transformer(nn.Module):
             Block(
                 dim,
                 heads,
-                mlp_dim or 4 * dim,
+                self.mlp_dim,
                 norm=norm,
                 dropout=dropout,
                 attention_dropout=attention_dropout,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import combinations
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmssl import distributed
 from mmssl.encoder import Encoders
 from mmssl.nn import joint
+from mmssl.nn.heads import AttentionHead
 from mmssl.nn.partners import Metrics, info_nce
 from mmssl.objectives.paired import in_one_space, refuse_space, skips_parameters
 from mmssl.types import Batch, Encoded, Hide, Loss
@@ -34,7 +35,10 @@ class SigLIP(nn.Module):
     Args:
         encoder: of the modalities.
         dim: width of the joint space.
-        pool: modality -> how its tokens become one vector: "class", the "last" token (of a caption its end), "mean".
+        pool: modality -> how its tokens become one vector: "class", the "last" token (of a caption its end), "mean", or
+            "attention", the paper's of pictures: a learned query and an MLP, and what they give is not projected, so
+            `dim` is the width of that encoder.
+        affine: whether projections have a bias, as those of the released models.
         same: key of a row, such as "text": pairs with the same value are no negatives of each other. None where all
             others are.
         temperature: at the start; the scale is one over it, and learned.
@@ -53,7 +57,8 @@ class SigLIP(nn.Module):
         encoder: Encoders,
         *,
         dim: int = 768,
-        pool: Mapping[str, joint.Pooling],
+        pool: Mapping[str, Literal["mean", "class", "last", "attention"]],
+        affine: bool = False,
         same: str | None = None,
         temperature: float = 0.1,
         bias: float = -10.0,
@@ -68,12 +73,25 @@ class SigLIP(nn.Module):
         self.same, self.chunk = same, chunk
         self.skips_parameters = skips_parameters(encoder, self.hide)
         self.dim = dim
-        self.project = joint.projections({name: encoder[name].dim for name in encoder}, dim)
+        widths = {name: encoder[name].dim for name in encoder}
+        attending = [name for name in encoder if pool[name] == "attention"]
+        for name in attending:
+            if widths[name] != dim:
+                raise ValueError(
+                    f"objective.pool: {name}: attention: gives vectors as wide as that encoder, which is "
+                    f"{widths[name]}, and objective.dim is {dim}; set it to {widths[name]}, or choose another pooling"
+                )
+        self.attend = nn.ModuleDict({name: AttentionHead(encoder[name].transformer) for name in attending})
+        projected = {name: width for name, width in widths.items() if name not in attending}
+        self.project = joint.projections(projected, dim, bias=affine)
         self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
         self.bias = nn.Parameter(torch.tensor([bias]))
 
     def joint(self, modality: str, encoded: Encoded) -> Tensor:
         """(B, J) float32, of length 1: clips of a modality in the joint space."""
+        if modality in self.attend:
+            pooled = self.attend[modality](encoded.x.float(), encoded.lengths, encoded.n_prefix)
+            return F.normalize(pooled.float(), dim=1)
         return joint.unit_vectors(self.pool[modality], self.project[modality], encoded)
 
     def forward(self, batch: Batch) -> Loss:

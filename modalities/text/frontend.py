@@ -21,14 +21,16 @@ class TokenTable(Frontend):
         dim: width of the tokens.
         tokenizer: JSON, see `mmssl.modalities.text.tokenizer`.
         context: most tokens of a caption, with the marks around it; longer ones are cut.
+        pad: id of the tokenizer that fills shorter ones up to the context, as tokens like all others: SigLIP reads
+            captions so (Zhai et al. 2023, arXiv:2303.15343, released code). None where captions keep their lengths.
     """
 
     axes: ClassVar[tuple[str, ...]] = ("t",)
     learned: ClassVar[bool] = True
 
-    def __init__(self, *, dim: int, tokenizer: str, context: int = 77) -> None:
+    def __init__(self, *, dim: int, tokenizer: str, context: int = 77, pad: int | None = None) -> None:
         super().__init__()
-        self.tokenizer = Tokenizer(tokenizer, context)
+        self.tokenizer = Tokenizer(tokenizer, context, pad)
         self.dim = self.feature_dim = dim
         self.min_length = 1
         self.grad_mult = 1.0

@@ -110,34 +110,55 @@ class Tokenizer:
     Args:
         text: JSON of a tokenizer.
         context: most tokens of a caption, with the marks around it.
+        pad: id that fills every caption up to the context; None where captions keep their lengths.
 
     Raises:
-        ValueError: not even the marks fit the context.
+        ValueError: not even the marks fit the context, or the tokenizer has no such id.
     """
 
-    def __init__(self, text: str, context: int) -> None:
-        self.text, self.context = text, context
+    def __init__(self, text: str, context: int, pad: int | None = None) -> None:
+        self.text, self.context, self.pad = text, context, pad
         self.cut = 0
         marks = self._made.num_special_tokens_to_add(False)
         if context <= marks:
             raise ValueError(f"frontend.context={context}: the tokenizer puts {marks} marks around each caption alone")
+        if pad is not None and not 0 <= pad < len(self):
+            raise ValueError(f"frontend.pad={pad}: the tokenizer has ids from 0 to {len(self) - 1}; choose one of them")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # as text: to copy what the library made of it takes longer, and a loader's worker counts for itself
-        return Tokenizer, (self.text, self.context)
+        return Tokenizer, (self.text, self.context, self.pad)
 
     def __len__(self) -> int:
         """The ids that there are: 0 to this, not included."""
         return max(self._made.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption with its marks, `context` at most; none where nothing but marks would be left."""
+        """Ids of a caption with its marks, `context` at most; none where nothing but marks would be left.
+
+        Where there is a `pad`, they are followed by as many of it as the context has room for.
+        """
         found = self._made.encode(text)
         if all(found.special_tokens_mask):
             return []
         self.cut += bool(found.overflowing)
         ids: list[int] = found.ids
-        return ids
+        return ids if self.pad is None else ids + [self.pad] * (self.context - len(ids))
+
+    @property
+    def marks(self) -> list[int]:
+        """The ids that stand around every caption."""
+        alone = self._made.encode("")
+        return [id for id, mark in zip(alone.ids, alone.special_tokens_mask, strict=True) if mark]
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; None where there is none."""
+        found: int | None = self._made.token_to_id(token)
+        return found
+
+    def name_of(self, id: int) -> str:
+        """The name of the token that an id stands for."""
+        return str(self._made.id_to_token(id))
 
     def decode(self, ids: list[int]) -> str:
         """The caption of ids, without marks."""

@@ -45,6 +45,30 @@ def test_it_begins_with_the_scale_and_bias_of_the_paper() -> None:
     assert model.bias.item() == -10
 
 
+def test_attention_pools_real_tokens_by_a_learned_query_and_projects_nothing() -> None:
+    side = encoders("image", "text")
+    dim = side["image"].dim
+    model = SigLIP(side, dim=dim, pool={"image": "attention", "text": "last"}, affine=True)
+    assert set(model.project) == {"text"}
+    assert model.project["text"].bias is not None
+    inputs = batch(rows=(0, 1)).of("image")
+    encoded = side["image"](side["image"].tokens(inputs))
+    head, x = model.attend["image"], encoded.x[:, encoded.n_prefix :]
+    keys, values = head.attention.kv(x).chunk(2, -1)
+    parts = []
+    for own in range(head.attention.heads):
+        part = slice(own * dim // head.attention.heads, (own + 1) * dim // head.attention.heads)
+        scores = keys[..., part] @ head.attention.query[part] / (part.stop - part.start) ** 0.5
+        parts.append((scores.softmax(1)[..., None] * values[..., part]).sum(1))
+    pooled = head.attention.out(torch.cat(parts, 1))
+    expected = torch.nn.functional.normalize(pooled + head.mlp(head.norm(pooled)), dim=1)
+    assert torch.allclose(model.joint("image", encoded), expected, atol=1e-6)
+    with pytest.raises(
+        ValueError, match=f"objective.pool: image: attention: .* which is {dim}, and objective.dim is 3"
+    ):
+        SigLIP(side, dim=3, pool={"image": "attention", "text": "last"})
+
+
 def test_a_temperature_out_of_range_is_one_sentence() -> None:
     with pytest.raises(ValueError, match="objective.temperature=0: must be above 0 and at most 1"):
         given(SigLIP, [[[1, 0], [1, 0]]], temperature=0.0)

@@ -76,6 +76,23 @@ def test_a_caption_that_spells_a_mark_is_not_ended_by_it(learned):
     assert tokenizer.encode("a <|endoftext|> heart").count(end) == 1
 
 
+def test_captions_are_filled_up_where_there_is_an_id_for_it(learned):
+    plain, filled = Tokenizer(learned, 9), Tokenizer(learned, 9, 7)
+    for text in ("heart", "a red heart on fire"):
+        ids = plain.encode(text)
+        assert filled.encode(text) == ids + [7] * (9 - len(ids))
+    assert pickle.loads(pickle.dumps(filled)).encode("heart") == filled.encode("heart")
+
+
+def test_the_marks_around_a_caption_are_known_by_their_ids(learned):
+    tokenizer = Tokenizer(learned, 9)
+    ids = tokenizer.encode("heart")
+    assert tokenizer.marks == [ids[0], ids[-1]]
+    assert tokenizer.name_of(ids[-1]) == "<|endoftext|>"
+    assert tokenizer.id_of("<|endoftext|>") == ids[-1]
+    assert tokenizer.id_of("<none>") is None
+
+
 def test_a_copy_encodes_as_the_first_does(learned):
     tokenizer = Tokenizer(learned, 9)
     for other in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
@@ -96,6 +113,7 @@ def test_what_cannot_be_used_is_one_sentence(learned, tmp_path):
         (lambda: byte_bpe([]), "there are no captions to learn it from"),
         (lambda: byte_bpe(["a", 7]), "the caption 7 is no text"),
         (lambda: Tokenizer(learned, 2), "frontend.context=2: the tokenizer puts 2 marks around each caption alone"),
+        (lambda: Tokenizer(learned, 9, 280), "frontend.pad=280: the tokenizer has ids from 0 to 279"),
         (lambda: pretrained([], source=str(tmp_path)), "tokenizer.source=.*: no tokenizer can be read from it"),
         (lambda: pretrained([], source=str(tmp_path / "empty")), "no tokenizer can be read from it"),
         (lambda: pretrained([], source=str(tmp_path / "none.json")), "no tokenizer can be read from it"),
