@@ -108,6 +108,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
         "hubert": {"objective.dim": 8, "objective.units": "{units: 3}"},
         "best_rq": {"objective.codes": 8},
         "cae": {"objective.regressor_heads": 2, "objective.decoder_heads": 2},
+        "siglip": {"objective.dim": 16},
     }
     per_name["encodec_mae"] = {"objective.units": "{units: 3}", "objective.weights": "{}"}
     decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
