@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from mmssl import distributed
-from mmssl.build import Config, build_encoders, build_objective, encoder_of, make
-from mmssl.convert.folder import open_encoder
+from mmssl.build import Config, build_encoders, build_objective, make
+from mmssl.convert.folder import encoder_of, open_encoder
 from mmssl.data.batching import Loader, one_pass
 from mmssl.data.manifest import Manifest, captions_of
 from mmssl.data.text import CharVocabulary, Classes

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mmssl.convert.folder import Exported, open_encoder
+from mmssl.convert.folder import open_encoder
 from mmssl.encoder import Encoder, Encoders
 from mmssl.modalities import MODALITIES
 from mmssl.modalities.modality import Target
@@ -101,26 +101,6 @@ def build_objective(config: Config, encoder: Encoder | Encoders) -> nn.Module:
     settings |= {name: value(config, encoder) for name, value in PROVIDED.items() if name in wanted}
     made: nn.Module = objective(encoder, **settings)
     return made
-
-
-def encoder_of(found: Exported, modality: str) -> Exported:
-    """What was exported, as the encoder of one modality: of a run on several, that of this one.
-
-    Raises:
-        ValueError: it is of another.
-    """
-    own = members(found.config)
-    if modality not in own:
-        raise ValueError(f"{found.folder}: holds an encoder of {' and '.join(own)}, and none of {modality}")
-    if isinstance(found.config["modality"], str):
-        return found
-    tensors = {
-        name.removeprefix(f"{modality}."): tensor
-        for name, tensor in found.encoder.items()
-        if name.startswith(f"{modality}.")
-    }
-    nothing = {"format": found.config["format"], "objective": None, "classes": None, "vocabulary": None}
-    return Exported({**nothing, **own[modality]}, tensors, {}, found.folder)
 
 
 def make(table: Mapping[str, Callable[..., Any]], section: Mapping[str, Any], **given: Any) -> Any:

@@ -562,6 +562,10 @@ def convert(
             help="transformers: the layout that fits, or name one, such as vit_mae; mmssl: as a run exports it.",
         ),
     ] = "transformers",
+    modality: Annotated[
+        str | None,
+        typer.Option(help="Of a run on several modalities, the one whose encoder is written.", show_default=False),
+    ] = None,
 ) -> None:
     """Write an encoder so that transformers opens it with `from_pretrained`, or one of theirs as mmssl exports it.
 
@@ -570,12 +574,12 @@ def convert(
     Layouts: wav2vec2, hubert, data2vec-audio, wavlm, vit, vit_mae, dinov2, dinov2_with_registers, beit,
     data2vec-vision, clip_vision_model, siglip_vision_model, videomae, audio-spectrogram-transformer.
 
-    Written are weights, settings, preprocessor and, for CTC, head and vocabulary. What a layout cannot say of an
-    encoder is refused by the name of the setting.
+    Written are weights, settings, preprocessor and the head: for CTC with its vocabulary, for classes with their names
+    where theirs computes the same. What a layout cannot say of an encoder is refused by the name of the setting.
     """
     from mmssl.convert.folder import convert
 
-    print(f"{folder}: {convert(source, folder, to=to)}")
+    print(f"{folder}: {convert(source, folder, to=to, modality=modality)}")
 
 
 @command("mmssl report runs/mae_base --data test.jsonl")

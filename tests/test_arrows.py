@@ -23,7 +23,7 @@ ARROWS = {
     "training": ["types", "files", "data", "distributed", "memory"],
     "loading": ["recipe", *PARTS, "encoder", "objectives", "modalities", "data"],
     "validation": ["types", "distributed", "data", "evaluation", "training.pictures"],
-    "convert": [*PARTS, "encoder", "modalities", "objectives", "training.checkpoint"],
+    "convert": ["recipe", *PARTS, "encoder", "modalities", "objectives", "training.checkpoint"],
     "build": ["recipe", *PARTS, "encoder", "objectives", "modalities", "convert"],
     "resolve": ["recipe", *PARTS, "encoder", "objectives", "modalities", "loading", "training", "convert", "build"],
     "assemble": [
