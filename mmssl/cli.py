@@ -601,7 +601,8 @@ def report(
     """Write a run as one page of HTML: curves, health, pictures, costs, bad clips, recipe; it needs nothing but itself.
 
     With --data a map of the embeddings (UMAP where it is installed, PCA elsewhere), nearest neighbors, how well each
-    layer tells labels apart and, of a run of classify, what it takes for what; sound can be heard, and video moves.
+    layer tells labels apart, beside the same network with random weights, and, of a run of classify, what it takes for
+    what; sound can be heard, and video moves.
     After `mmssl evaluate RUN --task layers` what each layer holds. Runs that go on or broke off have a page too.
     """
     from mmssl.report import write_report
