@@ -64,8 +64,9 @@ def write_classes(layout: Layout, config: Settings, tensors: Mapping[str, Tensor
     fitting = next((way for way in ways if _computed(way.settings) == ours), None)
     if fitting is None:
         theirs = _computed(ways[0].settings)
-        key = next(key for key in [*theirs, *ours] if theirs.get(key) != ours.get(key))
-        raise ValueError(f"{layout.classifier} has objective.{key}={theirs.get(key)!r}, and this run {ours.get(key)!r}")
+        keys = [key for key in _COMPUTED if theirs.get(key) != ours.get(key)]
+        there, here = (" ".join(f"{key}={each[key]}" for key in keys if key in each) for each in (theirs, ours))
+        raise ValueError(f"{layout.classifier} computes {there}, and this run {here}; --to mmssl keeps it")
     head: dict[str, Tensor] = {}
     for pairs, prefix in ((fitting.pairs, ""), (fitting.inside, layout.prefixes[0])):
         for pair in pairs:

@@ -281,8 +281,8 @@ def _telling(fitting: list[Layout], source: Exported) -> tuple[Layout, tuple[Con
         except ValueError as error:
             if layout.classifier:
                 reasons.append(str(error))
-    why = "; ".join(reasons) or f"layout {fitting[0].model_type} has no such head"
-    return fitting[0], None, f", for {why}"
+    reasons.append(f"layout {fitting[0].model_type} has no head that tells classes; --to mmssl keeps it")
+    return fitting[0], None, f", for {reasons[0]}"
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

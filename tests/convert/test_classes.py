@@ -175,9 +175,12 @@ def test_a_classifier_of_ours_is_written_as_theirs(tmp_path: Path, settings: dic
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"pooling": "mean"}, "ViTForImageClassification has objective.pooling='class', and this run 'mean'"),
-        ({"head_norm": "layer"}, "ViTForImageClassification has objective.head_norm='none', and this run 'layer'"),
-        ({"weighted_layers": True}, "has objective.weighted_layers=False, and this run True"),
+        (
+            {"pooling": "mean"},
+            "ViTForImageClassification computes pooling=class, and this run pooling=mean; --to mmssl",
+        ),
+        ({"pooling": "mean", "head_norm": "layer"}, "computes pooling=class head_norm=none, and this run pooling=mean"),
+        ({"weighted_layers": True}, "computes weighted_layers=False, and this run weighted_layers=True"),
     ],
 )
 def test_a_head_that_theirs_cannot_compute_is_left_out_and_it_is_said_why(
