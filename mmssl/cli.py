@@ -562,6 +562,10 @@ def convert(
             help="transformers: the layout that fits, or name one, such as vit_mae; mmssl: as a run exports it.",
         ),
     ] = "transformers",
+    modality: Annotated[
+        str | None,
+        typer.Option(help="Of a run on several modalities, the one whose encoder is written.", show_default=False),
+    ] = None,
 ) -> None:
     """Write an encoder so that transformers opens it with `from_pretrained`, or one of theirs as mmssl exports it.
 
@@ -571,12 +575,12 @@ def convert(
     data2vec-vision, clip_vision_model, siglip_vision_model, videomae, audio-spectrogram-transformer; and of
     pictures with captions clip and siglip.
 
-    Written are weights, settings, preprocessor and, for CTC, head and vocabulary. What a layout cannot say of an
-    encoder is refused by the name of the setting.
+    Written are weights, settings, preprocessor and the head: for CTC with its vocabulary, for classes with their names
+    where theirs computes the same. What a layout cannot say of an encoder is refused by the name of the setting.
     """
     from mmssl.convert.folder import convert
 
-    print(f"{folder}: {convert(source, folder, to=to)}")
+    print(f"{folder}: {convert(source, folder, to=to, modality=modality)}")
 
 
 @command("mmssl report runs/mae_base --data test.jsonl")
@@ -598,7 +602,8 @@ def report(
     """Write a run as one page of HTML: curves, health, pictures, costs, bad clips, recipe; it needs nothing but itself.
 
     With --data a map of the embeddings (UMAP where it is installed, PCA elsewhere), nearest neighbors, how well each
-    layer tells labels apart and, of a run of classify, what it takes for what; sound can be heard, and video moves.
+    layer tells labels apart, beside the same network with random weights, and, of a run of classify, what it takes for
+    what; sound can be heard, and video moves.
     After `mmssl evaluate RUN --task layers` what each layer holds. Runs that go on or broke off have a page too.
     """
     from mmssl.report import write_report

@@ -672,16 +672,17 @@ class Embedder:
         rate: float | None = None,
         on_bad_clip: Literal["raise", "skip"] = "raise",
     ) -> list[dict[str, Any] | None]:
-        """What a run of `mae` makes of each clip when it sees a part of it.
+        """What a run that reconstructs makes of each clip of which it sees a part, or which is spoiled.
 
         Args:
-            masked: bool, True = hidden from it, for each token of a clip in the shape of its grid or row by row, time
-                outermost: one array for all clips, or a list of one for each. By default as many are drawn as in
-                training, other ones in each clip and the same in each call.
+            masked: of `mae` and `cae`: bool, True = hidden from it, for each token of a clip in the shape of its grid
+                or row by row, time outermost: one array for all clips, or a list of one for each. By default as many
+                are drawn as in training, other ones in each clip and the same in each call.
             inputs, rate, on_bad_clip: see `embed`.
 
         Returns:
-            Of each clip "input", "masked" and "reconstruction", in which visible tokens show their own values:
+            Of each clip "input", "masked" and "reconstruction", in which visible tokens show their own values; with
+            `denoise` "noisy" and with `tera` "altered" in the place of "masked", and all of the clip is predicted.
             (C, H, W), or (C, T, H, W) with "rate", frames a second; of sound spectrograms, low frequencies at the
             bottom, and "sounds", the same names -> (samples,), with "rate", samples a second, where they can be heard;
             and "note", what there is to say. None for a clip that was skipped.
@@ -691,7 +692,9 @@ class Embedder:
         """
         objective, clips = self.objective, self.clips(inputs, rate=rate)
         if not hasattr(objective, "reconstruct"):
-            raise ValueError(f"{self.name}: was trained to reconstruct nothing; take a run of mae, or use embed")
+            raise ValueError(
+                f"{self.name}: was trained to reconstruct nothing that can be shown; take a run of mae, or use embed"
+            )
         masks = masked if isinstance(masked, list | tuple) else [masked] * len(clips)
         if len(masks) != len(clips):
             raise ValueError(
@@ -779,7 +782,7 @@ class Embedder:
             if not self._head:
                 raise ValueError(
                     f"{self.name}: holds an encoder without the objective that trained it; those of fine-tuned runs, "
-                    "of mae, of vq_wav2vec and of several modalities are exported"
+                    "of mae, cae, denoise, tera and vq_wav2vec and of several modalities are exported"
                 )
             objective = build_objective(self.config, self.encoder)
             # all but the encoder, which is loaded already

@@ -32,6 +32,7 @@ from mmssl.embed import Embedder, load
 from mmssl.evaluation.knn import knn_predict
 from mmssl.evaluation.layers import OUTPUT, dealt_out, layer_plot, layers_file, read_layers, weights_of
 from mmssl.recipe import Recipe, parse
+from mmssl.tasks.evaluate import as_baseline
 from mmssl.thumbnails import MOST_BYTES, SECONDS, Thumbnail, data_url, thumbnails
 from mmssl.training.health import diagnose
 
@@ -69,7 +70,8 @@ def write_report(
         run: its folder; with `data` also anything else that `mmssl.load` takes.
         out: the file; report.html in the folder of the run by default.
         data: a manifest, of which at most `MOST_CLIPS` clips are embedded: their map, nearest neighbors, how well each
-            layer tells labels apart and, of a run that was fine-tuned to tell classes, what it takes for what.
+            layer tells labels apart, beside the same network with random weights, and, of a run that was fine-tuned to
+            tell classes, what it takes for what.
         modality: of a run on several, the one whose clips are shown; all by default.
         label: the key of a row that holds its class, where it has one.
         pool: see `Pool.named`.
@@ -414,16 +416,9 @@ def _embedded(
     if len(manifest) > MOST_CLIPS:
         manifest = manifest.select(np.linspace(0, len(manifest) - 1, MOST_CLIPS).round().astype(np.int64))
     layers = [-1, *range(embedder.depth + 1)]
+    same: dict[str, Any] = {"pool": pool, "tokens": False, "batch_size": batch_size, "progress": progress}
     try:
-        found = embedder.embed(
-            manifest,
-            layer=layers,
-            pool=pool,
-            tokens=False,
-            batch_size=batch_size,
-            on_bad_clip="skip",
-            progress=progress,
-        )
+        found = embedder.embed(manifest, layer=layers, on_bad_clip="skip", **same)
     except ValueError as error:  # none of the clips can be read, or not by this encoder
         return [], {"Embeddings": f'<p class="bad">{escape(str(error))}</p>'}
     read = torch.isfinite(found[0].scene).all(1).nonzero()[:, 0]
@@ -457,8 +452,10 @@ def _embedded(
     ]
     sections["Embedding map"] = _map(scenes[-1], labels, _said(media), before)
     sections["Nearest neighbors"] = _gallery(shown, before)
-    if (layerwise := _layerwise(scenes, labels)) is not None:
-        sections["Layers"] = layerwise
+    if (numbers := _numbers(labels)) is not None:
+        others = as_baseline(embedder, "random").embed(manifest, layer=layers, on_bad_clip="skip", **same)
+        untrained = {layer: one.scene for layer, one in zip(layers, others, strict=True)}
+        sections["Layers"] = _layerwise(scenes, untrained, numbers)
     objective = embedder.config.get("objective") or {}
     if embedder.config.get("classes") and not objective.get("multi_label") and all(name is not None for name in labels):
         said = embedder.predict(manifest, batch_size=batch_size, progress=progress)
@@ -542,28 +539,40 @@ def _gallery(shown: Sequence[int], before: int) -> str:
     return f"<p>A clip, then those nearest to it, by cosine similarity of the output.</p>{rows}"
 
 
-def _layerwise(scenes: Mapping[int, Tensor], labels: Sequence[str | None]) -> str | None:
-    """How well the neighbors of a clip tell its label, by layer; None where there are no labels to tell."""
+def _numbers(labels: Sequence[str | None]) -> Tensor | None:
+    """(B,) the number of each clip's label; None where there are no labels to tell."""
     names = sorted({name for name in labels if name is not None})
     if len(names) < 2 or None in labels or len(labels) < 2 * FOLDS:
         return None
-    numbers = torch.tensor([names.index(name) for name in labels if name is not None])
+    return torch.tensor([names.index(name) for name in labels if name is not None])
+
+
+def _layerwise(scenes: Mapping[int, Tensor], untrained: Mapping[int, Tensor], numbers: Tensor) -> str:
+    """How well the neighbors of a clip tell its label, by layer, beside the same network with random weights."""
     fold = dealt_out(numbers) % FOLDS  # each label in as many as it can, whatever order they come in
-    right = {}
-    for layer, features in scenes.items():
+
+    def right(features: Tensor) -> Tensor:
         said = torch.empty_like(numbers)
         for held in range(FOLDS):
             asked = fold == held
             said[asked] = knn_predict(features[~asked], numbers[~asked], features[asked])
-        right[layer] = float((said == numbers).double().mean())
+        return (said == numbers).double()
+
+    trained, other = ({layer: right(x) for layer, x in each.items()} for each in (scenes, untrained))
     commonest = float(numbers.bincount().max() / len(numbers))
-    inner: dict[str, Points] = {
-        "accuracy": [(layer, value) for layer, value in right.items() if layer >= 0],
-        "the commonest label": [(0, commonest), (max(scenes), commonest)],
+    lines: dict[str, Points] = {
+        name: [(layer, float(clips.mean())) for layer, clips in each.items() if layer >= 0]
+        for name, each in (("accuracy", trained), ("random weights", other))
     }
+    lines["the commonest label"] = [(0, commonest), (max(scenes), commonest)]
+    # of the same clips: each is told by both, by one, or by none
+    gains = trained[-1] - other[-1]
+    gain, around = float(gains.mean()), 1.96 * float(gains.std(correction=1)) / math.sqrt(len(gains))
     return (
-        f"<p>Accuracy of 20 nearest neighbors on {len(labels)} clips, {FOLDS} folds; of the output, after the final "
-        f"norm, {right[-1]:.3f}.</p>{_plot('kNN', 'layer', inner)}"
+        f"<p>Accuracy of 20 nearest neighbors on {len(numbers)} clips, {FOLDS} folds; of the output, after the final "
+        f"norm, {trained[-1].mean():.3f}. The same network with random weights (seed 0) has {other[-1].mean():.3f}: "
+        f"what was learned changes that by {gain:+.3f} (95 % interval over these clips {gain - around:+.3f} to "
+        f"{gain + around:+.3f}).</p>{_plot('kNN', 'layer', lines)}"
     )
 
 

@@ -52,7 +52,7 @@ ARROWS = {
     "folds": ["recipe", "objectives", "data", "evaluation", "resolve", "assemble", "tasks"],
     "matrix": ["recipe", "modalities", "objectives", "build", "resolve", "assemble"],
     "thumbnails": ["clips", "modalities", "training.pictures"],
-    "report": ["recipe", "types", "data", "evaluation", "clips", "embed", "thumbnails", "training.health"],
+    "report": ["recipe", "types", "data", "evaluation", "clips", "embed", "tasks", "thumbnails", "training.health"],
     "units": [*PARTS, "modalities", "data", "convert.folder", "embed", "progress", "training.checkpoint"],
     "topics": ["data", "progress", "units"],
     "normalization": ["recipe", "types", "progress", "modalities", "data", "loading", "build", "resolve"],

@@ -30,6 +30,7 @@ from mmssl.validation import Validation
 
 TOY = ["transformer.dim=16", "transformer.depth=2", "transformer.heads=2"]
 TOY += ["data.batch_size=4", "data.workers=0", "trainer.steps=2", "trainer.eval_every=2", "schedule.warmup=0"]
+MEDIA = {"seen": "image", "heard": "audio"}
 DECODER = ["objective.decoder_dim=16", "objective.decoder_depth=1", "objective.decoder_heads=2"]
 
 
@@ -89,6 +90,33 @@ def test_what_is_exported_is_all_it_takes_to_build_the_encoder(run: Path) -> Non
 def test_evaluation_leaves_pictures(run: Path) -> None:
     assert sorted(path.name for path in (run / "pictures").iterdir()) == ["README.txt", "update_2.png"]
     assert "rows, from the top: input, masked, reconstruction" in (run / "pictures" / "README.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "clips", "rows", "settings"),
+    [
+        ("small/denoise_image", "seen", "input, noisy, reconstruction", DECODER),
+        (
+            "small/cae_image",
+            "seen",
+            "input, masked, reconstruction",
+            [f"objective.{part}_{size}" for part in ("regressor", "decoder") for size in ("depth=1", "heads=2")],
+        ),
+        ("small/tera_speech", "heard", "input, altered, reconstruction", []),
+    ],
+)
+def test_other_objectives_that_reconstruct_leave_pictures_too(
+    request: pytest.FixtureRequest, tmp_path: Path, recipe: str, clips: str, rows: str, settings: list[str]
+) -> None:
+    files = request.getfixturevalue(clips)
+    data = [f"data.train={files['train']}", f"data.valid={files['test']}"]
+    run = pretrain(load(recipe, [*data, *TOY, *settings]), tmp_path / "run")
+    assert (run / "pictures" / "update_2.png").is_file()
+    assert f"rows, from the top: {rows}" in (run / "pictures" / "README.txt").read_text()
+    # and with what is exported afterwards
+    (shown,) = load_encoder(run).reconstruct([json.loads(files["test"].read_text().splitlines()[0])[MEDIA[clips]]])
+    assert shown is not None
+    assert ", ".join(shown).startswith(rows)
 
 
 def test_every_checkpoint_leaves_an_encoder(

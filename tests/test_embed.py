@@ -658,6 +658,21 @@ def test_without_a_mask_one_is_drawn_and_always_the_same(painter: Embedder) -> N
         assert (first["masked"] == 0.5).reshape(2, 4, 2, 4).all(dim=3).all(dim=1).sum() == 3
 
 
+def test_a_run_of_denoise_shows_its_noise_which_is_always_the_same(tmp_path: Path) -> None:
+    decoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    config = IMAGE | {"objective": {"name": "denoise", "target": "pixels", **decoder}, "classes": None}
+    embedder = load(exported(tmp_path, config, tuned=True))
+    pictures = np.random.default_rng(0).random((2, 1, 8, 8), dtype=np.float32)
+    one, two = embedder.reconstruct(pictures), embedder.reconstruct(pictures)
+    for clip, first, again in zip(pictures, one, two, strict=True):
+        assert first is not None
+        assert again is not None
+        assert list(first) == ["input", "noisy", "reconstruction", "note"]
+        assert first["input"].numpy() == pytest.approx(clip, abs=1e-6)
+        assert not torch.equal(first["noisy"], first["input"])
+        assert torch.equal(first["noisy"], again["noisy"])
+
+
 def test_a_mask_that_fits_no_clip_is_refused(painter: Embedder, image: Embedder) -> None:
     pictures = np.zeros((2, 1, 8, 8), np.float32)
     with pytest.raises(ValueError, match=r"masked is \(1, 9\) bool, but these clips have \(1, 4\) tokens"):

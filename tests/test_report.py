@@ -32,7 +32,7 @@ from mmssl.data.manifest import write_manifest
 from mmssl.evaluation.layers import over_layers, read_layers
 from mmssl.evaluation.score import write_scores
 from mmssl.modalities.video.frontend import Tubes
-from mmssl.report import _confusion, _layerwise, _neighbors, _plot, _spread, read_log, write_report
+from mmssl.report import _confusion, _layerwise, _neighbors, _numbers, _plot, _spread, read_log, write_report
 from mmssl.training.checkpoint import export_encoder
 from mmssl.training.log import RunLog
 from mmssl.training.pictures import sound_file, write_sheet, write_sounds
@@ -285,24 +285,40 @@ def test_umap_makes_the_map_where_it_is_installed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_plot_of_layers_is_of_folds_that_never_see_their_own_clips() -> None:
-    labels = ["a", "b"] * 10
-    told = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(10, 1)
-    drawn = _layerwise({-1: told, 0: torch.ones(20, 2), 1: told}, labels)
-    assert drawn is not None
+    numbers = torch.tensor([0, 1] * 10)
+    told, alike = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(10, 1), torch.ones(20, 2)
+    drawn = _layerwise({-1: told, 0: alike, 1: told}, {-1: alike, 0: alike, 1: told}, numbers)
     assert "norm, 1.000." in drawn
     # where all are alike, equal votes go to the first class: half of them right
     assert "accuracy layer 0: 0.5<" in drawn
     assert "accuracy layer 1: 1<" in drawn
-    assert _layerwise({0: told}, ["a"] * 20) is None
-    assert _layerwise({0: told}, [None, *labels[1:]]) is None
+    assert "random weights layer 0: 0.5<" in drawn
+    assert "random weights layer 1: 1<" in drawn
+    assert "with random weights (seed 0) has 0.500: what was learned changes that by +0.500" in drawn
+    # ten clips of 20 are gained: a deviation of .5130 over the root of 20, times 1.96
+    assert "interval over these clips +0.275 to +0.725" in drawn
+
+
+def test_labels_are_numbered_where_there_are_some_to_tell() -> None:
+    labels = ["a", "b"] * 10
+    found = _numbers(labels)
+    assert found is not None
+    assert found.tolist() == [0, 1] * 10
+    assert _numbers(["a"] * 20) is None
+    assert _numbers([None, *labels[1:]]) is None
+    assert _numbers(labels[:8]) is None
 
 
 def test_labels_in_turn_are_told_by_others_of_the_same() -> None:
     numbers = torch.arange(40) % 10
     told = torch.eye(10)[numbers]
-    drawn = _layerwise({-1: told, 0: told}, [str(number) for number in numbers.tolist()])
-    assert drawn is not None
-    assert "norm, 1.000." in drawn
+    assert "norm, 1.000." in _layerwise({-1: told, 0: told}, {-1: told, 0: told}, numbers)
+
+
+def test_an_encoder_of_random_weights_is_no_better_than_itself(tuned: Path, clips: Path, tmp_path: Path) -> None:
+    page = Page(write_report(tuned, tmp_path / "page.html", data=clips, device="cpu"))
+    # `tuned` has the weights of seed 0 itself
+    assert "what was learned changes that by +0.000 (95 % interval over these clips +0.000 to +0.000)" in page.text
 
 
 def test_a_row_of_the_confusion_is_what_a_clip_is() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 import torch
 
-from mmssl.convert.layout import Config, Layout, Pair, Settings
+from mmssl.convert.layout import Config, Head, Layout, Pair, Settings, linear
 from mmssl.convert.pictures import SIZE_DEFAULTS
 from mmssl.convert.vit import CLASS, HEADS, PATCHES, TABLE, body, their_trunk, trunk
 
@@ -97,6 +97,12 @@ def _pairs_ast(ours: Config, theirs: Settings) -> list[Pair]:
     return [*(pair for pair in shared if pair.ours != projection.ours), projection, table]
 
 
+def _heads(ours: Config) -> list[Head]:
+    settings = {"pooling": "prefix", "head_norm": "layer", "head_eps": ours["transformer"]["eps"]}
+    pairs = [*linear("head.norm", "classifier.layernorm"), *linear("head.linear", "classifier.dense")]
+    return [Head(settings, pairs)]
+
+
 AST = Layout(
     model_type="audio-spectrogram-transformer",
     architecture="ASTModel",
@@ -124,4 +130,6 @@ AST = Layout(
         "mean": -4.2677393,
         "std": 4.5689974,
     },
+    classifier="ASTForAudioClassification",
+    heads=_heads,
 )

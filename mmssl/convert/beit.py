@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from mmssl.convert.layout import Config, Layout, Pair, Settings, linear, row, same
+from mmssl.convert.layout import Config, Head, Layout, Pair, Settings, linear, row, same
 from mmssl.convert.pictures import HALF, patches, picture_grid
 from mmssl.convert.videomae import keyless_blocks
 from mmssl.convert.vit import (
     CLASS,
     DEFAULTS,
+    FIRST_TOKEN,
     HEADS,
     LAYER,
     MASK,
@@ -102,6 +103,13 @@ def _pairs(ours: Config, theirs: Settings) -> list[Pair]:
     return pairs
 
 
+def _heads(ours: Config) -> list[Head]:
+    if ours["transformer"]["final_norm"]:
+        return [FIRST_TOKEN]
+    settings = {"pooling": "mean", "head_norm": "layer", "head_eps": ours["transformer"]["eps"]}
+    return [Head(settings, linear("head.linear", "classifier"), inside=linear("head.norm", "pooler.layernorm"))]
+
+
 _SHARED: dict[str, Any] = {
     "modality": "image",
     "defaults": {
@@ -122,11 +130,19 @@ _SHARED: dict[str, Any] = {
     "preprocessor": {**HALF, "size": {"height": 224, "width": 224}, "resample": 3},
     "grid": picture_grid,
     "positions": ("learned",),
+    "heads": _heads,
 }
-BEIT = Layout(model_type="beit", architecture="BeitModel", prefixes=("beit.",), **_SHARED)
+BEIT = Layout(
+    model_type="beit",
+    architecture="BeitModel",
+    prefixes=("beit.",),
+    classifier="BeitForImageClassification",
+    **_SHARED,
+)
 DATA2VEC_VISION = Layout(
     model_type="data2vec-vision",
     architecture="Data2VecVisionModel",
     prefixes=("data2vec_vision.",),
+    classifier="Data2VecVisionForImageClassification",
     **_SHARED,
 )

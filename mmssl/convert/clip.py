@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mmssl.convert.layout import Config, Layout, Pair, Settings, Towers, blocks, linear, same
+from mmssl.convert.layout import Config, Head, Layout, Pair, Settings, Towers, blocks, linear, same
 from mmssl.convert.pictures import (
     HALF,
     SIZE_DEFAULTS,
@@ -228,6 +228,10 @@ def _joint_siglip(ours: Config) -> list[Pair]:
     ]
 
 
+def _heads_siglip(ours: Config) -> list[Head]:
+    return [Head({"pooling": "mean", "head_norm": "none"}, linear("head.linear", "classifier"))]
+
+
 _DEFAULTS: dict[str, Any] = {
     **{name: SIZE_DEFAULTS.get(name, 0.0) for name in _SIZES},
     "num_channels": 3,
@@ -270,8 +274,11 @@ SIGLIP_VISION = Layout(
     read=_read_siglip,
     write=_write_siglip,
     pairs=_pairs_siglip,
-    beside=(*_BESIDE, "logit_bias", "head."),
+    beside=(*_BESIDE, "logit_bias", "head.", "classifier."),
     preprocessor={**HALF, "size": {"height": 224, "width": 224}, "resample": 3},
+    classifier="SiglipForImageClassification",
+    heads=_heads_siglip,
+    idle=("head.",),
     **_SHARED,
 )
 _TEXT_DEFAULTS: dict[str, Any] = {

@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmssl.convert import LAYOUTS, TOWERS
+from mmssl.convert.classes import read_classes, write_classes
 from mmssl.convert.ctc import TOKENIZER, read_head, tokens_of, write_head
-from mmssl.convert.layout import Config
+from mmssl.convert.layout import Config, Layout
 from mmssl.convert.towers import TOKENIZER as CAPTIONS
 from mmssl.convert.towers import read_towers, write_towers
-from mmssl.convert.translate import layout_for, to_ours, to_theirs
+from mmssl.convert.translate import layouts_for, to_ours, to_theirs
 from mmssl.recipe import members
 from mmssl.training.checkpoint import read_encoder, read_tensors, write_encoder
 
@@ -80,24 +81,33 @@ def find(source: str | Path) -> Path:
     return _fetch(name)
 
 
-def convert(source: str | Path, folder: str | Path, *, to: str = "transformers") -> str:
+def convert(source: str | Path, folder: str | Path, *, to: str = "transformers", modality: str | None = None) -> str:
     """Write an encoder as transformers reads it, or as a run of mmssl exports it.
 
     Args:
         source: see `open_encoder`.
         folder: to write; it must be new or empty.
         to: "transformers" for the layout that fits, the name of a layout, or "mmssl".
+        modality: of a run on several, the one whose encoder is written, alone; with "mmssl" all by default.
 
     Returns:
         what opens it, in a sentence.
 
     Raises:
-        ValueError: the source cannot be read, the folder holds something, or no layout can say what the encoder is.
+        ValueError: the source cannot be read, the folder holds something, no layout can say what the encoder is, or
+            there are several and it is not said which.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: is there already; give a new folder")
     found = open_encoder(source)
+    several = members(found.config)
+    if modality is not None:
+        found = encoder_of(found, modality)
+    if modality is not None and len(several) > 1:
+        log.warning(
+            "%s: the encoder of %s alone is written, and not what brings it together with others", folder, modality
+        )
     if to == "mmssl":
         write_encoder(folder, found.config, found.encoder, found.objective)
         return f'mmssl.load("{folder}") opens it'
@@ -116,6 +126,26 @@ def open_encoder(source: str | Path) -> Exported:
     """
     folder = find(source)
     return read_transformers(folder) if is_transformers(folder) else Exported(*read_encoder(folder), folder)
+
+
+def encoder_of(found: Exported, modality: str) -> Exported:
+    """What was exported, as the encoder of one modality: of a run on several, that of this one.
+
+    Raises:
+        ValueError: it is of another.
+    """
+    own = members(found.config)
+    if modality not in own:
+        raise ValueError(f"{found.folder}: holds an encoder of {' and '.join(own)}, and none of {modality}")
+    if isinstance(found.config["modality"], str):
+        return found
+    tensors = {
+        name.removeprefix(f"{modality}."): tensor
+        for name, tensor in found.encoder.items()
+        if name.startswith(f"{modality}.")
+    }
+    nothing = {"format": found.config["format"], "objective": None, "classes": None, "vocabulary": None}
+    return Exported({**nothing, **own[modality]}, tensors, {}, found.folder)
 
 
 def _fetch(name: str) -> Path:
@@ -148,14 +178,14 @@ def is_transformers(folder: Path) -> bool:
 
 
 def read_transformers(folder: Path) -> Exported:
-    """The encoder of a model of transformers, with its head where it spells; or those of pictures and captions in one.
+    """The encoder of a model of transformers, and its head where it spells or tells classes; or both of two towers.
 
     Without a tokenizer.json a model of pictures and captions is read as its vision tower alone.
 
     Raises:
         ValueError: a layout, a setting or a tensor that we have no counterpart of, or a file that is broken.
     """
-    given = _read_json(folder / _CONFIG)
+    whole = given = _read_json(folder / _CONFIG)
     kind = str(given["model_type"])
     towers = TOWERS.get(kind)
     if towers is None and kind not in LAYOUTS:
@@ -184,6 +214,12 @@ def read_transformers(folder: Path) -> Exported:
             beside = {name: tensor for name, tensor in beside.items() if not name.startswith("lm_head.")}
         except ValueError as error:
             why = f", for {error}"
+    elif any(name.startswith("classifier.") for name in beside) and layout.classifier:
+        try:
+            config, objective = read_classes(layout, config, whole, beside)
+            beside = {}
+        except ValueError as error:
+            why = f", for {error}"
     if beside:
         parts = sorted({f"{name.partition('.')[0]}" for name in beside})
         log.warning(
@@ -199,11 +235,11 @@ def read_transformers(folder: Path) -> Exported:
 
 
 def write_transformers(folder: Path, source: Exported, *, layout: str | None = None) -> str:
-    """Write an encoder as transformers reads it, and its head where it spells; the class that opens it.
+    """Write an encoder as transformers reads it, and its head where theirs computes the same; the class that opens it.
 
     Args:
-        layout: its name; by default that which the encoder came in, else the first that can say what it is. Of a run on
-            several modalities that of one writes its encoder alone.
+        layout: its name; by default the first that can say what encoder and head are, or else the encoder, and that
+            which it came in before all others. Of a run on several modalities that of one writes its encoder alone.
 
     Raises:
         ValueError: no layout can.
@@ -212,17 +248,29 @@ def write_transformers(folder: Path, source: Exported, *, layout: str | None = N
         if layout not in LAYOUTS:
             return _write(folder, *write_towers(source.config, source.encoder, source.objective, wanted=layout))
         source = encoder_of(source, LAYOUTS[layout].modality)
-    chosen = layout_for(source.config, layout)
+    fitting = layouts_for(source.config, layout)
+    objective = (source.config.get("objective") or {}).get("name")
+    tells: tuple[Config, dict[str, Tensor]] | None = None
+    chosen, why = fitting[0], ""
+    if source.objective and objective == "classify":
+        chosen, tells, why = _telling(fitting, source)
     given, preprocessor, tensors = to_theirs(chosen, source.config, source.encoder)
     files: dict[str, Any] = {"preprocessor_config.json": preprocessor}
-    objective = (source.config.get("objective") or {}).get("name")
-    if source.objective and objective == "ctc":
+    if tells is not None:
+        settings, head = tells
+        if chosen.nested is not None:  # a head is of the model of several towers, and reads one
+            outer = next(name for name, towers in TOWERS.items() if towers.image is chosen)
+            given = {"model_type": outer, "dtype": given["dtype"], chosen.nested: given}
+        given |= settings
+        prefix = "" if chosen.written else chosen.prefixes[0]
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()} | head
+    elif source.objective and objective == "ctc":
         settings, vocabulary, head = write_head(source.config, source.objective)
         given |= {**settings, "architectures": [chosen.architecture.replace("Model", "ForCTC")]}
         tensors = {chosen.prefixes[0] + name: tensor for name, tensor in tensors.items()} | head
         files |= {"vocab.json": vocabulary, "tokenizer_config.json": TOKENIZER}
     elif source.objective:
-        log.warning("%s: the encoder alone is written, and not the head of its objective %s", folder, objective)
+        log.warning("%s: the encoder alone is written, and not the head of its objective %s%s", folder, objective, why)
     return _write(folder, given, tensors, files)
 
 
@@ -234,24 +282,20 @@ def _write(folder: Path, given: Config, tensors: Mapping[str, Tensor], files: Ma
     return str(given["architectures"][0])
 
 
-def encoder_of(found: Exported, modality: str) -> Exported:
-    """What was exported, as the encoder of one modality: of a run on several, that of this one.
+def _telling(fitting: list[Layout], source: Exported) -> tuple[Layout, tuple[Config, dict[str, Tensor]] | None, str]:
+    """The first layout whose head tells classes as this run does, and what there is to write of it.
 
-    Raises:
-        ValueError: it is of another.
+    Where there is none, the first layout, and why.
     """
-    own = members(found.config)
-    if modality not in own:
-        raise ValueError(f"{found.folder}: holds an encoder of {' and '.join(own)}, and none of {modality}")
-    if isinstance(found.config["modality"], str):
-        return found
-    tensors = {
-        name.removeprefix(f"{modality}."): tensor
-        for name, tensor in found.encoder.items()
-        if name.startswith(f"{modality}.")
-    }
-    nothing = {"format": found.config["format"], "objective": None, "classes": None, "vocabulary": None}
-    return Exported({**nothing, **own[modality]}, tensors, {}, found.folder)
+    reasons = []
+    for layout in fitting:
+        try:
+            return layout, write_classes(layout, source.config, source.objective), ""
+        except ValueError as error:
+            if layout.classifier:
+                reasons.append(str(error))
+    reasons.append(f"layout {fitting[0].model_type} has no head that tells classes; --to mmssl keeps it")
+    return fitting[0], None, f", for {reasons[0]}"
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

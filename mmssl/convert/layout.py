@@ -51,6 +51,27 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Head:
+    """One way in which a head of theirs tells classes from what the encoder makes of a clip.
+
+    settings: those of our objective `classify` that compute the same.
+    pairs: tensors of that objective, and theirs beside the encoder.
+    inside: the same of those that are part of the encoder there.
+    given: what config.json says of it beside its classes.
+    """
+
+    settings: Settings
+    pairs: list[Pair]
+    inside: list[Pair] = field(default_factory=list)
+    given: Settings = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """Of all tensors of theirs."""
+        return {name for pair in self.pairs + self.inside for name in pair.theirs}
+
+
+@dataclass(frozen=True)
 class Layout:
     """One way in which transformers lays an encoder out, and how that is said here.
 
@@ -73,6 +94,9 @@ class Layout:
     older: how names end in files of older versions, and how they end today.
     grid: our config -> the cells of a table of positions, to write fixed positions into; None where there is no table.
     positions: kinds of positions that it can say beside that of its defaults.
+    classifier: the class of transformers that opens it with a head that tells classes; empty where there is none.
+    heads: our config -> the ways in which that head computes what our objective `classify` can.
+    idle: how the names of tensors begin that stand beside such a head and are not used.
     """
 
     model_type: str
@@ -92,6 +116,9 @@ class Layout:
     older: Mapping[str, str] = field(default_factory=dict)
     grid: Callable[[Config], Sequence[int]] | None = None
     positions: tuple[str, ...] = ()
+    classifier: str = ""
+    heads: Callable[[Config], list[Head]] = lambda config: []
+    idle: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from mmssl.convert.layout import Config, Layout, Pair, Settings, blocks, linear, same
+import torch
+
+from mmssl.convert.layout import Config, Head, Layout, Pair, Settings, blocks, linear, same
 
 # what their normalization of a clip adds to its variance, and cannot be told otherwise
 NORMALIZE_EPS = 1e-7
@@ -207,6 +209,26 @@ def _pairs_wavlm(ours: Config, theirs: Settings) -> list[Pair]:
     return [*pairs, same("transformer.bias.table", "encoder.layers.0.attention.rel_attn_embed.weight")]
 
 
+def _heads(ours: Config) -> list[Head]:
+    # theirs projects tokens before their mean: one map here, and what is written projects them onto themselves
+    dim = ours["transformer"]["dim"]
+    names = ("projector.weight", "projector.bias", "classifier.weight", "classifier.bias")
+    maps = Pair(
+        ("head.linear.weight", "head.linear.bias"),
+        names,
+        lambda p, q, w, b: [(w.double() @ p.double()).float(), (w.double() @ q.double() + b.double()).float()],
+        lambda w, b: [torch.eye(dim), torch.zeros(dim), w, b],
+    )
+    settings = {"pooling": "mean", "head_norm": "none"}
+    given = {"classifier_proj_size": dim, "use_weighted_layer_sum": False}
+    ways = [Head(settings, [maps], given=given)]
+    if ours["transformer"]["norm"] == "post":  # else the last of theirs is that after the norm at the end
+        weights = same("layer_weights.scores", "layer_weights")
+        weighted = given | {"use_weighted_layer_sum": True}
+        ways.append(Head(settings | {"weighted_layers": True}, [maps, weights], given=weighted))
+    return ways
+
+
 _DEFAULTS: dict[str, Any] = {
     **dict(zip(_SIZES, (768, 12, 12, 3072), strict=True)),
     **dict.fromkeys(_RATES, 0.1),
@@ -241,6 +263,7 @@ _SHARED: dict[str, Any] = {
         *("tdnn.", "objective.", "feature_extractor.weight", "feature_extractor.bias"),
     ),
     "preprocessor": {"do_normalize": True, "sampling_rate": 16_000},
+    "heads": _heads,
 }
 _CONVOLUTIONAL: dict[str, Any] = {
     **_SHARED,
@@ -254,12 +277,25 @@ _CONVOLUTIONAL: dict[str, Any] = {
         f"{_CONV}.weight_v": f"{_CONV}.parametrizations.weight.original1",
     },
 }
-WAV2VEC2 = Layout(model_type="wav2vec2", architecture="Wav2Vec2Model", prefixes=("wav2vec2.",), **_CONVOLUTIONAL)
-HUBERT = Layout(model_type="hubert", architecture="HubertModel", prefixes=("hubert.",), **_CONVOLUTIONAL)
+WAV2VEC2 = Layout(
+    model_type="wav2vec2",
+    architecture="Wav2Vec2Model",
+    prefixes=("wav2vec2.",),
+    classifier="Wav2Vec2ForSequenceClassification",
+    **_CONVOLUTIONAL,
+)
+HUBERT = Layout(
+    model_type="hubert",
+    architecture="HubertModel",
+    prefixes=("hubert.",),
+    classifier="HubertForSequenceClassification",
+    **_CONVOLUTIONAL,
+)
 WAVLM = Layout(
     model_type="wavlm",
     architecture="WavLMModel",
     prefixes=("wavlm.",),
+    classifier="WavLMForSequenceClassification",
     **{
         **_CONVOLUTIONAL,
         "defaults": _DEFAULTS | {"num_buckets": 320, "max_bucket_distance": 800},
@@ -272,6 +308,7 @@ DATA2VEC_AUDIO = Layout(
     model_type="data2vec-audio",
     architecture="Data2VecAudioModel",
     prefixes=("data2vec_audio.",),
+    classifier="Data2VecAudioForSequenceClassification",
     **_SHARED,
     defaults=_DEFAULTS | {"num_conv_pos_embeddings": 5, "conv_pos_kernel_size": 19},
     read=_read_data2vec,

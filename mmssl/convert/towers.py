@@ -145,7 +145,7 @@ def _towers_for(config: Settings, wanted: str | None) -> Towers:
     if towers is None or set(config["modality"]) != {"image", "text"} or wanted not in (None, towers.model_type):
         raise ValueError(
             f"no layout of transformers that mmssl writes is of {own} with the objective {objective['name']}"
-            f"{f', and named {wanted}' if wanted else ''}; name one of a single modality to write that encoder alone"
+            f"{f', and named {wanted}' if wanted else ''}; say whose encoder to write alone, by modality (--modality)"
         )
     settings = {"backbone": config["backbone"], **defaults_of(OBJECTIVES[towers.objective]), **objective}
     for name, value in {"backbone": "separate", **towers.settings}.items():

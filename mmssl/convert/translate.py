@@ -166,8 +166,8 @@ def _say(layout: Layout, config: Settings) -> _Said:
     return _Said(settings, preprocessor, pairs, fixed, remarks)
 
 
-def layout_for(config: Settings, wanted: str | None) -> Layout:
-    """The layout of this name; without one that which the encoder came in, else the first that can say what it is.
+def layouts_for(config: Settings, wanted: str | None) -> list[Layout]:
+    """The layout of this name; without one all that can say what an encoder is, that which it came in before others.
 
     Raises:
         ValueError: there is none.
@@ -175,21 +175,22 @@ def layout_for(config: Settings, wanted: str | None) -> Layout:
     if wanted is not None:
         if wanted not in LAYOUTS:
             raise ValueError(f"layout {wanted!r}: choose one of {', '.join(LAYOUTS)}")
-        return LAYOUTS[wanted]
+        return [LAYOUTS[wanted]]
     first = config.get("layout")
     fitting = [layout for layout in LAYOUTS.values() if layout.modality == config["modality"]]
     if not fitting:
-        own = " and ".join([config["modality"]] if isinstance(config["modality"], str) else config["modality"])
         known = ", ".join(dict.fromkeys(layout.modality for layout in LAYOUTS.values()))
-        raise ValueError(f"no layout of transformers that mmssl writes is of {own}; they are of {known}")
-    reasons = []
+        raise ValueError(f"no layout of transformers that mmssl writes is of {config['modality']}; they are of {known}")
+    found, reasons = [], []
     for layout in sorted(fitting, key=lambda layout: layout.model_type != first):
         try:
             _say(layout, config)
         except ValueError as error:
             reasons.append(str(error))
         else:
-            return layout
+            found.append(layout)
+    if found:
+        return found
     raise ValueError(f"no layout of transformers can say what this encoder is: {'; '.join(reasons)}")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from mmssl.convert.layout import Config, Layout, Pair, Settings, blocks, linear, same
+from mmssl.convert.layout import Config, Head, Layout, Pair, Settings, blocks, linear, same
 from mmssl.convert.pictures import IMAGENET, channels, patches, picture_size, preprocessor_of, sides, steps_of
 from mmssl.convert.vit import CROPPED, DEFAULTS, HEADS, LAYER, NAMES, PATCHES, SELF, plain, their_trunk, trunk
 
@@ -97,6 +97,14 @@ def keyless_blocks(
     return pairs
 
 
+def _heads(ours: Config) -> list[Head]:
+    # with a norm at the end theirs reads the first token alone
+    if ours["transformer"]["final_norm"]:
+        return []
+    settings = {"pooling": "mean", "head_norm": "layer", "head_eps": 1e-5}
+    return [Head(settings, [*linear("head.norm", "fc_norm"), *linear("head.linear", "classifier")])]
+
+
 VIDEOMAE = Layout(
     model_type="videomae",
     architecture="VideoMAEModel",
@@ -115,4 +123,6 @@ VIDEOMAE = Layout(
     prefixes=("videomae.",),
     beside=(*HEADS, "encoder_to_decoder.", "mask_token", "position_embeddings"),
     preprocessor=CROPPED | IMAGENET | {"size": {"shortest_edge": 224}, "resample": 2},
+    classifier="VideoMAEForVideoClassification",
+    heads=_heads,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmssl.convert.layout import Config, Layout, Pair, Settings, blocks, linear, row, same
+from mmssl.convert.layout import Config, Head, Layout, Pair, Settings, blocks, linear, row, same
 from mmssl.convert.pictures import (
     HALF,
     IMAGENET,
@@ -229,6 +229,33 @@ def _pairs_registers(ours: Config, theirs: Settings) -> list[Pair]:
     return [*_pairs_dinov2(ours, theirs)[:-1], registers]
 
 
+def _heads_vit(ours: Config) -> list[Head]:
+    return [FIRST_TOKEN]
+
+
+def _heads_dinov2(ours: Config) -> list[Head]:
+    # theirs reads the class token and the mean of patches side by side, ours either: the other has weights of zero
+    bias = same("head.linear.bias", "classifier.bias")
+    return [
+        Head({"pooling": "class", "head_norm": "none"}, [_half(0), bias]),
+        Head({"pooling": "mean", "head_norm": "none"}, [_half(1), bias]),
+    ]
+
+
+def _half(which: int) -> Pair:
+    def read(both: Tensor) -> list[Tensor]:
+        halves = both.chunk(2, dim=1)
+        if halves[1 - which].any():
+            raise ValueError("classifier reads the class token and the mean of patches, and objective classify either")
+        return [halves[which]]
+
+    def write(own: Tensor) -> list[Tensor]:
+        return [torch.cat([torch.zeros_like(own), own] if which else [own, torch.zeros_like(own)], 1)]
+
+    return Pair(("head.linear.weight",), ("classifier.weight",), read, write)
+
+
+FIRST_TOKEN = Head({"pooling": "class", "head_norm": "none"}, linear("head.linear", "classifier"))
 HEADS = ("pooler.", "classifier.", "decoder.", "fc_norm.")
 DEFAULTS: dict[str, Any] = {
     **SIZE_DEFAULTS,
@@ -268,6 +295,8 @@ VIT = Layout(
     beside=HEADS,
     preprocessor=_VIT_PREPROCESSOR,
     grid=picture_grid,
+    classifier="ViTForImageClassification",
+    heads=_heads_vit,
 )
 VIT_MAE = Layout(
     model_type="vit_mae",
@@ -295,6 +324,8 @@ DINOV2 = Layout(
     beside=HEADS,
     preprocessor=CROPPED | IMAGENET,
     grid=picture_grid,
+    classifier="Dinov2ForImageClassification",
+    heads=_heads_dinov2,
 )
 DINOV2_WITH_REGISTERS = Layout(
     model_type="dinov2_with_registers",
@@ -309,4 +340,6 @@ DINOV2_WITH_REGISTERS = Layout(
     beside=HEADS,
     preprocessor=CROPPED | IMAGENET,
     grid=picture_grid,
+    classifier="Dinov2WithRegistersForImageClassification",
+    heads=_heads_dinov2,
 )

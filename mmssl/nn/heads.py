@@ -43,13 +43,29 @@ def first_pool(x: Tensor, lengths: Tensor, n_prefix: int = 0) -> Tensor:
     return x[:, 0]
 
 
+def prefix_pool(x: Tensor, lengths: Tensor, n_prefix: int = 0) -> Tensor:
+    """The mean of the class token and all registers, as DeiT and AST read their two: (B, prefix + N, D) -> (B, D).
+
+    Raises:
+        ValueError: there are none.
+    """
+    if n_prefix < 1:
+        raise ValueError("pooling='prefix': this encoder has no prefix (encoder.prefix=0), use 'mean' or 'attention'")
+    return x[:, :n_prefix].mean(1)
+
+
 def last_pool(x: Tensor, lengths: Tensor, n_prefix: int = 0) -> Tensor:
     """The last real token, which in a causal Transformer has seen all others: (B, prefix + N, D) -> (B, D)."""
     rows = torch.arange(len(x), device=x.device)
     return x[rows, (lengths - 1).to(x.device, non_blocking=True)]
 
 
-POOLS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"mean": mean_pool, "class": first_pool, "last": last_pool}
+POOLS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "mean": mean_pool,
+    "class": first_pool,
+    "last": last_pool,
+    "prefix": prefix_pool,
+}
 
 
 class AttentionPool(nn.Module):

@@ -262,6 +262,32 @@ def plan_of(masked: Tensor, lengths: Tensor, *, rows: Tensor | None = None) -> M
     return MaskPlan(rows=rows, masked=masked, keep=keep, keep_lengths=keep_lengths)
 
 
+def plan_given(masked: Tensor, tokens: Tokens) -> MaskPlan:
+    """The plan of a mask that was not drawn.
+
+    Raises:
+        ValueError: it is no mask of these tokens, or it leaves a clip nothing to predict from.
+    """
+    valid = tokens.valid.cpu()
+    if masked.dtype != torch.bool or masked.shape != valid.shape:
+        kind = f"{tuple(masked.shape)} {str(masked.dtype).removeprefix('torch.')}"
+        raise ValueError(
+            f"reconstruct: masked is {kind}, but these clips have {tuple(valid.shape)} tokens; give one bool for each, "
+            "True where it is to be hidden"
+        )
+    for row, hidden in enumerate(masked):
+        if not (valid[row] & ~hidden).any():
+            raise ValueError(
+                f"reconstruct: masked hides all tokens of clip {row}; leave one to predict the others from"
+            )
+        if (hidden & ~valid[row]).any():
+            raise ValueError(
+                f"reconstruct: masked hides tokens of clip {row} past its {int(valid[row].sum())} real ones; set "
+                "them to False"
+            )
+    return plan_of(masked, tokens.lengths)
+
+
 def channel_mask(batch: int, channels: int, *, prob: float, span: int, seeds: Tensor) -> Tensor:
     """Hide runs of channels of whole clips, for fine-tuning: (B, C) bool, True = to be zeroed.
 

@@ -161,9 +161,10 @@ class Attention(nn.Module):
         batch, size, width = qkv.shape
         q, k, v = parts = qkv.view(batch, size, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4)
         rate = self.dropout if self.training else 0.0
-        attend = F.scaled_dot_product_attention
-        if _is_halved(q):
-            attend, (q, k, v) = _attend_plainly, parts.contiguous()  # here once, or each product would for itself
+        halved = _is_halved(q)
+        if halved:
+            q, k, v = parts.contiguous()  # here once, or each product would for itself
+        attend = _attend_plainly if halved else F.scaled_dot_product_attention
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)
         mixed = attend(q, k, v, attn_mask=mask, dropout_p=rate)

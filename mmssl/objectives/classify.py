@@ -34,8 +34,8 @@ class Classify(nn.Module):
 
     Args:
         n_classes: labels are 0 to n_classes - 1.
-        pooling: "mean" of the tokens, the "class" token (the encoder's first prefix vector), the "last" token, or
-            "attention" with `pool_heads` heads. All over real tokens only.
+        pooling: "mean" of the tokens, the "class" token (the encoder's first prefix vector), the mean of all "prefix"
+            vectors, the "last" token, or "attention" with `pool_heads` heads. All over real tokens only.
         label_smoothing: share of the target spread evenly over the classes.
         mixup: alpha of the Beta distribution that the share is drawn from; 0 mixes nothing. Clip i is mixed with clip
             B - 1 - i of its micro-batch.
@@ -51,6 +51,7 @@ class Classify(nn.Module):
             over the number of classes and the clips of that class, which is 1 in the mean over all clips.
         class_counts: clips of each class in the training set, for these weights.
         head_norm, head_dropout, head_std: see `ClassifierHead`.
+        head_eps: added to the variance by that norm; heads of transformers come with their own.
     """
 
     label: ClassVar[str | None] = "label"
@@ -61,7 +62,7 @@ class Classify(nn.Module):
         encoder: Encoder,
         *,
         n_classes: int,
-        pooling: Literal["mean", "class", "last", "attention"] = "mean",
+        pooling: Literal["mean", "class", "prefix", "last", "attention"] = "mean",
         pool_heads: int = 8,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
@@ -76,6 +77,7 @@ class Classify(nn.Module):
         head_norm: Literal["layer", "none"] = "layer",
         head_dropout: float = 0.0,
         head_std: float = 0.01,
+        head_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if n_classes < 2:
@@ -84,9 +86,10 @@ class Classify(nn.Module):
             )
         if pooling not in ("attention", *POOLS):
             raise ValueError(f"objective.pooling={pooling!r}: choose one of attention, {', '.join(POOLS)}")
-        if pooling == "class" and encoder.n_prefix == 0:
+        if pooling in ("class", "prefix") and encoder.n_prefix == 0:
             raise ValueError(
-                "objective.pooling=class: this encoder has no class token (encoder.prefix=0); choose mean or attention"
+                f"objective.pooling={pooling}: this encoder has no class token (encoder.prefix=0); choose mean or "
+                "attention"
             )
         if multi_label and label_smoothing:
             raise ValueError(
@@ -136,7 +139,9 @@ class Classify(nn.Module):
             self.pool = AttentionPool(encoder.dim, pool_heads)
         else:
             self.pool = POOLS[pooling]
-        self.head = ClassifierHead(encoder.dim, n_classes, norm=head_norm, dropout=head_dropout, std=head_std)
+        self.head = ClassifierHead(
+            encoder.dim, n_classes, norm=head_norm, dropout=head_dropout, std=head_std, eps=head_eps
+        )
         if freeze_encoder:
             encoder.requires_grad_(False)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from mmssl.nn.predictor import places
 from mmssl.nn.seeds import normal, uniform
 from mmssl.nn.spread import spread, token_spread
 from mmssl.nn.transformer import Transformer
-from mmssl.types import Batch, Encoded, Hide, Loss, Raw, Tokens, valid_mask
+from mmssl.types import Batch, Encoded, Frontend, Hide, Loss, Raw, Tokens, valid_mask
 
 _TIME = {2: 1, 5: 2}  # axes of a batch that may be ragged -> the axis of time
 _LEVEL = 1_000_002  # of the draws that are no masks of a clip's clones, see `uniform`
@@ -35,7 +35,7 @@ class Denoise(nn.Module):
 
     Args:
         encoder: encodes all tokens.
-        target, target_dim, target_learned: see `MAE`.
+        target, target_dim, target_learned, pictures: see `MAE`.
         noise: least and most of the noise's deviation, in deviations of the clip's own values; drawn for each clip.
         decoder_dim, decoder_depth, decoder_heads, decoder_mlp_dim, decoder_eps: of the decoder's Transformer.
     """
@@ -50,6 +50,7 @@ class Denoise(nn.Module):
         target: Callable[[Raw, Tokens], Tensor],
         target_dim: int,
         target_learned: bool = False,
+        pictures: Callable[[Frontend, Tokens, Tensor, Tensor], dict[str, Any]] | None = None,
         noise: tuple[float, float] = (0.0, 1.4),
         decoder_dim: int = 512,
         decoder_depth: int = 8,
@@ -67,6 +68,7 @@ class Denoise(nn.Module):
             )
         self.encoder = encoder
         self.target = target
+        self.pictures = pictures
         self.low, self.high = low, high
         self.skips_parameters = encoder.skips_parameters(self.hide)
         self.embed = Linear(encoder.dim, decoder_dim)
@@ -102,6 +104,37 @@ class Denoise(nn.Module):
     def after_step(self, step: int) -> None:
         """Nothing here changes with time."""
 
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, *, masked: Tensor | None = None) -> dict[str, Any]:
+        """What the model sees of a batch, noise as in training, and what it makes of it, for looking at.
+
+        Args:
+            masked: None, as nothing is hidden.
+
+        Returns:
+            "input", "noisy" and "reconstruction", all of which is predicted; the rest as `MAE.reconstruct` has it.
+
+        Raises:
+            ValueError: this target cannot be drawn, or `masked` is given.
+        """
+        if self.pictures is None:
+            raise ValueError(
+                "objective.target: there is no picture of this target; those of pixels and patches have one"
+            )
+        if masked is not None:
+            raise ValueError("reconstruct: masked is given, and denoise hides nothing; leave it out")
+        training = self.training
+        self.eval()
+        spoiled = noisy(batch.raw, batch.seeds, low=self.low, high=self.high)
+        tokens, given = self.encoder.tokens(batch.raw), self.encoder.tokens(spoiled)
+        prediction = self._decode(self.encoder(given), given).float()
+        self.train(training)
+        everything = tokens.valid
+        values = torch.where(everything[..., None], prediction, self.target(batch.raw, tokens).float())
+        shown = self.pictures(self.encoder.frontend, tokens, everything, values)
+        seen = self.pictures(self.encoder.frontend, given, ~everything, self.target(spoiled, given).float())
+        return _with_noise(shown, seen)
+
     def _decode(self, encoded: Encoded, tokens: Tokens) -> Tensor:
         """(B, N, P); what stands past a clip's length is no prediction."""
         h = self.embed(encoded.x)
@@ -110,6 +143,17 @@ class Denoise(nn.Module):
         added = F.pad(sincos(coords, h.shape[-1]), (0, 0, encoded.n_prefix, 0))
         h, _ = self.decoder(h + added.to(h.dtype), encoded.lengths)
         return self.out(h[:, encoded.n_prefix :])
+
+
+def _with_noise(shown: Mapping[str, Any], seen: Mapping[str, Any]) -> dict[str, Any]:
+    """Pictures and sounds of a reconstruction, with those of the noisy input in the place of what is hidden."""
+    found: dict[str, Any] = {}
+    for name, value in shown.items():
+        if name == "masked":
+            found["noisy"] = seen["input"]
+        else:
+            found[name] = _with_noise(value, seen[name]) if isinstance(value, Mapping) else value
+    return found
 
 
 def noisy(raw: Raw, seeds: Tensor, *, low: float, high: float) -> Raw:

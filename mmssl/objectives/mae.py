@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.encoder import Encoder
-from mmssl.nn.masking import COLORS, color_mask, plan_of, random_mask, running_cells, tube_mask
+from mmssl.nn.masking import COLORS, color_mask, plan_given, random_mask, running_cells, tube_mask
 from mmssl.nn.predictor import Predictor
 from mmssl.nn.reconstruction import token_errors
 from mmssl.nn.seeds import normal_per_clip
@@ -200,30 +200,4 @@ class MAE(nn.Module):
         tokens = self.encoder.tokens(batch.raw, late=True)
         if masked is None:
             return tokens, MASKS[self.mask](tokens, ratio=self.mask_ratio, seeds=batch.seeds)
-        return tokens, _given(masked.cpu(), tokens)
-
-
-def _given(masked: Tensor, tokens: Tokens) -> MaskPlan:
-    """The plan of a mask that was not drawn.
-
-    Raises:
-        ValueError: it is no mask of these tokens, or it leaves a clip nothing to predict from.
-    """
-    valid = tokens.valid.cpu()
-    if masked.dtype != torch.bool or masked.shape != valid.shape:
-        kind = f"{tuple(masked.shape)} {str(masked.dtype).removeprefix('torch.')}"
-        raise ValueError(
-            f"reconstruct: masked is {kind}, but these clips have {tuple(valid.shape)} tokens; give one bool for each, "
-            "True where it is to be hidden"
-        )
-    for row, hidden in enumerate(masked):
-        if not (valid[row] & ~hidden).any():
-            raise ValueError(
-                f"reconstruct: masked hides all tokens of clip {row}; leave one to predict the others from"
-            )
-        if (hidden & ~valid[row]).any():
-            raise ValueError(
-                f"reconstruct: masked hides tokens of clip {row} past its {int(valid[row].sum())} real ones; set "
-                "them to False"
-            )
-    return plan_of(masked, tokens.lengths)
+        return tokens, plan_given(masked.cpu(), tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from mmssl.nn.masking import span_mask
 from mmssl.nn.predictor import places
 from mmssl.nn.seeds import uniform
 from mmssl.nn.spread import mean_distance, spread, token_spread
-from mmssl.types import Batch, Hide, Loss, valid_mask
+from mmssl.types import Batch, Encoded, Hide, Loss, Tokens, valid_mask
 
 # of the draws that are no spans of a mask, see `uniform`
 _STREAM = 2_000_000
@@ -41,6 +41,7 @@ class TERA(nn.Module):
 
     label: ClassVar[str | None] = None
     hide: ClassVar[Hide] = "none"
+    pictures: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -86,14 +87,9 @@ class TERA(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         """Sum over altered values of the distance to what was measured; the count is altered values."""
-        tokens = self.encoder.tokens(batch.raw)
-        assert tokens.feat is not None
-        bands = self.encoder.frontend.bands
-        frames = tokens.feat.detach().unflatten(2, (-1, bands)).flatten(1, 2)  # (B, T, F)
-        lengths = tokens.lengths * (frames.shape[1] // tokens.x.shape[1])
+        tokens, frames, lengths = self._frames(batch)
         altered, hidden = self.alter(frames, lengths, batch.seeds)
-        x = self.encoder.frontend.project(altered.view_as(tokens.feat))
-        encoded = self.encoder(replace(tokens, x=torch.where(tokens.valid[..., None], x, 0.0)))
+        encoded = self._encode(tokens, altered)
         prediction = self.predict(encoded.tokens)
         with torch.autocast(prediction.device.type, enabled=False):
             prediction = prediction.float().view_as(frames)
@@ -112,6 +108,52 @@ class TERA(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Nothing here changes with time."""
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, *, masked: Tensor | None = None) -> dict[str, Any]:
+        """What the model sees of a batch and what it makes of it, for looking at: time to the right, low bands below.
+
+        Args:
+            masked: None, as what is altered is drawn.
+
+        Returns:
+            "input", "altered" and "reconstruction", all of which is predicted: (B, 1, F, T) in [0, 1], from the least
+            to the largest value of a clip, 0 past its end; and "note", what to print.
+
+        Raises:
+            ValueError: `masked` is given.
+        """
+        if masked is not None:
+            raise ValueError("reconstruct: masked is given, and tera draws what it alters; leave it out")
+        training = self.training
+        self.eval()
+        tokens, frames, lengths = self._frames(batch)
+        altered, _ = self.alter(frames, lengths, batch.seeds)
+        prediction = self.predict(self._encode(tokens, altered).tokens).float().view_as(frames)
+        self.train(training)
+        valid = valid_mask(lengths, frames.shape[1], frames.device)[..., None]
+        least = frames.masked_fill(~valid, torch.inf).amin((1, 2), keepdim=True)
+        most = frames.masked_fill(~valid, -torch.inf).amax((1, 2), keepdim=True)
+
+        def draw(x: Tensor) -> Tensor:
+            shares = ((x - least) / (most - least).clamp_min(1e-6)).clamp(0, 1)
+            return shares.masked_fill(~valid, 0.0).transpose(1, 2).flip(1)[:, None]
+
+        rows = {"input": frames, "altered": altered, "reconstruction": prediction}
+        return {**{name: draw(x.float()) for name, x in rows.items()}, "note": ""}
+
+    def _frames(self, batch: Batch) -> tuple[Tokens, Tensor, Tensor]:
+        """What the frontend makes of a batch, its (B, T, F) frames, and how many of each clip are real."""
+        tokens = self.encoder.tokens(batch.raw)
+        assert tokens.feat is not None
+        frames = tokens.feat.detach().unflatten(2, (-1, self.encoder.frontend.bands)).flatten(1, 2)
+        return tokens, frames, tokens.lengths * (frames.shape[1] // tokens.x.shape[1])
+
+    def _encode(self, tokens: Tokens, altered: Tensor) -> Encoded:
+        assert tokens.feat is not None
+        x = self.encoder.frontend.project(altered.view_as(tokens.feat))
+        encoded: Encoded = self.encoder(replace(tokens, x=torch.where(tokens.valid[..., None], x, 0.0)))
+        return encoded
 
     def alter(self, frames: Tensor, lengths: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
         """Alter clips, each by its own seed.

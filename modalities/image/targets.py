@@ -112,7 +112,7 @@ def normalized_pixel_pictures(frontend: Patches, tokens: Tokens, masked: Tensor,
     """
     mean, deviation = moments(patches(tokens))
     pictures = pixel_pictures(frontend, tokens, masked, values * deviation + mean)
-    note = "the mean and deviation of each hidden patch are the true ones, which the model does not know (a leak)"
+    note = "the mean and deviation of each predicted patch are the true ones, which the model does not know (a leak)"
     return pictures | {"note": note}
 
 

@@ -90,7 +90,7 @@ def normalized_pixel_pictures(frontend: Tubes, tokens: Tokens, masked: Tensor, v
     mean, deviation = _moments(tubes)
     unnormalized = values.unflatten(-1, (-1, frontend.channels)) * deviation + mean
     pictures = pixel_pictures(frontend, tokens, masked, unnormalized.flatten(2))
-    note = "the means and deviations of each hidden tube are the true ones, which the model does not know (a leak)"
+    note = "the means and deviations of each predicted tube are the true ones, which the model does not know (a leak)"
     return pictures | {"note": note}
 
 

@@ -1,4 +1,7 @@
-"""What stands on an encoder of transformers: heads that spell go both ways, others are left out and named."""
+"""What stands on an encoder of transformers: heads that spell go both ways, others are left out and named.
+
+Those that tell classes: see `test_classes`.
+"""
 
 from __future__ import annotations
 
@@ -131,13 +134,9 @@ HEADS = [
     ("wav2vec2 base", "Wav2Vec2ForCTC", "lm_head"),
     ("hubert large", "HubertForCTC", "lm_head"),
     ("data2vec audio", "Data2VecAudioForCTC", "lm_head"),
-    ("wav2vec2 large", "Wav2Vec2ForSequenceClassification", "classifier, projector"),
-    ("vit", "ViTForImageClassification", "classifier"),
     ("vit_mae", "ViTMAEForPreTraining", "decoder"),
     ("dinov2", "Dinov2ForImageClassification", "classifier"),
     ("videomae", "VideoMAEForPreTraining", "decoder, encoder_to_decoder, mask_token"),
-    ("videomae for its mean", "VideoMAEForVideoClassification", "classifier, fc_norm"),
-    ("ast", "ASTForAudioClassification", "classifier"),
     ("clip", "CLIPModel", f"logit_scale, text_model, text_projection, visual_projection{UNREAD}"),
     ("siglip", "SiglipModel", f"logit_bias, logit_scale, text_model{UNREAD}"),
 ]
@@ -165,10 +164,8 @@ def test_the_encoder_of_a_model_with_a_head_is_the_same(
     assert found.encoder.keys() == expected.encoder.keys()
     assert all(torch.equal(tensor, expected.encoder[key]) for key, tensor in found.encoder.items())
     [said] = [record.getMessage() for record in caplog.records if record.name.startswith("mmssl")][:1]
-    assert said.endswith(f"left out: {beside}")
+    assert f"left out: {beside}" in said
     head = next((part for part in beside.split(", ") if part in ("lm_head", "classifier")), None)
-    told = (
-        "was pretrained and not" if head is None else f"its head was left out when it was read \\({head}\\), so there"
-    )
+    told = "was pretrained and not" if head is None else f"its head was left out when it was read \\({head}[,)]"
     with pytest.raises(ValueError, match=told):
         mmssl.load(tmp_path, device="cpu").predict(clips_of(name))

@@ -66,11 +66,8 @@ def test_the_mean_over_patches_is_what_their_pooler_norms(saved: Any) -> None:
 
 HEADS = [
     ("wavlm base", "WavLMForCTC", "lm_head"),
-    ("wavlm large", "WavLMForSequenceClassification", "classifier, projector"),
     ("wavlm large", "WavLMForXVector", "classifier, feature_extractor, objective, projector, tdnn"),
-    ("beit, one table", "BeitForImageClassification", "classifier, pooler"),
     ("beit, one table", "BeitForMaskedImageModeling", "layernorm, lm_head"),
-    ("data2vec vision, one table", "Data2VecVisionForImageClassification", "classifier, pooler"),
 ]
 
 
@@ -91,7 +88,7 @@ def test_the_encoder_of_a_model_with_a_head_is_the_same(
     assert all(torch.equal(tensor, expected.encoder[key]) for key, tensor in found.encoder.items())
     said = [message for message in caplog.messages if str(tmp_path) in message]
     assert len(said) == 1
-    assert said[0].endswith(f"left out: {beside}")
+    assert f"left out: {beside}" in said[0]
 
 
 def test_indices_of_old_files_are_no_weights(saved: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

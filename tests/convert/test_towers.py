@@ -310,7 +310,7 @@ def test_what_does_not_belong_together_is_one_sentence(
         (
             {"name": "slip"},
             "transformers",
-            "is of image and text with the objective slip; name one of a single modality",
+            "is of image and text with the objective slip; say whose encoder to write alone, by modality",
         ),
         ({}, "siglip", "is of image and text with the objective clip, and named siglip"),
         ({}, "hubert", "holds an encoder of image and text, and none of speech"),

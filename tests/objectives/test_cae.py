@@ -29,7 +29,7 @@ def of_pictures(depth: int = 1, **settings: Any) -> CAE:
     frontend = Patches(dim=16, size=[4, 4], channels=1, mean=[0.5], std=[0.25])
     encoder = Encoder(frontend, Transformer(dim=16, depth=depth, heads=2, dropout=0.2), SinCos(16), prefix=1)
     target = TARGETS["pixels"]
-    given = {"mask_size": 2, **SMALL, **settings}
+    given: dict[str, Any] = {"mask_size": 2, "pictures": target.pictures, **SMALL, **settings}
     return CAE(encoder, target=target.values, target_dim=target.dim(frontend), **given)
 
 
@@ -83,6 +83,24 @@ def test_half_of_the_patches_are_hidden_in_rectangles() -> None:
     assert torch.equal(hidden.masked, ~seen.masked)
     tokens = objective.encoder.tokens(pictures().raw)
     assert torch.equal(seen.masked, beit_mask(tokens, ratio=0.5, size=2, seeds=torch.arange(3)).masked)
+
+
+def test_what_is_shown_keeps_visible_patches_and_predicts_hidden_ones() -> None:
+    objective, batch = of_pictures(), pictures()
+    torch.nn.init.zeros_(objective.out.weight)
+    torch.nn.init.constant_(objective.out.bias, 0.4)
+    own = torch.zeros(3, 24, dtype=torch.bool)
+    own[:, :6] = True  # the first row of patches
+    shown = objective.reconstruct(batch, masked=own)
+    torch.testing.assert_close(shown["input"], batch.raw.data)
+    assert (shown["masked"][:, :, :4] == 0.5).all()
+    torch.testing.assert_close(shown["reconstruction"][:, :, :4], torch.full((3, 1, 4, 24), 0.4 * 0.25 + 0.5))
+    torch.testing.assert_close(shown["reconstruction"][:, :, 4:], batch.raw.data[:, :, 4:])
+    assert objective.training
+    # one that is drawn is that of training, half of the patches
+    assert (objective.reconstruct(batch)["masked"] == 0.5).float().mean() == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(ValueError, match="there is no picture of this target"):
+        of_speech().reconstruct(batch)
 
 
 def test_no_gradient_reaches_the_latents_to_align_with() -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from mmssl.encoder import Encoder
+from mmssl.modalities.audio.frontend import SpectrogramPatches
+from mmssl.modalities.audio.targets import TARGETS as AUDIO_TARGETS
 from mmssl.modalities.image.frontend import Patches
 from mmssl.modalities.image.targets import TARGETS
 from mmssl.modalities.speech.frontend import Waveform
@@ -23,7 +25,8 @@ def denoise(**settings: Any) -> Denoise:
     frontend = Patches(dim=16, size=[4, 4], channels=1, mean=[0.5], std=[0.25])
     encoder = Encoder(frontend, Transformer(dim=16, depth=1, heads=2), SinCos(16), prefix=1)
     target = TARGETS["pixels"]
-    return Denoise(encoder, target=target.values, target_dim=target.dim(frontend), **SMALL, **settings)
+    given: dict[str, Any] = {"pictures": target.pictures, **SMALL, **settings}
+    return Denoise(encoder, target=target.values, target_dim=target.dim(frontend), **given)
 
 
 def pictures() -> Batch:
@@ -69,6 +72,36 @@ def test_what_is_encoded_has_the_noise() -> None:
     batch = pictures()
     little, much = denoise(noise=[0.0, 1e-6]), denoise(noise=[2.0, 2.0])
     assert (little(batch).total - much(batch).total).abs() > 1e-3
+
+
+def test_what_is_shown_is_the_clip_its_noise_and_what_is_made_of_all_of_it() -> None:
+    objective, batch = denoise(noise=[0.1, 0.5]), pictures()
+    torch.nn.init.zeros_(objective.out.weight)
+    torch.nn.init.constant_(objective.out.bias, 0.4)
+    shown = objective.reconstruct(batch)
+    assert list(shown) == ["input", "noisy", "reconstruction", "note"]
+    torch.testing.assert_close(shown["input"], batch.raw.data)
+    spoiled = noisy(batch.raw, batch.seeds, low=0.1, high=0.5).data
+    torch.testing.assert_close(shown["noisy"], spoiled.clamp(0, 1))
+    torch.testing.assert_close(shown["reconstruction"], torch.full((3, 1, 8, 12), 0.4 * 0.25 + 0.5))
+    assert objective.training
+    with pytest.raises(ValueError, match="masked is given, and denoise hides nothing"):
+        objective.reconstruct(batch, masked=torch.zeros(3, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match="there is no picture of this target"):
+        denoise(pictures=None).reconstruct(batch)
+
+
+def test_noise_can_be_heard_where_sound_can() -> None:
+    torch.manual_seed(0)
+    frontend = SpectrogramPatches(dim=16, size=[4, 4], bands=8, rate=8000)
+    encoder = Encoder(frontend, Transformer(dim=16, depth=1, heads=2), SinCos(16))
+    target = AUDIO_TARGETS["spectrogram"]
+    given: dict[str, Any] = {"target_dim": target.dim(frontend), "pictures": target.pictures, **SMALL}
+    raw = Raw(torch.randn(2, 4000), torch.tensor([4000, 3000]), ["a", "b"], 8000.0)
+    shown = Denoise(encoder, target=target.values, **given).reconstruct(Batch({"audio": raw}, torch.tensor([1, 2])))
+    assert list(shown["sounds"]) == ["input", "noisy", "reconstruction"]
+    assert {x.shape for x in shown["sounds"].values()} == {shown["sounds"]["input"].shape}
+    assert not torch.equal(shown["sounds"]["noisy"], shown["sounds"]["input"])
 
 
 def test_learned_features_and_no_noise_are_refused() -> None:

@@ -138,6 +138,33 @@ def test_a_clip_of_one_token_gives_a_loss_with_a_graph():
     assert torch.isfinite(loss.total)
 
 
+def test_what_is_shown_is_what_was_measured_altered_and_predicted():
+    model, batch = build(noise_prob=0.0), clips((300, 200))
+    torch.nn.init.zeros_(model.predict[-1].weight)
+    shown = model.reconstruct(batch)
+    assert list(shown) == ["input", "altered", "reconstruction", "note"]
+    first, altered, made = (shown[name] for name in ("input", "altered", "reconstruction"))
+    tokens = model.encoder.tokens(batch.raw)
+    frames = 2 * tokens.lengths
+    assert first.shape == (2, 1, 10, int(frames[0]))
+    # each from its own least to its own largest value, and nothing past the end
+    for row in range(2):
+        own = first[row, 0, :, : int(frames[row])]
+        assert (float(own.min()), float(own.max())) == (0.0, 1.0)
+        # zero is predicted everywhere, which a clip brought to mean 0 has in one place of its range
+        assert made[row, 0, :, : int(frames[row])].unique().numel() == 1
+    for x in (first, altered, made):
+        assert (x[1, 0, :, int(frames[1]) :] == 0).all()
+    # the lowest band is the last row, the first frame the first column
+    measured = tokens.feat[0].unflatten(1, (-1, 10)).flatten(0, 1)
+    low, high = measured.min(), measured.max()
+    torch.testing.assert_close(first[0, 0, -1, 0], (measured[0, 0] - low) / (high - low))
+    assert 0 < float((altered != first).float().mean()) < 0.6
+    assert model.training
+    with pytest.raises(ValueError, match="masked is given, and tera draws what it alters"):
+        model.reconstruct(batch, masked=torch.zeros(2, 3, dtype=torch.bool))
+
+
 def test_what_cannot_be_altered_is_refused():
     wave = Encoder(
         Waveform(dim=DIM, layers=[[8, 10, 5]], rate=2000), Transformer(dim=DIM, depth=1, heads=2), SinCos(DIM)
