@@ -370,6 +370,8 @@ def test_error_rates_while_training_are_those_of_the_command(sounds: Path, tmp_p
     # the second word has a character that no training text has: no loss, and a word that is wrong
     data = [f"data.train={rows('train', 'low')}", f"data.valid={rows('test', 'low z')}", "data.on_bad_clip=skip"]
     sizes = ["positions.kernel=4", "objective.mask_prob=0", "data.max_seconds=null", "optimizer.lr=0.01"]
+    # as the command computes: in bfloat16 two characters that are nearly as likely change places
+    sizes.append("trainer.precision=float32")
     folder = train("small/ctc_speech", tmp_path / "run", [*data, *sizes, *TOY[:-1], "trainer.steps=2"])
     while_training = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["evaluation"]
     scores = evaluate(folder, task="ctc", test=tmp_path / "test.jsonl")
