@@ -19,7 +19,11 @@ import subprocess
 import sys
 import time
 
-import torch
+from mmssl.memory import keep_freed_memory
+
+keep_freed_memory()  # as `mmssl pretrain` does, before torch is imported
+
+import torch  # noqa: E402
 
 SIZES = {"small": [], "tiny": ["transformer.dim=48", "transformer.depth=2"]}
 
