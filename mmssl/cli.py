@@ -150,7 +150,8 @@ def embed(
     pool: Annotated[
         str | None,
         typer.Option(
-            help="mean, class, last, slices:4, grid:2x2; +std adds deviations; joint: the space of several modalities.",
+            help="mean, class, last, slices:4, grid:2x2; +std adds deviations; joint: the space of several modalities; "
+            "attention: as a classifier learned it.",
             show_default="joint where there is one, else mean",
         ),
     ] = None,

@@ -305,7 +305,8 @@ class Embedder:
                 mapping {layer: weight} is one layer, the sum of those by their weights: a learned weighting, see
                 `read_weighting`.
             pool: how tokens become the scene, see `Pool.named`; "joint" for vectors of length 1 in the space of several
-                modalities, of the output alone. By default "joint" where there is such a space, and else "mean".
+                modalities, and "attention" as a run of `classify` learned it (`objective.pooling: attention`), before
+                its head: both of the output alone. By default "joint" where there is such a space, and else "mean".
             rate: samples or frames per second of arrays, where it is not the encoder's own.
             tokens: keep every token, not only the scenes; "steps" keeps one for each step of time, the mean over the
                 bands or patches of that step. Their times are in `Embeddings.time_ms`.
@@ -730,6 +731,8 @@ class Embedder:
 
     def _pool(self, pool: str | None, layers: Sequence[Layer]) -> Pooling:
         pool = self.pool_name(pool, layers)
+        if pool == "attention":
+            return self._attention(layers)
         if pool != "joint":
             return Pool.named(pool)
         joint = self._joint
@@ -738,6 +741,22 @@ class Embedder:
         if list(layers) != [-1]:
             raise ValueError("pool='joint': only the output (layer -1) is brought into the space of all modalities")
         return lambda x, encoded, tokens: joint(encoded)
+
+    def _attention(self, layers: Sequence[Layer]) -> Pooling:
+        """The pooling that a classifier learned."""
+        settings = self.config.get("objective") or {}
+        if not self._head or settings.get("name") != "classify" or settings.get("pooling") != "attention":
+            raise ValueError(
+                f"pool='attention': {self.name} learned none; `mmssl finetune` it with objective.pooling=attention, or "
+                f"choose {NAMES}"
+            )
+        if settings.get("weighted_layers") or list(layers) != [-1]:
+            raise ValueError(
+                "pool='attention': was learned on the output (layer -1) alone, or on all layers by learned weights "
+                "(objective.weighted_layers), which embed does not give; choose another pool"
+            )
+        learned = self.objective.pool
+        return lambda x, encoded, tokens: learned(x.float(), encoded.lengths, encoded.n_prefix)
 
     def _layers(self, layer: int | Mapping[int, float] | Sequence[Layer] | Literal["all"]) -> list[Layer]:
         if layer != "all" and (isinstance(layer, str) or not isinstance(layer, int | Iterable)):

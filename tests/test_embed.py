@@ -320,6 +320,7 @@ def test_inputs_that_are_none_are_refused(speech: Embedder, given: Any, words: s
         ({"rate": 0}, "rate=0: must be above 0"),
         ({"rate": float("nan")}, "rate=nan: must be above 0"),
         ({"pool": "median"}, "pool='median': choose mean"),
+        ({"pool": "attention"}, "pool='attention': .* learned none; `mmssl finetune` it"),
         ({"layer": "last"}, "layer='last': give a number"),
         ({"layer": None}, "layer=None: give a number"),
         ({"layer": []}, "name at least one"),
@@ -528,6 +529,23 @@ def test_classes_of_a_clip_are_those_above_the_threshold_the_likeliest_first(tmp
     assert embedder.predict(["missing.png", pictures[0]], on_bad_clip="skip") == [None, ["dog"]]
     with pytest.raises(ValueError, match="threshold=1: must be a probability, from 0 to below 1"):
         embedder.predict(pictures, threshold=1)
+
+
+def test_the_pooling_that_a_classifier_learned_gives_what_its_head_sees(tmp_path: Path) -> None:
+    settings = {"name": "classify", "pooling": "attention", "pool_heads": 2}
+    config = {**IMAGE, "augment_eval": [], "objective": settings}
+    embedder = load(exported(tmp_path / "run", config, tuned=True))
+    pictures = [torch.rand(1, 8, 8), torch.rand(1, 8, 16), torch.rand(1, 12, 8)]
+    scenes = torch.as_tensor(embedder.embed(pictures, pool="attention").scene)
+    with torch.no_grad():
+        assert torch.equal(embedder.objective.head(scenes).softmax(1), embedder.probabilities(pictures))
+    for alone, scene in zip(pictures, scenes, strict=True):
+        assert torch.allclose(torch.as_tensor(embedder.embed(alone, pool="attention").scene)[0], scene, atol=1e-6)
+    with pytest.raises(ValueError, match="was learned on the output .layer -1. alone"):
+        embedder.embed(pictures, pool="attention", layer=1)
+    weighted = {**config, "objective": settings | {"weighted_layers": True}}
+    with pytest.raises(ValueError, match="by learned weights .objective.weighted_layers., which embed does not give"):
+        load(exported(tmp_path / "weighted", weighted, tuned=True)).embed(pictures, pool="attention")
 
 
 def test_a_threshold_is_for_several_classes_a_clip_only(speech: Embedder, image: Embedder, pictures: Path) -> None:
