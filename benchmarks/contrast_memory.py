@@ -19,11 +19,9 @@ import subprocess
 import sys
 import time
 
+import torch
+
 from mmssl.memory import keep_freed_memory
-
-keep_freed_memory()  # as `mmssl pretrain` does, before torch is imported
-
-import torch  # noqa: E402
 
 SIZES = {"small": [], "tiny": ["transformer.dim=48", "transformer.depth=2"]}
 
@@ -45,6 +43,7 @@ def one(args: argparse.Namespace) -> tuple[float, float]:
     from mmssl.resolve import resolve
     from mmssl.types import Batch, Raw
 
+    keep_freed_memory()  # as `mmssl pretrain` does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     settings = [f"objective.name={args.objective}", "objective.same=null", "data.train=none.jsonl", *SIZES[args.size]]

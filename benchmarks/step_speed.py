@@ -256,9 +256,6 @@ def compare(modality: str, size: str, precision: torch.dtype, rounds: int) -> No
     wires, workers, operations = [], [], []
     for side, keep in SIDES:
         wire, end = spawn.Pipe()
-        os.environ.pop("THP_MEM_ALLOC_ENABLE", None)
-        if keep:
-            keep_freed_memory()  # what it asks of torch has to be there before torch is; the rest is per process
         worker = spawn.Process(target=work, args=(side, keep, modality, size, precision, end), daemon=True)
         worker.start()
         end.close()  # so that a process that dies is noticed

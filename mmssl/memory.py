@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
 # of mallopt, in glibc's malloc.h
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -15,18 +16,32 @@ def keep_freed_memory() -> None:
     By default each large tensor of each update is new memory, which the system clears page by page when it is first
     written: a fifth of the time of a bfloat16 step of MAE base in transformers (benchmarks/README.md). What a process
     holds is then its peak. Without glibc nothing is done, nor where the environment says how it is to keep memory.
-
-    Where torch is not imported yet it is also asked to let tensors of 2 MiB and more begin at whole large pages. glibc
-    does not give a place that was aligned to 64 bytes to a tensor of the same size once a small object has taken the
-    bytes left over beside it, so each size leaves holes; those left over beside large pages serve other tensors.
     """
     if any(f"MALLOC_{name}_" in os.environ for name in ("TRIM_THRESHOLD", "MMAP_THRESHOLD", "MMAP_MAX")):
         return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+    mallopt = _of_glibc("mallopt")
+    if mallopt is None:
         return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once, while it is imported
     # A threshold would not do: glibc takes none above 32 MiB, so each larger tensor would still be new memory.
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def hand_back_freed_memory() -> None:
+    """Give the system every free page, where glibc holds some: for work whose memory is to stay small.
+
+    Large tensors of equal size do not fill each other's places: glibc aligns a tensor within a place that is a little
+    larger, and once a small object has taken what is left over beside it, the next tensor does not fit. The holes of
+    many batches in turn add up to more than the tensors ever held; empty, they cost nothing.
+    """
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    """A function of the C library; None in musl, macOS and Windows, which lack it."""
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):
+        return None

@@ -14,7 +14,7 @@ ARROWS = {
     "memory": [],
     "progress": [],
     "recipe": [],
-    "nn": ["types"],
+    "nn": ["types", "memory"],
     "encoder": PARTS,
     "modalities": [*PARTS, "files", "data.units"],  # the codes that `mmssl units` writes are what one modality reads
     "objectives": [*PARTS, "encoder", "distributed"],

@@ -39,3 +39,31 @@ def test_the_memory_of_an_update_serves_the_next() -> None:
     # who sets a threshold has thought about it
     assert 10 * kept < faults("kept", MALLOC_TRIM_THRESHOLD_="65536")
     assert 10 * kept < faults("kept", MALLOC_MMAP_MAX_="65536", MALLOC_MMAP_THRESHOLD_="131072")
+
+
+HANDED_BACK = """
+import numpy as np
+from mmssl.memory import hand_back_freed_memory, keep_freed_memory
+keep_freed_memory()
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4 // 1024
+arrays = [np.ones(2**20) for _ in range(16)]  # of 8 MiB
+last = np.ones(2**17)  # so that they are holes, and not the end of the heap
+full = held()
+del arrays
+print(full - held())
+hand_back_freed_memory()
+print(full - held())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_holes_between_what_stays_are_handed_back_when_asked() -> None:
+    given = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", HANDED_BACK], env=given, capture_output=True, text=True, check=True, timeout=120
+    )
+    kept, handed_back = (int(line) for line in done.stdout.split())
+    assert kept < 8
+    assert handed_back > 100

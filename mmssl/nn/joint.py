@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmssl.memory import hand_back_freed_memory
 from mmssl.nn.heads import POOLS
 from mmssl.nn.partners import Metrics
 from mmssl.nn.spread import spread
@@ -93,6 +94,8 @@ def in_parts(encode: Callable[[Raw], Tensor], raw: Raw, parts: int) -> Tensor:
         part, count = raw.part(own), len(rows)
 
         def again(data: Tensor, part: Raw = part, count: int = count) -> Tensor:
+            if data.device.type == "cpu":
+                hand_back_freed_memory()
             return encode(replace(part, data=data))[:count]
 
         # the data by itself: where it lies is where the random numbers are drawn that must come again
