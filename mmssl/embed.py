@@ -750,11 +750,13 @@ class Embedder:
                 f"pool='attention': {self.name} learned none; `mmssl finetune` it with objective.pooling=attention, or "
                 f"choose {NAMES}"
             )
-        if settings.get("weighted_layers") or list(layers) != [-1]:
+        if settings.get("weighted_layers"):
             raise ValueError(
-                "pool='attention': was learned on the output (layer -1) alone, or on all layers by learned weights "
-                "(objective.weighted_layers), which embed does not give; choose another pool"
+                f"pool='attention': {self.name} learned it on all layers by their weights (objective.weighted_layers), "
+                f"and embed pools a layer as it is; choose {NAMES}"
             )
+        if list(layers) != [-1]:
+            raise ValueError("pool='attention': was learned on the output alone; take layer=-1")
         learned = self.objective.pool
         return lambda x, encoded, tokens: learned(x.float(), encoded.lengths, encoded.n_prefix)
 

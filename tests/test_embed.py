@@ -541,10 +541,10 @@ def test_the_pooling_that_a_classifier_learned_gives_what_its_head_sees(tmp_path
         assert torch.equal(embedder.objective.head(scenes).softmax(1), embedder.probabilities(pictures))
     for alone, scene in zip(pictures, scenes, strict=True):
         assert torch.allclose(torch.as_tensor(embedder.embed(alone, pool="attention").scene)[0], scene, atol=1e-6)
-    with pytest.raises(ValueError, match="was learned on the output .layer -1. alone"):
+    with pytest.raises(ValueError, match="was learned on the output alone; take layer=-1"):
         embedder.embed(pictures, pool="attention", layer=1)
     weighted = {**config, "objective": settings | {"weighted_layers": True}}
-    with pytest.raises(ValueError, match="by learned weights .objective.weighted_layers., which embed does not give"):
+    with pytest.raises(ValueError, match="weighted learned it on all layers by their weights"):
         load(exported(tmp_path / "weighted", weighted, tuned=True)).embed(pictures, pool="attention")
 
 

@@ -6,6 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from mmssl.nn.joint import in_parts
+from mmssl.types import Raw
 
 ROUNDS = """
 import resource, sys
@@ -67,3 +71,25 @@ def test_holes_between_what_stays_are_handed_back_when_asked() -> None:
     kept, handed_back = (int(line) for line in done.stdout.split())
     assert kept < 8
     assert handed_back > 100
+
+
+def test_a_batch_in_parts_hands_memory_back_before_each_part_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("mmssl.nn.joint.hand_back_freed_memory", lambda: done.append("handed back"))
+    weight = torch.ones(3, requires_grad=True)
+
+    def encode(raw: Raw) -> torch.Tensor:
+        done.append(raw.ids[0])
+        return (raw.data * weight).square()
+
+    def gradient(parts: int) -> torch.Tensor:
+        done.clear()
+        raw = Raw(torch.arange(12.0).view(4, 3), torch.full((4,), 3), ["a", "b", "c", "d"])
+        return torch.autograd.grad(in_parts(encode, raw, parts).sum(), weight)[0]
+
+    whole = gradient(1)
+    assert done == ["a"]  # a batch at once keeps its memory
+    assert torch.allclose(gradient(2), whole)
+    assert done[:4] == ["handed back", "a", "handed back", "c"]
+    assert done[4::2] == ["handed back"] * 2
+    assert sorted(done[5::2]) == ["a", "c"]
