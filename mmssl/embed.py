@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
@@ -19,20 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.build import build_encoders, build_objective
-from mmssl.clips import Clips, Input, Item, find_clips, groups, spread_out, whole, windows
+from mmssl.clips import Clips, Input, Item, find_clips, spread_out, whole
 from mmssl.convert.folder import open_encoder
-from mmssl.data.batching import collate_samples
 from mmssl.data.text import CharVocabulary
 from mmssl.encoder import Encoder, Encoders
 from mmssl.evaluation.speech import best_path, prefix_beam
 from mmssl.evaluation.word_beam import WordBeam
+from mmssl.gather import Gathered, check_grouping, over_clips, over_windows, overflowed
 from mmssl.nn.linear import Linear
 from mmssl.nn.pooling import NAMES, Pool
 from mmssl.nn.positions import Convolutional
-from mmssl.progress import bar
 from mmssl.recipe import members
 from mmssl.recordings import Windows, by_steps, encode_long, time_axis
-from mmssl.types import BadClip, Batch, Embeddings, Encoded, Raw, Tokens, valid_mask
+from mmssl.types import BadClip, Batch, Embeddings, Encoded, Raw, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -337,15 +335,15 @@ class Embedder:
             return one.embed(inputs, layer=layer, pool=pool, **same)
         layers = self._layers(layer)
         pooled, cut = self._pool(pool, layers), self._cut(window, overlap, batch_size, batch_seconds)
-        _check_run(batch_size, batch_seconds, on_bad_clip)
+        check_grouping(batch_size, batch_seconds, on_bad_clip)
         clips = inputs if isinstance(inputs, Clips) else self.clips(inputs, rate=rate, window=window)
-        gathered = [_Gathered(len(clips), keep=bool(tokens)) for _ in layers]
+        gathered = [Gathered(len(clips), keep=bool(tokens)) for _ in layers]
 
         def compute(batch: Batch, places: list[int]) -> None:
             self._embed(batch, layers, pooled, tokens, cut, places, gathered)
 
-        names, bad = self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
-        for name in _overflowed(names, bad, gathered):
+        names, bad = over_clips(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
+        for name in overflowed(names, bad, gathered):
             if on_bad_clip == "raise":
                 raise BadClip(name, f"{NOT_FINITE}; on_bad_clip=skip (--on-bad-clip skip) leaves such clips out")
             bad[name] = NOT_FINITE
@@ -380,7 +378,7 @@ class Embedder:
         asked = self._layers(layers)
         pooled, cut = self._pool(pool, asked), self._cut(window, overlap, batch_size, batch_seconds)
         clips = inputs if isinstance(inputs, Clips) else self.clips(inputs, window=window)
-        gathered: list[_Gathered] = []
+        gathered: list[Gathered] = []
         first = 0
 
         def compute(batch: Batch, places: list[int]) -> None:
@@ -389,10 +387,10 @@ class Embedder:
         def begin(ahead: list[Item]) -> None:
             nonlocal first
             first = ahead[0].place
-            gathered[:] = [_Gathered(len(ahead), keep=bool(tokens)) for _ in asked]
+            gathered[:] = [Gathered(len(ahead), keep=bool(tokens)) for _ in asked]
 
-        run = self._windows(clips, compute, batch_size, batch_seconds, on_bad_clip, progress, places, begin)
-        for ahead in run:
+        read = over_windows(clips, compute, batch_size, batch_seconds, on_bad_clip, progress, places, begin)
+        for ahead in read:
             names = [item.name for item in ahead]
             bad = {item.name: item.error.reason for item in ahead if item.error is not None}
             del ahead  # and with it the clips themselves, before whoever asked goes on
@@ -416,7 +414,7 @@ class Embedder:
         """
         self._pool(pool, self._layers(layers))
         self._cut(window, overlap, batch_size, batch_seconds)
-        _check_run(batch_size, batch_seconds, on_bad_clip)
+        check_grouping(batch_size, batch_seconds, on_bad_clip)
 
     def _cut(
         self, window: float | None, overlap: float | None, batch_size: int, batch_seconds: float
@@ -434,7 +432,7 @@ class Embedder:
         tokens: bool | Literal["steps"],
         cut: Windows | None,
         places: list[int],
-        gathered: Sequence[_Gathered],
+        gathered: Sequence[Gathered],
     ) -> None:
         """Compute a batch, and put each layer of it where it belongs."""
         raw = batch.raw
@@ -544,7 +542,7 @@ class Embedder:
             raw = batch.raw.to(self.device)
             see(places, raw, *self._encode(raw, asked))
 
-        return self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress, all_may_be_bad=True)[1]
+        return over_clips(clips, compute, batch_size, batch_seconds, on_bad_clip, progress, all_may_be_bad=True)[1]
 
     def predict(
         self,
@@ -614,7 +612,7 @@ class Embedder:
             for place, text in zip(places, texts, strict=True):
                 said[place] = text
 
-        self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
+        over_clips(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
         return said
 
     def probabilities(
@@ -660,7 +658,7 @@ class Embedder:
                     logits = objective.predict(batch.to(self.device)).cpu()
                 found[places] = logits.sigmoid() if objective.multi_label else logits.softmax(1)
 
-            self._run(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
+            over_clips(clips, compute, batch_size, batch_seconds, on_bad_clip, progress)
             parts.append(found)
         # in float64, so that the mean of the same is the same
         return torch.stack(parts).double().mean(0).float()
@@ -711,7 +709,7 @@ class Embedder:
                 shown = objective.reconstruct(batch.to(self.device), masked=hidden)
             found[place] = _first(shown)
 
-        self._run(clips, compute, 1, math.inf, on_bad_clip, progress=False)
+        over_clips(clips, compute, 1, math.inf, on_bad_clip, progress=False)
         return found
 
     def pool_name(self, pool: str | None, layers: Sequence[Layer]) -> str:
@@ -835,80 +833,6 @@ class Embedder:
             float(raw.starts[row]),
         )
 
-    def _run(
-        self,
-        clips: Clips,
-        compute: Callable[[Batch, list[int]], None],
-        batch_size: int,
-        batch_seconds: float,
-        on_bad_clip: str,
-        progress: bool,
-        *,
-        all_may_be_bad: bool = False,
-    ) -> tuple[list[str], dict[str, str]]:
-        """Call `compute` on groups of clips that were read ahead; ids in order, and the reasons of bad clips."""
-        names, bad, left_out = [""] * len(clips), {}, 0
-        for window in self._windows(clips, compute, batch_size, batch_seconds, on_bad_clip, progress):
-            for item in window:
-                names[item.place] = item.name
-                if item.error is not None:
-                    bad[item.name] = item.error.reason
-                    left_out += 1
-        if left_out == len(clips) and not all_may_be_bad:
-            first = next(iter(bad))
-            raise ValueError(f"none of the {len(clips)} clips can be read; the first is {first} ({bad[first]})")
-        return names, bad
-
-    @torch.no_grad()  # not inference mode: what is returned may be trained on
-    def _windows(
-        self,
-        clips: Clips,
-        compute: Callable[[Batch, list[int]], None],
-        batch_size: int,
-        batch_seconds: float,
-        on_bad_clip: str,
-        progress: bool,
-        places: range | None = None,
-        begin: Callable[[list[Item]], None] = lambda window: None,
-    ) -> Iterator[list[Item]]:
-        """Read clips ahead, and yield each window of them once `compute` was called on all of its groups.
-
-        Args:
-            places: of the clips; all by default.
-            begin: called with each window before it is computed.
-        """
-        _check_run(batch_size, batch_seconds, on_bad_clip)
-        count = len(clips) if places is None else len(places)
-        tokenizer = clips.frontend.reader_settings.get("tokenizer")
-        before = 0 if tokenizer is None else tokenizer.cut
-        with closing(windows(clips, batch_size, places)) as ahead, bar("embedding", count, shown=progress) as advance:
-            for window in ahead:
-                begin(window)
-                good = []
-                for item in window:
-                    if item.error is None:
-                        good.append(item)
-                    elif on_bad_clip == "raise":
-                        line = clips.line(item.place)
-                        raise BadClip(
-                            item.error.path,
-                            f"{item.error.reason}{f' (at {line})' if line else ''}; on_bad_clip=skip (--on-bad-clip "
-                            "skip) goes on without such clips",
-                        )
-                for group in groups(good, batch_size, batch_seconds):
-                    samples = [item.sample for item in group if item.sample is not None]
-                    compute(collate_samples(samples), [item.place for item in group])
-                    advance(len(group))
-                advance(len(window) - len(good))
-                yield window
-        if tokenizer is not None and tokenizer.cut > before:
-            log.warning(
-                "%d of %d captions are longer than the context of %d tokens, and were cut",
-                tokenizer.cut - before,
-                count,
-                tokenizer.context,
-            )
-
 
 def _first(shown: Mapping[str, Any]) -> dict[str, Any]:
     """Of what `MAE.reconstruct` gives that of the first clip, on the CPU."""
@@ -920,63 +844,7 @@ def _first(shown: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_run(batch_size: int, batch_seconds: float, on_bad_clip: str) -> None:
-    if batch_size < 1 or batch_seconds <= 0:
-        raise ValueError(f"batch_size={batch_size}, batch_seconds={batch_seconds}: both must be above 0")
-    if on_bad_clip not in ("raise", "skip"):
-        raise ValueError(f"on_bad_clip={on_bad_clip!r}: choose raise or skip")
-
-
 def _above(probabilities: Tensor, classes: Sequence[str], threshold: float) -> list[str]:
     """The classes whose probability is above a threshold, the likeliest first."""
     order = probabilities.argsort(descending=True, stable=True).tolist()
     return [classes[i] for i in order if float(probabilities[i]) > threshold]
-
-
-def _overflowed(names: Sequence[str], bad: Mapping[str, str], gathered: Sequence[_Gathered]) -> list[str]:
-    """The clips that were read and whose vectors are no numbers, as those of enormous samples are."""
-    scenes = [into.scene for into in gathered if into.scene is not None]
-    if not scenes:
-        return []
-    finite = torch.stack([scene.isfinite().all(1) for scene in scenes]).all(0)
-    return [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine and name not in bad]
-
-
-class _Gathered:
-    """The embeddings of one layer, put together clip by clip."""
-
-    def __init__(self, count: int, *, keep: bool) -> None:
-        self.count = count
-        self.keep = keep
-        self.scene: Tensor | None = None
-        self.tokens: dict[int, Tensor] = {}
-        self.times: dict[int, Tensor] = {}
-
-    def add(self, places: list[int], scene: Tensor, x: Tensor, lengths: Tensor, times: Tensor | None) -> None:
-        """Scenes (B, E), tokens (B, N, D) and their times (B, N) of the clips at `places`."""
-        if self.scene is None:
-            self.scene = torch.full((self.count, scene.shape[1]), torch.nan)
-        self.scene[places] = scene.float().cpu()
-        if not self.keep:
-            return
-        x, times = x.float().cpu(), None if times is None else times.cpu()
-        for row, (place, length) in enumerate(zip(places, lengths.tolist(), strict=True)):
-            # a copy, so that no padding is kept
-            self.tokens[place] = x[row, :length].clone()
-            if times is not None:
-                self.times[place] = times[row, :length].clone()
-
-    def result(self, names: list[str], bad: dict[str, str]) -> Embeddings:
-        if self.scene is None:
-            self.scene = torch.zeros(self.count, 0)
-        longest = max((len(x) for x in self.tokens.values()), default=0)
-        width = next((x.shape[1] for x in self.tokens.values()), 0)
-        tokens = torch.zeros(self.count if longest else len(names), longest, width)
-        lengths = torch.zeros(self.count, dtype=torch.int64)
-        times = torch.zeros(self.count, longest) if self.times else None
-        for place in list(self.tokens):
-            x = self.tokens.pop(place)
-            tokens[place, : len(x)], lengths[place] = x, len(x)
-            if times is not None:
-                times[place, : len(x)] = self.times.pop(place)
-        return Embeddings(self.scene, tokens, valid_mask(lengths, longest), times, names, bad)

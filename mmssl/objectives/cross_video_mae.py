@@ -111,7 +111,8 @@ class CrossVideoMAE(nn.Module):
         step = (uniform(batch.seeds, 1, stream=_STEP)[:, 0] * steps).long()
         frame, index = _frame(tokens, step, places)
         plans = [tube_mask(tokens, ratio=self.mask_ratio, seeds=batch.seeds + other) for other in (0, 1)]
-        frame_plan = random_mask(frame.lengths, ratio=self.frame_mask_ratio, seeds=batch.seeds)
+        # other seeds than the clip's: from the same the frame would hide none of the places that the clip shows
+        frame_plan = random_mask(frame.lengths, ratio=self.frame_mask_ratio, seeds=batch.seeds + 2)
         seen = [self.encoder(tokens, plan, self.hide) for plan in plans]
         shown = self.encoder(frame, frame_plan, self.hide)
 

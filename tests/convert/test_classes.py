@@ -18,6 +18,7 @@ import mmssl
 from mmssl.build import build_encoder, build_objective
 from mmssl.convert.folder import convert, open_encoder
 from mmssl.embed import Embedder
+from mmssl.gather import over_clips
 from mmssl.training.checkpoint import export_encoder
 
 transformers = pytest.importorskip("transformers")
@@ -86,7 +87,7 @@ def save(model: Any, name: str, folder: Path) -> Any:
 
 def ours_of(embedder: Embedder, clips: list[Any]) -> Tensor:
     found: list[Tensor] = []
-    embedder._run(
+    over_clips(
         embedder.clips(clips),
         lambda batch, places: found.append(embedder.objective.predict(batch)),
         1,

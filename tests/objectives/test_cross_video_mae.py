@@ -17,6 +17,7 @@ from mmssl.nn.masking import plan_of, random_mask, tube_mask
 from mmssl.nn.positions import SinCos
 from mmssl.nn.seeds import uniform
 from mmssl.nn.transformer import Transformer
+from mmssl.objectives import cross_video_mae
 from mmssl.objectives.cross_video_mae import CrossVideoMAE
 from mmssl.types import Batch, Raw
 
@@ -56,7 +57,7 @@ def plainly(model: CrossVideoMAE, row: int, step: int) -> tuple[torch.Tensor, to
             own = model.projector(encoded.x[:, 1:][:, there].mean(1))[0]
     raw = replace(one.raw, data=one.raw.data[:, :, 2 * step : 2 * step + 2], lengths=torch.tensor([2]))
     frame = model.encoder.tokens(raw)
-    plan = random_mask(frame.lengths, ratio=0.5, seeds=one.seeds)
+    plan = random_mask(frame.lengths, ratio=0.5, seeds=one.seeds + 2)
     encoded = model.encoder(frame, plan, "drop")
     of_frame = (model.predictor(encoded, frame, plan) - frame.feat[plan.masked]).square().mean()
     return sum(errors) / 2, of_frame, [*vectors, model.projector(encoded.x[:, 1:].mean(1))[0], own]
@@ -102,6 +103,27 @@ def test_the_frame_is_reconstructed_from_itself_alone() -> None:
         after = model(Batch({"video": replace(one.raw, data=data)}, one.seeds)).metrics
         assert bool(after["frame_loss"][0] != before["frame_loss"][0]) == (changed == step)
         assert after["clip_loss"][0] != before["clip_loss"][0]
+
+
+def test_the_frame_shows_other_places_than_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+
+    def kept(make: Any) -> Any:
+        def recorded(*given: Any, **settings: Any) -> Any:
+            plans.append(make(*given, **settings))
+            return plans[-1]
+
+        return recorded
+
+    monkeypatch.setattr(cross_video_mae, "tube_mask", kept(tube_mask))
+    monkeypatch.setattr(cross_video_mae, "random_mask", kept(random_mask))
+    data = torch.rand(64, 1, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    raw = Raw(data, torch.full((64,), 2), [str(row) for row in range(64)], 5.0)
+    made(mask_ratio=0.5, frame_mask_ratio=0.5)(Batch({"video": raw}, torch.arange(64)))
+    *of_clip, of_frame = [~plan.masked for plan in plans]
+    for visible in of_clip:
+        # of 8 visible places of 16 half by chance: 4 on average, with a deviation of 1.03 for one clip
+        assert abs(float((visible & of_frame).sum(1).float().mean()) - 4) < 4 * 1.03 / 8
 
 
 def test_a_mask_that_leaves_one_place_leaves_it_in_every_step() -> None:
