@@ -389,15 +389,17 @@ def _captions(item: object, name: str) -> list[str]:
     """The captions of an input for an encoder of text: a string is one, and a .txt file has one a line.
 
     Raises:
-        ValueError: another kind of input, a file that cannot be read, or none.
+        ValueError: another kind of input, a folder, or a file that cannot be read or is not there.
     """
-    if isinstance(item, str) and not (item.endswith(".txt") and os.path.exists(item)):
+    named = isinstance(item, str) and item.lower().endswith(".txt") and (len(item.split()) == 1 or os.path.exists(item))
+    if isinstance(item, str) and not named and not os.path.isdir(item):
         return [item]
     if not isinstance(item, (str, Path)):
         raise ValueError(f"{name}: {type(item).__name__} is no caption; give text, a .txt file or a manifest")
     try:
         refuse_special(item)
-        lines = Path(item).read_text(encoding="utf-8").splitlines()
+        # at line ends alone: captions may hold other characters at which a text is divided
+        lines = Path(item).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "not UTF-8"
         raise ValueError(f"{item}: {reason}; give a text file with a caption in each line") from None

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mmssl.data.manifest import Manifest, Row, write_manifest
-from mmssl.embed import Embedder, load
+from mmssl.embed import NOT_FINITE, Embedder, load
 from mmssl.modalities import MODALITIES
 from mmssl.types import BadClip
 
@@ -168,6 +168,8 @@ class Index:
             raise BadClip(name, reason)
         if more or len(found.ids) != 1:
             raise ValueError(f"{query}: holds several clips; search with one at a time")
+        if not found.scene.isfinite().all():
+            raise BadClip(str(query), NOT_FINITE)
         scores, places = self._vectors.search(_unit(found.scene.numpy()), min(k, len(self)))  # type: ignore[union-attr]
         return [Hit(float(score), self.clips[int(place)]) for score, place in zip(scores[0], places[0], strict=True)]
 

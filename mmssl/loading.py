@@ -327,7 +327,7 @@ def build_plan(recipe: Recipe, manifest: Manifest, *, side: Literal["train", "ev
         )
     lengths = np.ones(len(manifest), np.float32)
     if by_length:
-        stated = manifest.lengths()
+        stated = manifest.lengths({MODALITIES[name].media for name in timed})
         each = [extents(own, side, MODALITIES[name].durations, stated) for name, own in timed.items()]
         lengths = np.stack(each).max(0)
     try:

@@ -146,6 +146,13 @@ def test_captions_are_found_by_a_picture_and_files_without_a_manifest_by_a_file(
         Index("plain", device="cpu").search("a heart")
 
 
+def test_a_query_without_a_vector_finds_nothing_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Index("i", device="cpu")
+    monkeypatch.setattr(index.embedder.encoder["image"].frontend.project.bias, "data", torch.full((16,), torch.inf))
+    with pytest.raises(BadClip, match="1.png: its vector is not finite"):
+        index.search("1.png")
+
+
 def test_a_job_of_several_processes_that_was_cut_off_gives_the_same_index(folder: Path) -> None:
     code, said = cli("embed", "run", "all.jsonl", "--modality", "image", "--index", "shared", "--part", "2/2")
     assert code == 0

@@ -1,6 +1,7 @@
 """Pairs from the row to the joint space: what a recipe of several modalities says, reads, trains and embeds."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -371,7 +372,9 @@ def test_of_three_modalities_a_row_may_lack_one(folder: Path) -> None:
         {"audio": "a.wav", "seconds": 0.5, "image": "2.png", "id": "last"},
     ]
     write_manifest("train.jsonl", rows)
-    clips, *_ = dataset(["data.bucket=false"])
+    clips, recipe, manifest = dataset()
+    # what has no sound lies beside the shortest that have
+    assert build_plan(recipe, manifest, side="train").lengths.tolist() == [0.5] * 4
     batch = collate_samples([clips.read(i, 0) for i in range(4)])
     assert {name: rows.tolist() for name, rows in batch.rows.items()} == {
         "image": [0, 2, 3],
@@ -381,13 +384,31 @@ def test_of_three_modalities_a_row_may_lack_one(folder: Path) -> None:
     assert batch.ids == ["0.png", "a.wav", "a.wav", "last"]
     assert torch.equal(batch.of("speech").seeds, batch.seeds[1:])
     assert len(batch.inputs["speech"]) == 3
-    run = train("toy.yaml", "run", ["data.bucket=false"])
+    run = train("toy.yaml", "run")
     assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
+    write_manifest("train.jsonl", [*rows, {"audio": "a.wav", "text": "of unknown length"}])
+    with pytest.raises(ValueError, match="train.jsonl:5: the row has no 'seconds', which batches by length need"):
+        train("toy.yaml", "other")
     write_manifest("train.jsonl", [*rows, {"text": "alone"}])
     with pytest.raises(
         ValueError, match="train.jsonl:5: a row needs at least two of 'image', 'text', 'audio' to learn"
     ):
-        dataset(["data.bucket=false"])
+        dataset()
+
+
+def test_pairs_with_equal_captions_are_the_same_whichever_of_several_is_read(folder: Path) -> None:
+    rows = [
+        {"image": "0.png", "text": "one"},
+        {"image": "1.png", "text": ["one", "two"]},
+        {"image": "2.png", "text": ["two", "three"]},
+    ]
+    write_manifest("train.jsonl", rows)
+    seen, *_ = dataset(["objective.same=text"])
+    for epoch in range(12):
+        samples = [seen.read(row, epoch) for row in range(3)]
+        texts = [sample.inputs["text"].tolist() for sample in samples]
+        for one, other in combinations(range(3), 2):
+            assert (samples[one].label == samples[other].label) == (texts[one] == texts[other])
 
 
 def test_a_broken_half_follows_the_policy(folder: Path) -> None:

@@ -171,10 +171,12 @@ class ManifestDataset(Dataset[Sample]):
         seed = _hash(self.seed, epoch, row["id"])
         # spawned from the seed, not equal to it: masks are drawn from the seed too
         generator = np.random.default_rng([seed, 1])
+        texts = {name: key for name, key in self.media.items() if key not in MEDIA and key in row}
+        # what is said of a row below is said of the caption that is read
+        row = row | {key: self._caption(row[key], seed) for key in texts.values()}
         raw, drawn = self._raw(index, row, generator)
         starts: dict[str, float | None] = {name: start if part else None for name, (start, _, part) in drawn.items()}
-        texts = {name: key for name, key in self.media.items() if key not in MEDIA and key in row}
-        raw = raw | {name: self._read_text(name, row["id"], row[key], seed) for name, key in texts.items()}
+        raw = raw | {name: self._read_text(name, row["id"], row[key]) for name, key in texts.items()}
         inputs = {}
         for name, clip in ((name, raw[name]) for name in self.media if name in raw):
             try:
@@ -245,9 +247,13 @@ class ManifestDataset(Dataset[Sample]):
         """Where a modality stands in what is read of a row: those with a span in the order of `spans`."""
         return list(self.spans).index(name) if name in self.spans else len(self.spans)
 
-    def _read_text(self, name: str, id: str, value: Any, seed: int) -> Tensor:
+    def _caption(self, value: Any, seed: int) -> Any:
+        """Of a text that is a list the one that is read."""
         if isinstance(value, list) and value:
-            value = value[_hash(seed, "text") % len(value) if self.draws else 0]
+            return value[_hash(seed, "text") % len(value) if self.draws else 0]
+        return value
+
+    def _read_text(self, name: str, id: str, value: Any) -> Tensor:
         try:
             return self.readers[name](value)
         except BadClip as error:
@@ -268,7 +274,9 @@ class ManifestDataset(Dataset[Sample]):
         segment: dict[str, Any] = {key: float(place[key]) for key in timed if key in place}
         segment |= {key: place[key] for key in self.hints.get(name, ()) if key in place}
         if name in self.spans:
-            segment["span"] = partial(self._draw, name, row["id"], generator, drawn)
+            # where tracks of a clip go on for longer than its row says, others may have ended
+            stated = float(row.get("seconds", math.inf)) if len(self.spans) > 1 else math.inf
+            segment["span"] = partial(self._draw, name, row["id"], generator, drawn, stated)
         if "offset" not in place:
             return self.readers[name](path, **segment)
         try:
@@ -277,14 +285,16 @@ class ManifestDataset(Dataset[Sample]):
             raise BadClip(f"{path}#{place['offset']}", error.reason) from None
 
     def _draw(
-        self, name: str, id: str, generator: np.random.Generator, drawn: Drawn, seconds: float
+        self, name: str, id: str, generator: np.random.Generator, drawn: Drawn, stated: float, seconds: float
     ) -> tuple[float, float]:
-        """A span of a file of so many seconds, within the first that was drawn of this clip; it is noted there."""
+        """A span of a file of so many seconds, `stated` at most, within the first that was drawn of this clip; it is
+        noted there."""
+        whole, seconds = seconds, min(seconds, stated)
         begin, room, _ = next(iter(drawn.values()), (0.0, seconds, False))
         if begin >= seconds:
             raise BadClip(id, f"its {name} ends at {seconds:.2f} s, and what is read of it begins at {begin:.2f} s")
         start, duration = self.spans[name](min(room, seconds - begin), rng=generator)
-        drawn[name] = begin + start, duration, duration < seconds
+        drawn[name] = begin + start, duration, duration < whole
         return begin + start, duration
 
     def _check_length(self, name: str, row: dict[str, Any], clip: Tensor) -> None:

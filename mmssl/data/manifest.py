@@ -12,7 +12,7 @@ import os
 import re
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from types import UnionType
@@ -77,19 +77,28 @@ class Manifest(Sequence[Row]):
                 handle.seek(offset)
                 yield self._row(handle.readline(), int(offset))
 
-    def lengths(self) -> np.ndarray:
+    def lengths(self, media: Collection[str] | None = None) -> np.ndarray:
         """(rows,) float32, the seconds of each clip as its row states them.
+
+        Args:
+            media: the keys of `READ` that take time: a row with none of them counts as one of the shortest. None where
+                each row has its length.
 
         Raises:
             ValueError: a row states none.
         """
-        unknown = np.flatnonzero(np.isnan(self._index["seconds"]))
+        seconds, timeless = np.array(self._index["seconds"]), np.zeros(len(self), bool)
+        if media is not None:
+            timeless = self._index["read"] & sum(1 << READ.index(key) for key in set(media)) == 0
+        unknown = np.flatnonzero(np.isnan(seconds) & ~timeless)
         if len(unknown):
             raise ValueError(
                 f"{self.place(unknown[0])}: the row has no 'seconds', which batches by length need; `mmssl manifest` "
                 "writes them"
             )
-        return np.asarray(self._index["seconds"])
+        if timeless.any():
+            seconds[timeless] = seconds[~timeless].min() if not timeless.all() else 1.0
+        return seconds
 
     def values(self, key: str) -> Iterator[Any]:
         """The value that every row has for `key`, row by row: they are never all in memory.

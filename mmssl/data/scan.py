@@ -90,7 +90,7 @@ def scan(
     What lies beside a clip under its name says more of it, in a folder and in a tar, as WebDataset lays them out:
     `0001.txt` its text, `0001.cls` its label, and `0001.json` whatever of its keys means text, label, split or speaker.
     A clip's id is its name below the folder, with "@start+duration" where it is a part of a file; where two tars have
-    one name, that of the tar stands before it.
+    one name, that of the tar stands before it, and where a table names a clip again, "#2" and so on behind it.
 
     Args:
         media: the key that names a row's file: "audio", "image", "video", "codes".
@@ -164,6 +164,12 @@ def scan(
                     if "remark" in item:
                         result.remarks.append((item[media], item.pop("remark")))
                     result.rows.append(item)
+    # a table may name a file several times, and what is drawn of a clip depends on its id; those of a column are kept
+    seen: Counter[str] = Counter()
+    for row in result.rows if "id" not in (columns or {}) else ():
+        seen[row["id"]] += 1
+        if seen[row["id"]] > 1:
+            row["id"] += f"#{seen[row['id']]}"
     return result
 
 
@@ -180,8 +186,12 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
     """
     if len(found) == 1:  # a table may name a file several times, each time with another text
         [one] = found.values()
-        rows = [row for row in one.rows if "text" in row]
-        bad = [(row["id"], "there is no text of this name beside it") for row in one.rows if "text" not in row]
+        rows = [told for row in one.rows if "text" in (told := _with_texts(row))]
+        bad = [
+            (row["id"], "its text is empty" if "text" in row else "there is no text of this name beside it")
+            for row in one.rows
+            if "text" not in _with_texts(row)
+        ]
         return replace(one, rows=rows, bad=one.bad + bad)
     groups: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     result = ScanResult(ignored=reduce(and_, (one.ignored for one in found.values())))
@@ -202,7 +212,7 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
     wanted = [*found, *(["text"] if text else [])]
     names = Counter(name for _, name in groups)
     for (shard, name), group in sorted(groups.items()):
-        merged = {key: value for row in reversed(group.values()) for key, value in row.items()}
+        merged = _with_texts({key: value for row in reversed(group.values()) for key, value in row.items()})
         merged["id"] = f"{os.path.basename(shard)}/{name}" if shard and names[name] > 1 else name
         seconds = [row["seconds"] for row in group.values() if "seconds" in row]
         merged |= {"seconds": max(seconds)} if seconds else {}
@@ -218,6 +228,15 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
             result.rows.append(merged)
     result.bad = list(dict.fromkeys(result.bad))  # what no scan could read, each has named
     return result
+
+
+def _with_texts(row: Row) -> Row:
+    """A row without those of its texts in which nothing stands: no pair is made with them."""
+    texts = row["text"] if isinstance(row.get("text"), list) else [row.get("text", "")]
+    said = [text for text in texts if str(text).strip()]
+    if not said:
+        return {key: value for key, value in row.items() if key != "text"}
+    return row | {"text": said if isinstance(row["text"], list) else said[0]}
 
 
 def read_table(path: str | Path) -> list[tuple[int, dict[str, str]]]:

@@ -85,6 +85,8 @@ class SLIP(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         """CLIP's loss over pairs plus `ssl_weight` times SimCLR's over clips, in nats; the count is pairs.
 
+        With three or more modalities a clip's views count once for each pair that it is a part of.
+
         The metrics "accuracy" and "view_accuracy" are the shares of members, and of views, whose partner is nearer
         than all negatives.
         """
@@ -95,6 +97,8 @@ class SLIP(nn.Module):
             vectors, views, present, labels, exchange=self.training
         )
         different, scale = labels[:, None] != ids, self.log_scale.exp()
+        members = present.sum(1)
+        pairs = (members * (members - 1) // 2).to(vectors.device)
         total, count, metrics = info_nce(
             vectors, everyone, own, scale=scale, present=present, everywhere=everywhere, different=different
         )
@@ -111,7 +115,7 @@ class SLIP(nn.Module):
                 negatives=different & everywhere[:, which].to(vectors.device),
             )
             loss = losses.sum()
-            total = total + self.ssl_weight * loss
+            total = total + self.ssl_weight * (losses * pairs).sum()
             right, clips = told["accuracy"]
             for metric, value in (("view_loss", loss.detach()), ("view_accuracy", right)):
                 before = metrics.get(metric, (0.0, 0.0))

@@ -185,9 +185,10 @@ def several(embedder: Embedder, task: str) -> None:
 
 
 def _numbered(rows: Manifest, key: str) -> Tensor:
-    """(rows,) int64, equal for rows that agree in a key."""
+    """(rows,) int64, equal for rows that agree in a key; of several texts the first counts, which is the one read."""
     known: dict[str, int] = {}
-    return torch.tensor([known.setdefault(json.dumps(value, sort_keys=True), len(known)) for value in rows.values(key)])
+    values = (value[0] if key == "text" and isinstance(value, list) and value else value for value in rows.values(key))
+    return torch.tensor([known.setdefault(json.dumps(value, sort_keys=True), len(known)) for value in values])
 
 
 def _embedded(embedder: Embedder, rows: Manifest, modality: str, settings: Mapping[str, Any]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmssl.modalities.text.tokenizer import Tokenizer
+from mmssl.modalities.text.tokenizer import Tokenizer, is_whole
 from mmssl.types import BadClip
 
 
@@ -19,10 +19,12 @@ def read(source: object, *, tokenizer: Tokenizer) -> Tensor:
         (L,) int64.
 
     Raises:
-        BadClip: no text, or nothing in it.
+        BadClip: no text, nothing in it, or half a character.
     """
     if not isinstance(source, str):
         raise BadClip("text", f"the caption {source!r} is no text; write it in quotes")
+    if not is_whole(source):
+        raise BadClip("text", f"the caption {source!r} holds half a character, as where it was cut off; write it whole")
     ids = tokenizer.encode(source) if source.strip() else []
     if not ids:
         raise BadClip("text", f"the caption {source!r} is empty")

@@ -58,8 +58,13 @@ def byte_bpe(texts: Iterable[str], *, entries: int = 49_408, lowercase: bool = T
     return str(tokenizer.to_str())
 
 
+def is_whole(text: str) -> bool:
+    """Whether a text holds no half of a character, such as JSON and a command line can have (a lone surrogate)."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 class _Checked:
-    """Captions one after the other, counted."""
+    """Captions one after the other, counted; none is learned from that no reader takes."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts = texts
@@ -69,8 +74,9 @@ class _Checked:
         for text in self.texts:
             if not isinstance(text, str):
                 raise ValueError(f"the caption {text!r} is no text; write it in quotes")
-            self.count += 1
-            yield text
+            if is_whole(text):
+                self.count += 1
+                yield text
 
 
 def pretrained(texts: Iterable[str], *, source: str) -> str:
@@ -165,8 +171,8 @@ class Tokenizer:
         return str(self._made.decode(ids)).strip()
 
     def count_cut(self, texts: Iterable[str], *, most: int = 100_000) -> tuple[int, int]:
-        """(how many of the first `most` captions are cut, how many these are); what is no text is passed over."""
-        rest = (text for text in islice(texts, most) if isinstance(text, str))
+        """(how many of the first `most` captions are cut, how many these are); what no reader takes is passed over."""
+        rest = (text for text in islice(texts, most) if isinstance(text, str) and is_whole(text))
         cut = seen = 0
         while part := list(islice(rest, 1000)):
             cut += sum(bool(found.overflowing) for found in self._made.encode_batch(part))

@@ -430,6 +430,21 @@ def test_a_note_of_a_time_holds_for_each_member_that_has_one(tmp_path: Path, lay
         assert "start" not in row["image"]
 
 
+def test_a_pair_needs_a_text_in_which_something_stands(tmp_path: Path) -> None:
+    make(tmp_path, {"1.wav": "1", "1.txt": " \n", "2.wav": "2", "2.json": '{"text": ["", "two"]}', "3.wav": "3"})
+    result = pair({"audio": look(tmp_path)}, {"audio": ()}, text=True)
+    assert [(row["id"], row["text"]) for row in result.rows] == [("2.wav", ["two"])]
+    assert result.bad == [("1.wav", "its text is empty"), ("3.wav", "there is no text of this name beside it")]
+    # without a pair it is a clip like any other, whose transcript is empty
+    assert [row.get("text") for row in look(tmp_path).rows] == ["", ["", "two"], None]
+
+
+def test_a_file_that_a_table_names_again_is_another_clip(tmp_path: Path) -> None:
+    make(tmp_path, {"1.wav": "1", "2.wav": "2"})
+    table = write(tmp_path / "t.tsv", "file\ttext", "1.wav\tone", "2.wav\ttwo", "1.wav\ta one", "1.wav\tthe one")
+    assert [row["id"] for row in look(tmp_path, tsv=table).rows] == ["1.wav", "2.wav", "1.wav#2", "1.wav#3"]
+
+
 def test_names_that_come_twice_are_no_pair_and_equal_names_in_two_shards_are_two(tmp_path: Path) -> None:
     for n in range(2):
         shard(tmp_path / f"{n}.tar", {"1.left.wav": "1", "1.right.wav": "2", "1.png": "3"})
@@ -452,9 +467,9 @@ def test_clips_of_one_name_in_two_shards_have_an_id_each(tmp_path: Path) -> None
     rows = look(tmp_path, label_from=1).rows
     assert [row["id"] for row in rows] == ["0.tar/a/1.wav", "0.tar/a/2.wav", "a/3.wav", "1.tar/a/1.wav", "a/2.wav"]
     assert {row["label"] for row in rows} == {"a"}  # folders are counted as before
-    # a table may name a clip twice, and it is one clip all the same
+    # a table may name a clip twice
     write(tmp_path / "t.tsv", "file\ttext", "a/3.wav\tthree", "a/3.wav\tagain")
-    assert [row["id"] for row in look(tmp_path, tsv=tmp_path / "t.tsv").rows] == ["a/3.wav"] * 2
+    assert [row["id"] for row in look(tmp_path, tsv=tmp_path / "t.tsv").rows] == ["a/3.wav", "a/3.wav#2"]
 
 
 def test_a_name_that_only_one_media_has_in_two_shards_still_makes_a_pair(tmp_path: Path) -> None:

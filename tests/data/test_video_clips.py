@@ -82,6 +82,29 @@ def test_a_span_depends_on_seed_epoch_and_id_alone(manifest: Manifest) -> None:
     assert not set(starts(first, 0)) & set(starts(dataset(manifest, spans={"video": span}, seed=1), 0))
 
 
+def test_sound_that_outlasts_the_pictures_is_drawn_where_there_are_pictures(tmp_path: Path) -> None:
+    def heard(source: Any, **settings: Any) -> torch.Tensor:
+        start, duration = settings["span"](16.0)
+        return torch.full((round(8 * duration),), start)
+
+    def four_seconds(whole: float, rng: np.random.Generator) -> tuple[float, float]:
+        return random_span(whole, rng, frames=32, rate=8)
+
+    write_manifest(tmp_path / "m.jsonl", [{"video": "a.mp4", "audio": "a.mp4", "seconds": 10.0}])
+    clips = ManifestDataset(
+        Manifest(tmp_path / "m.jsonl"),
+        media={"video": "video", "audio": "audio"},
+        readers={"video": recorded, "audio": heard},
+        rates={"video": 2.0, "audio": 8.0},
+        spans={"audio": four_seconds, "video": span},
+    )
+    begin = [[float(x.flatten()[0]) for x in clips.read(0, epoch).inputs.values()] for epoch in range(200)]
+    assert all(0 <= sound <= picture <= sound + 2 for picture, sound in begin)
+    assert max(sound for _, sound in begin) > 5.5  # of 6 at most
+    # and it is said where in the clip that lies, though all of what the row says was read
+    assert clips.read(0, 0).starts["audio"] == pytest.approx(begin[0][1])
+
+
 def test_kept_clips_and_spans_exclude_each_other(manifest: Manifest) -> None:
     with pytest.raises(ValueError, match="data.cache=true: a kept clip would be the same part every time"):
         dataset(manifest, spans={"video": span}, cache=True)

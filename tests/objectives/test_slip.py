@@ -80,6 +80,16 @@ def test_the_views_weigh_as_much_as_is_said() -> None:
     assert twice.total.item() == pytest.approx(clip + 2 * views, rel=1e-5)
 
 
+def test_the_views_weigh_as_much_among_three_modalities() -> None:
+    names = "image", "text", "speech"
+    model = SLIP(encoders(*names), dim=8, pool=POOL, **VIEWS, ssl_hidden=12, ssl_dim=6)
+    found = model(batch(*names))
+    total, count = found.metrics["loss"]
+    parts = [found.metrics[name] for name in ("clip_loss", "view_loss")]
+    assert (count, [of for _, of in parts]) == (12, [12, 4])
+    assert float(total) / count == pytest.approx(sum(float(value) / of for value, of in parts), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

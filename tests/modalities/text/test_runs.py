@@ -94,6 +94,18 @@ def test_an_empty_caption_is_a_bad_clip(run: Path, tmp_path: Path) -> None:
     assert json.loads(bad)["id"] == "odd"
 
 
+def test_a_file_of_captions_has_one_in_each_line_and_must_be_there(run: Path, tmp_path: Path) -> None:
+    encoder = mmssl.load(run, device="cpu")
+    file = tmp_path / "some words.TXT"
+    file.write_text("\ufeffa red heart\r\n\na \u2028 box\n", encoding="utf-8", newline="")
+    assert encoder.embed(str(file)).ids == ["a red heart", "a \u2028 box"]
+    assert encoder.embed("not a file.txt").ids == ["not a file.txt"]
+    with pytest.raises(ValueError, match="captions.txt: no such file or directory; give a text file with a caption in"):
+        encoder.embed("captions.txt")
+    with pytest.raises(ValueError, match="is a directory; give a text file with a caption in each line"):
+        encoder.embed(str(tmp_path))
+
+
 def test_a_run_goes_on_with_its_own_tokenizer(run: Path, tmp_path: Path) -> None:
     recipe = written(tmp_path, ROWS)
     settings = [f"data.train={tmp_path / 'train.jsonl'}"]

@@ -105,6 +105,16 @@ def test_an_empty_caption_and_one_that_is_no_text_are_bad_clips(learned, caption
         read(caption, tokenizer=Tokenizer(learned, 77))
 
 
+def test_half_a_character_is_a_bad_clip_and_nothing_is_learned_from_it(learned):
+    half = "cut \ud83d"
+    tokenizer = Tokenizer(learned, 77)
+    with pytest.raises(BadClip, match=r"the caption 'cut \\ud83d' holds half a character"):
+        read(half, tokenizer=tokenizer)
+    assert tokenizer.count_cut([half, "a"]) == (0, 1)
+    assert byte_bpe([*CAPTIONS, half], entries=280) == learned
+    assert read("whole \U0001f600", tokenizer=tokenizer).tolist() == tokenizer.encode("whole \U0001f600")
+
+
 def test_what_cannot_be_used_is_one_sentence(learned, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {}}), encoding="utf-8")
     (tmp_path / "empty").mkdir()
