@@ -150,7 +150,8 @@ def rectangles(
     Source: Assran et al. 2023, I-JEPA (arXiv:2301.08243), section 3 and appendix A; over time as in Bardes et al.
     2024, V-JEPA (arXiv:2404.08471), section 3.
     Differs from the released code: each rectangle has an area and a shape of its own, where the code draws them once
-    for a batch; a shape is relative to the clip's, so that a share of a long spectrogram is that share as well.
+    for a batch; a shape is relative to the clip's, so that a share of a long spectrogram is that share as well, and
+    drawn evenly in its logarithm.
 
     Args:
         tokens: their grid and lengths are read.
@@ -159,8 +160,8 @@ def rectangles(
         aspect: least and greatest ratio of height to width, each in units of the clip's own.
         seeds: (B,) int64.
         stream: another number gives independent draws.
-        edges: whether rectangles reach the last row and column as well; the released code draws so that they never
-            do.
+        edges: whether rectangles reach the last row and column as well; the released code of I-JEPA draws so that they
+            never do.
 
     Returns:
         (B, count, N) bool on the CPU, real tokens only.

@@ -122,15 +122,23 @@ def parts_to_copy(encoder: nn.Module, copied: Iterable[Copied]) -> list[str]:
     """Those parts of an encoder that a teacher copies which have parameters.
 
     Raises:
-        ValueError: the teacher is to read tokens of the student's that dropout has changed.
+        ValueError: the teacher is to read tokens of the student's that dropout, dither or stripes have changed.
     """
     parts: list[str] = list(copied)
     frontend = encoder.get_submodule("frontend")
-    if "frontend" in parts and getattr(frontend, "dropout", 0.0) > 0:
-        raise ValueError(
-            f"frontend.dropout={frontend.dropout}: a teacher that copies the frontend reads the student's tokens, and "
-            "a target must not depend on dropout; set it to 0, or take frontend out of objective.copied"
-        )
+    if "frontend" in parts:
+        stripes = getattr(frontend, "stripes", {})
+        chances = {
+            "dropout": getattr(frontend, "dropout", 0.0),
+            "dither": getattr(getattr(frontend, "filterbank", None), "dither", 0.0),
+            "stripes": stripes if any(stripes.values()) else 0.0,
+        }
+        for name, value in chances.items():
+            if value:
+                raise ValueError(
+                    f"frontend.{name}={value}: a teacher that copies the frontend reads the student's tokens, and a "
+                    f"target must not depend on {name}; leave it out, or take frontend out of objective.copied"
+                )
     return [part for part in parts if next(encoder.get_submodule(part).parameters(), None) is not None]
 
 

@@ -39,7 +39,8 @@ class JEPA(nn.Module):
     Source: Assran et al. 2023, I-JEPA (arXiv:2301.08243), section 3; defaults of its ViT-H/14. With `context` [1, 1],
         `separately` false, two sets of `blocks` and `error` "l1", Bardes et al. 2024, V-JEPA (arXiv:2404.08471).
     Differs from the papers: blocks have sizes of their own, see `nn.block_masks.rectangles`, and clips any length;
-        there is one mask vector for all sets; where blocks cover a whole context, one token stays visible.
+        there is one mask vector for all sets; where blocks cover a whole context, one token stays visible. Every
+        predicted token counts the same, where V-JEPA's code has each set of blocks count the same.
     Target: the teacher's output for the whole clip, each token brought to mean 0 and deviation 1 over its channels. The
         teacher is an exponential moving average of the whole encoder; it moves once for each update of the optimizer,
         and its weights, in float32, are saved with the objective's. No gradient reaches it.
@@ -52,7 +53,8 @@ class JEPA(nn.Module):
         context: least and greatest share of the clip that the context's block covers, before blocks are cut out of it;
             [1, 1] for all that is not predicted.
         separately: whether each block is predicted by itself; all of a set together otherwise.
-        edges: false draws blocks as the released code does, which never reach the last row and column.
+        edges: false draws blocks as the released code of I-JEPA does, which never reach the last row and column; those
+            of V-JEPA's code do.
         error: "smooth_l1" or "l1".
         predictor_dim, predictor_depth, predictor_heads: of the Predictor.
         ema_decay, ema_decay_end, ema_updates: of the teacher, see `nn.teacher.ema_decay`.

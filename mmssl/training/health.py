@@ -8,6 +8,7 @@ it:
     accuracy, chance_accuracy            of a choice, and what equal guesses would have
     code_perplexity, soft_perplexity     codewords in use in a codebook, by choices and by probabilities
     codes                                codewords in a codebook
+    unit_perplexity, target_perplexity   labels that there are to be told apart, as if all came alike
     prediction_std, target_std           how far predictions and targets differ from one token to another
     feature_std                          the same of the frontend's normalized features
     teacher_decay                        of the moving average that gives the targets
@@ -18,7 +19,8 @@ Where several modalities learn in turn, these are "image/accuracy" and so on, an
 There are three kinds of verdicts. What a run was set up with is wrong from its first line: a teacher that is no slow
 one, targets whose scale nothing holds. What no healthy run shows at any time is named within some fifty updates:
 targets that are exactly alike, or shrink; weights that are replaced rather than learned. All else is normal at the
-start, and waits for `_PATIENCE`.
+start, and waits for `_PATIENCE`. Not seen: targets that differ by place alone and are the same for every clip, as the
+deviation is over places and clips together.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ _EARLY = 50
 _SAME = 1e-4
 # the share of the commonest label above which there is nothing to tell apart
 _ONE_LABEL = 0.99
+# labels in use, as if all came alike: of two that come nine times and once it is 1.4
+_FEW_LABELS = 1.5
 # What a teacher makes may have any scale from the start. Normalized, it keeps that within a factor of two or so; what
 # has lost nine tenths of its deviation before a run is old enough for `_CONSTANT` is on its way there.
 _SHRUNK = 0.1
@@ -84,7 +88,7 @@ def dead_codebook(history: Sequence[Line]) -> str | None:
     beside = f" (by their probabilities {soft:.1f})" if soft is not None else ""
     return (
         f"only {recent[-1]:.1f}{of} codewords are in use{beside}, fewer than {least:.1f} for {_span(history)} updates; "
-        "a lower rate, a longer warm-up or a larger diversity_weight revives a codebook"
+        "a lower rate, a longer warm-up or, of wav2vec2, a larger diversity_weight revives a codebook"
     )
 
 
@@ -93,6 +97,9 @@ def chance_plateau(history: Sequence[Line]) -> str | None:
     accuracies, chances = _recent(history, "accuracy"), _recent(history, "chance_accuracy")
     if not accuracies or not chances:
         return None
+    rates = [rate for line in history[-_LINES:] if (rate := line.get("lr")) is not None]
+    if rates and rates[-1] > rates[0]:
+        return None  # long warm-ups take tens of thousands of updates, and what they begin with is no rate to learn at
     if any(a >= c + _ABOVE_CHANCE * c * (1 - c) for a, c in zip(accuracies, chances, strict=True)):
         return None
     return (
@@ -106,6 +113,10 @@ def constant_prediction(history: Sequence[Line]) -> str | None:
     commonest = _lately(history, "chance_accuracy")
     if commonest and min(commonest) > _ONE_LABEL:
         return f"all targets are alike: the commonest is {commonest[0]:.1%} of them, so there is nothing to tell apart"
+    for name in ("unit_perplexity", "target_perplexity"):
+        labels = _lately(history, name)
+        if labels and max(labels) < _FEW_LABELS:
+            return f"nearly all targets are alike: {labels[0]:.1f} labels are in use; write them anew, with more codes"
     for what in ("target", "feature"):
         recent, lately = _recent(history, f"{what}_std"), _lately(history, f"{what}_std")
         if (recent and max(recent) < _CONSTANT) or (lately and max(lately) < _SAME):
@@ -243,7 +254,7 @@ def _of(part: str, history: Sequence[Line]) -> list[Line]:
         }
         if own:
             # a modality is as old as its own updates
-            lines.append({"step": own.pop("updates", line["step"]), "metrics": own})
+            lines.append({"step": own.pop("updates", line["step"]), "lr": line.get("lr"), "metrics": own})
     return lines
 
 

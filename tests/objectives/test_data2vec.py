@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmssl.encoder import Encoder
+from mmssl.modalities.audio.frontend import SpectrogramPatches
 from mmssl.modalities.image.frontend import Patches
 from mmssl.modalities.speech.frontend import Waveform
 from mmssl.nn.block_masks import block_mask
@@ -134,6 +135,22 @@ def test_the_target_depends_on_no_mask_no_dropout_and_no_gradient() -> None:
     assert torch.equal(objective.target(other.raw, tokens), target)
     student = objective.encoder(tokens).x
     assert not torch.equal(objective.encoder(tokens).x, student)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("dropout", 0.1), ("dither", 1.0), ("stripes", {"t": 0.2}), ("stripes", {"f": 0.2})]
+)
+def test_a_teacher_that_reads_the_students_tokens_takes_none_that_chance_changes(name: str, value: Any) -> None:
+    def made(copied: list[str]) -> Data2Vec:
+        if name == "dropout":
+            return speech(dropout=value, copied=copied)
+        frontend = SpectrogramPatches(dim=8, size=(4, 4), bands=8, **{name: value})
+        encoder = Encoder(frontend, Transformer(dim=8, depth=3, heads=2), SinCos(8), mask_token=True)
+        return Data2Vec(encoder, top_k=2, copied=copied)
+
+    with pytest.raises(ValueError, match=rf"frontend\.{name}=.*: a teacher that copies the frontend reads"):
+        made(["frontend"])
+    assert not made([]).shares_tokens
 
 
 def test_no_gradient_reaches_the_teacher() -> None:

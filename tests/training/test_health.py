@@ -83,6 +83,23 @@ def test_guessing_is_a_plateau_and_twice_chance_is_not() -> None:
     assert chance_plateau(history(accuracy=0.02, chance_accuracy=1 / 101)) is None
 
 
+def test_guessing_at_a_rate_that_is_still_rising_is_no_plateau() -> None:
+    lines = history(accuracy=0.01, chance_accuracy=0.01)
+    for i, line in enumerate(lines):
+        line["lr"] = 1e-6 * (i + 1)
+    assert chance_plateau(lines) is None
+    for line in lines[-5:]:
+        line["lr"] = 1e-5
+    assert chance_plateau(lines) is not None
+
+
+@pytest.mark.parametrize("name", ["unit_perplexity", "target_perplexity", "mfcc/unit_perplexity"])
+def test_labels_that_are_nearly_all_the_same_are_named(name: str) -> None:
+    few, enough = (diagnose(history(2, 50, **{name: value})) for value in (1.4, 2.0))
+    assert "nearly all targets are alike: 1.4 labels are in use" in few["constant_prediction"]
+    assert enough == {}
+
+
 def test_of_two_classes_seven_of_ten_right_is_above_chance() -> None:
     assert chance_plateau(history(accuracy=0.7, chance_accuracy=0.5)) is None
     assert chance_plateau(history(accuracy=0.55, chance_accuracy=0.5)) is not None
