@@ -112,6 +112,11 @@ def write_embeddings(
         out = out.with_name(out.name + ".npz")
     if not index and out.suffix == ".parquet":
         _pyarrow(out)
+    elif not index and len(layers) > 1 and not all(isinstance(layer, int) for layer in layers):
+        raise ValueError(
+            f"{out}: layers={list(layers)}: an .npz names layers by numbers, and a weighting has none; write "
+            "it to a file of its own, or .parquet"
+        )
     number, of = part
     if not 1 <= number <= of:
         raise ValueError(f"part={number}/{of}: counts from 1 to the number of processes")

@@ -294,7 +294,8 @@ def write_units(
         ]
     assert codes is not None
     said = {"features": features, "model": None if model is None else str(model), "layer": layer, "codes": codes}
-    said |= {"rate": rate, "modality": modality} if model is None else {}
+    # a folder may hold other weights by now
+    said |= {"rate": rate, "modality": modality} if model is None else {"weights": embedder.digest()}
     kept = read_kept(folder, "codebook", said)
     centers = None if kept is None else kept["centers"]
     if centers is None:

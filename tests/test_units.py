@@ -1,6 +1,7 @@
 """`mmssl units` from files to the rows that name their units."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,14 @@ def test_the_chain_of_two_iterations(
     for row, x, valid in zip(Manifest(found[1].manifest), embedded.tokens, embedded.valid, strict=True):
         assert units_of(row, 3) == torch.cdist(x[valid], centers).argmin(1).tolist()
         assert read_units(row["units"], [3]).rate == 50.0
+
+    # the same folder with other weights in it
+    shutil.rmtree(first)
+    second.rename(first)
+    with pytest.raises(
+        ValueError, match="the codebook here was made with weights='.*', and not '.*'; choose another fol"
+    ):
+        write_units(manifests, tmp_path / "layer1", codes=3, model=first, layer=1, frames=200)
 
 
 def test_each_place_is_looked_at_once_and_the_first_lie_all_over() -> None:

@@ -62,6 +62,7 @@ def _read_siglip(theirs: Settings, preprocessor: Settings, names: Collection[str
             "size": [size, size],
             "channels": theirs["num_channels"],
             **channels(preprocessor, theirs["num_channels"]),
+            **({"cut": True} if side % size else {}),
         },
         "positions": {"name": "learned", "grid": [side // size, side // size]},
         "transformer": {

@@ -43,9 +43,10 @@ def sides(value: int | Sequence[int] | Mapping[str, int]) -> list[int]:
     """Height and width, of a number for both, of both, or of a mapping."""
     if isinstance(value, int):
         return [value, value]
-    if isinstance(value, Mapping):
-        return [value["height"], value["width"]]
-    return list(value)
+    given = [value["height"], value["width"]] if isinstance(value, Mapping) else list(value)
+    if len(given) != 2 or not all(isinstance(side, int) for side in given):
+        raise TypeError(f"{value!r} is no height and width")
+    return given
 
 
 def activation(theirs: Settings) -> str:
@@ -69,10 +70,17 @@ def channels(preprocessor: Settings, count: int) -> dict[str, Any]:
     """Our mean and deviation of each channel."""
     if not preprocessor.get("do_normalize", True):
         return {"mean": [0.0] * count, "std": [1.0] * count}
-    return {
+    found = {
         name: list(value) if isinstance(value := preprocessor[f"image_{name}"], Sequence) else [value] * count
         for name in ("mean", "std")
     }
+    for name, values in found.items():
+        if not all(isinstance(value, int | float) for value in values):
+            raise ValueError(
+                f"preprocessor_config.json: image_{name}={preprocessor[f'image_{name}']!r} must be one number, or one "
+                "for each channel"
+            )
+    return found
 
 
 def steps_of(preprocessor: Settings) -> list[dict[str, Any]]:
@@ -86,6 +94,9 @@ def steps_of(preprocessor: Settings) -> list[dict[str, Any]]:
             f"preprocessor_config.json: rescale_factor={preprocessor['rescale_factor']:g}, and our frontends read "
             "pixels in [0, 1]"
         )
+    for name, wanted in (("do_rescale", True), ("do_pad", False)):
+        if preprocessor.get(name, wanted) is not wanted:
+            raise ValueError(f"preprocessor_config.json: {name}={preprocessor[name]}, and here it is always {wanted}")
     steps: list[dict[str, Any]] = []
     size, cropped = preprocessor["size"], preprocessor.get("do_center_crop", False)
     if isinstance(size, int) and cropped:  # of files older than the mapping, and what a crop follows is no square
@@ -144,11 +155,14 @@ def picture_size(ours: Config) -> list[int]:
     tall, wide = ours["frontend"]["size"][-2:]
     positions, bias = ours["positions"], ours["transformer"]["bias"] or {}
     grid = positions.get("grid") or positions.get("train_grid") or bias.get("grid")
-    if grid is not None:
-        return [grid[-2] * tall, grid[-1] * wide]
     for step in reversed(ours["augment_eval"]):
         if step["name"] == "center_crop" or (step["name"] == "resize" and not isinstance(step["size"], int)):
-            return sides(step["size"])
+            height, width = sides(step["size"])
+            # of a table of another grid the pictures are of another size than those it is for
+            if grid is None or [height // tall, width // wide] == list(grid[-2:]):
+                return [height, width]
+    if grid is not None:
+        return [grid[-2] * tall, grid[-1] * wide]
     raise ValueError(
         "augment_eval: does not say how large pictures are, and transformers wants to know; end it with a center_crop "
         "to [height, width] in config.json"

@@ -45,9 +45,15 @@ def to_ours(
         if wanted:
             raise ValueError(f"{place}: config.json says {name}={value!r}, and that must be {wanted}; correct it there")
     try:
-        read = layout.read(settings, {**layout.preprocessor, **preprocessor}, inside.keys())
+        said = {name: value for name, value in preprocessor.items() if value is not None}
+        read = layout.read(settings, {**layout.preprocessor, **said}, inside.keys())
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{place}: preprocessor_config.json: a size or a scale in it is none that is known here ({error!r}); write "
+            "size as {height, width} or {shortest_edge}"
+        ) from None
     config = completed({"format": 1, "layout": layout.model_type, **read})
     pairs = layout.pairs(config, settings)
     for name in layout.drawn:

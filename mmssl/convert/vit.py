@@ -84,6 +84,7 @@ def read_vit(theirs: Settings, preprocessor: Settings, names: Collection[str]) -
             "size": [tall, wide],
             "channels": theirs["num_channels"],
             **channels(preprocessor, theirs["num_channels"]),
+            **({"cut": True} if height % tall or width % wide else {}),
         },
         "positions": {"name": "learned", "grid": [height // tall, width // wide]},
         "transformer": trunk(theirs),
@@ -102,8 +103,7 @@ def _read_dinov2(theirs: Settings, preprocessor: Settings, names: Collection[str
     hidden, gated = int(theirs["hidden_size"] * theirs["mlp_ratio"]), theirs["use_swiglu_ffn"]
     ours = read_vit(theirs, preprocessor, names)
     ours["transformer"] |= {
-        # two thirds of it, which a gate makes as many weights of, rounded up to a multiple of 8
-        "mlp_dim": (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden,
+        "mlp_dim": _gated_dim(hidden) if gated else hidden,
         "drop_path": theirs["drop_path_rate"],
         "layer_scale": theirs["layerscale_value"],
     }
@@ -112,9 +112,15 @@ def _read_dinov2(theirs: Settings, preprocessor: Settings, names: Collection[str
     return ours
 
 
+def _gated_dim(hidden: int) -> int:
+    """Two thirds of it, which a gate makes as many weights of, rounded up to a multiple of 8."""
+    return (int(hidden * 2 / 3) + 7) // 8 * 8
+
+
 def _read_registers(theirs: Settings, preprocessor: Settings, names: Collection[str]) -> Config:
     ours = _read_dinov2(theirs, preprocessor, names)
     ours["encoder"]["prefix"] = 1 + theirs["num_register_tokens"]
+    ours["positions"]["antialias"] = True
     return ours
 
 
@@ -141,8 +147,10 @@ def _write_dinov2(ours: Config) -> tuple[Config, Config]:
     transformer = ours["transformer"]
     del theirs["intermediate_size"]
     gated = transformer["activation"] == "swiglu"
+    dim, inner = transformer["dim"], transformer["mlp_dim"]
+    ratios = [ratio for ratio in range(1, 17) if (_gated_dim(ratio * dim) if gated else ratio * dim) == inner]
     theirs |= {
-        "mlp_ratio": 4 if gated else transformer["mlp_dim"] // transformer["dim"],
+        "mlp_ratio": next(iter(ratios), 4),  # another width is found out when it is read back
         "use_swiglu_ffn": gated,
         # where there is none it is not None there, which is read back and refused
         "layerscale_value": 1.0 if transformer["layer_scale"] is None else transformer["layer_scale"],

@@ -151,7 +151,8 @@ def bootstrap_rate(errors: Sequence[float], sizes: Sequence[float], *, draws: in
     Args:
         errors: of each clip, such as wrong words.
         sizes: of each clip, such as words said.
-        draws: of as many clips, with replacement. Without any error the upper limit is Wilson's, of clips.
+        draws: of as many clips, with replacement. Without any error the upper limit is Wilson's, of clips, and where
+            all of each clip is wrong the lower one.
     """
     if len(errors) == 0 or sum(sizes) <= 0:
         raise ValueError(f"an error rate needs something to count, got {len(errors)} clips of size {sum(sizes)}")
@@ -162,4 +163,8 @@ def bootstrap_rate(errors: Sequence[float], sizes: Sequence[float], *, draws: in
     counted = sums[sums[:, 1] > 0]  # a draw of nothing but silence has no rate
     low, high = np.quantile(counted[:, 0] / counted[:, 1], [0.025, 0.975])
     # where nothing went wrong no draw is wrong: then so many clips say how much may have been missed
-    return float(low), wilson(0, len(pairs))[1] if not pairs[:, 0].any() else float(high)
+    if not pairs[:, 0].any():
+        return float(low), wilson(0, len(pairs))[1]
+    if (pairs[:, 0] == pairs[:, 1]).all():
+        return wilson(len(pairs), len(pairs))[0], float(high)
+    return float(low), float(high)

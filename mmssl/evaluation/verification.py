@@ -216,7 +216,10 @@ def read_trials(path: str | Path, ids: Sequence[str]) -> tuple[np.ndarray, np.nd
         for start in range(1, len(parts)):
             ending = "/".join(parts[start:])
             places[ending] = -1 if ending in places else place
-    places |= {name: place for place, name in enumerate(ids)}
+    whole: set[str] = set()
+    for place, name in enumerate(ids):
+        places[name] = -1 if name in whole else place
+        whole.add(name)
     found: list[tuple[int, int, bool]] = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -227,7 +230,7 @@ def read_trials(path: str | Path, ids: Sequence[str]) -> tuple[np.ndarray, np.nd
                 raise ValueError(f"{path}:{number}: expected 1 or 0 and two names of clips, got {line.strip()[:60]!r}")
             for name in fields[1:]:
                 if places.get(name, -1) < 0:
-                    known = "several clips end so" if name in places else "there is no such clip"
+                    known = "several clips are called or end so" if name in places else "there is no such clip"
                     raise ValueError(f"{path}:{number}: {name!r}: {known}; give the ids of the test manifest's rows")
             found.append((places[fields[1]], places[fields[2]], fields[0] == "1"))
     if not found:

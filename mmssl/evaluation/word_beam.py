@@ -106,14 +106,17 @@ def listed_words(path: str | Path) -> list[str]:
     """The words of an ARPA file, without its marks <s>, </s> and <unk>.
 
     Raises:
-        ValueError: no such file, or one that lists no words.
+        ValueError: no such file, a damaged one, or one that lists no words.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"lm={path}: no such file; give an n-gram model in the ARPA format")
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", errors="replace") as lines:
-        words = [word for word in _unigrams(lines) if not (word.startswith("<") and word.endswith(">"))]
+    try:
+        with opened(path, "rt", encoding="utf-8", errors="replace") as lines:
+            words = [word for word in _unigrams(lines) if not (word.startswith("<") and word.endswith(">"))]
+    except (EOFError, IndexError, gzip.BadGzipFile):
+        raise ValueError(f"lm={path}: is damaged or no ARPA file; give an n-gram model in the ARPA format") from None
     if not words:
         raise ValueError(f"lm={path}: lists no 1-grams; give an n-gram model in the ARPA format")
     return words

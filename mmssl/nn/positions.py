@@ -98,11 +98,14 @@ class Learned(nn.Module):
     """A table of one vector for each cell of a grid, interpolated for a picture of another size.
 
     Source: Dosovitskiy et al. 2021 (arXiv:2010.11929), section 3.2. Time is not stretched, see `SinCos`.
+
+    Args:
+        antialias: whether the table is smoothed where it is brought to a smaller grid, as DINOv2's with registers.
     """
 
-    def __init__(self, dim: int, *, grid: Sequence[int]) -> None:
+    def __init__(self, dim: int, *, grid: Sequence[int], antialias: bool = False) -> None:
         super().__init__()
-        self.grid = tuple(grid)
+        self.grid, self.antialias = tuple(grid), antialias
         self.table = nn.Parameter(torch.empty(math.prod(grid), dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
@@ -125,7 +128,9 @@ class Learned(nn.Module):
                     "the clips, or use sincos positions"
                 )
             cells = table.T.reshape(1, -1, *grid)
-            stretched = F.interpolate(cells, size=tuple(tokens.grid), mode="bicubic", align_corners=False)
+            stretched = F.interpolate(
+                cells, size=tuple(tokens.grid), mode="bicubic", align_corners=False, antialias=self.antialias
+            )
             table, grid = stretched.flatten(2)[0].T, tuple(tokens.grid)
         return table[_number(shared(tokens.coords), grid)]
 

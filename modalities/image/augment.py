@@ -28,8 +28,9 @@ def resize_extent(sizes: np.ndarray, *, size: Size, **settings: object) -> np.nd
     """(clips, 2) int64 height and width before `resize` -> after it."""
     if not isinstance(size, int):
         return np.broadcast_to(np.array(_pair(size, "resize")), sizes.shape)
-    scale = size / sizes.min(axis=1, keepdims=True)
-    return np.maximum(1, np.round(sizes * scale)).astype(np.int64)
+    # cut off and not rounded, as torchvision and transformers have it
+    extent: np.ndarray = sizes.astype(np.int64) * size // sizes.min(axis=1, keepdims=True)
+    return extent
 
 
 def center_crop(x: Tensor, rng: np.random.Generator, *, size: Size, at: float = 0.5) -> Tensor:

@@ -24,6 +24,8 @@ class Patches(Frontend):
         channels: of the pictures: 1 gray, 3 color, or any other number for arrays.
         mean, std: of each channel over the training data, for pictures in [0, 1]; the pictures are brought to mean 0
             and deviation 1 with them. They belong to the frontend, so they travel with its weights.
+        cut: whether pictures that are no whole number of patches lose what is left over at the bottom and the right,
+            as a convolution leaves it out; they are refused otherwise.
     """
 
     axes: ClassVar[tuple[str, ...]] = ("h", "w")
@@ -38,6 +40,7 @@ class Patches(Frontend):
         channels: int = 3,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
+        cut: bool = False,
     ) -> None:
         super().__init__()
         if len(mean) != channels or len(std) != channels:
@@ -46,7 +49,7 @@ class Patches(Frontend):
                 "give one number for each channel"
             )
         self.dim, self.feature_dim = dim, channels * math.prod(size)
-        self.size, self.channels = tuple(size), channels
+        self.size, self.channels, self.cut = tuple(size), channels, cut
         self.min_length = 1
         self.reader_settings: dict[str, Any] = {"channels": channels}
         self.mean: Tensor
@@ -66,7 +69,8 @@ class Patches(Frontend):
         channels, height, width = raw.data.shape[1:]
         if channels != self.channels:
             raise ValueError(f"{raw.ids[0]}: {channels} channels, but frontend.channels={self.channels}")
-        if height % self.size[0] or width % self.size[1] or not height or not width:
+        left_over = height % self.size[0] or width % self.size[1]
+        if (left_over and not self.cut) or height < self.size[0] or width < self.size[1]:
             raise ValueError(
                 f"{raw.ids[0]}: {height} x {width} pixels are not a whole number of {self.size[0]} x {self.size[1]} "
                 "patches; add a resize or crop to `augment`"
@@ -82,9 +86,9 @@ class Patches(Frontend):
 
     def forward(self, raw: Raw, *, late: bool = False) -> Tokens:
         (down, across), (tall, wide) = self.grid(raw), self.size
-        x = (raw.data - self.mean) / self.std
+        x = (raw.data[..., : down * tall, : across * wide] - self.mean) / self.std
         # within a patch: row, column, channel last, the order of released weights
-        x = x.view(len(x), self.channels, down, tall, across, wide).permute(0, 2, 4, 3, 5, 1)
+        x = x.unflatten(3, (across, wide)).unflatten(2, (down, tall)).permute(0, 2, 4, 3, 5, 1)
         feat = x.reshape(len(x), down * across, self.feature_dim)
         rows = torch.arange(down, device=x.device)
         columns = torch.arange(across, device=x.device)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
     """A model by its name, and the folder that it saved itself in."""
     # inside: without transformers the tests are left out, and this file is read all the same
-    from theirs import LAYOUTS_OF, PREPROCESSORS, build, write_json
+    from theirs import LAYOUTS_OF, PREPROCESSORS, build, clips_of, write_json
 
     made: dict[str, tuple[Any, Path]] = {}
 
@@ -23,7 +23,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any
         if name not in made:
             model, folder = build(name), tmp_path_factory.mktemp("theirs")
             model.save_pretrained(folder)
-            write_json(folder / "preprocessor_config.json", PREPROCESSORS[LAYOUTS_OF[name].modality])
+            preprocessor = PREPROCESSORS[LAYOUTS_OF[name].modality]
+            if "margin" in name:  # only what pictures are brought to says how large the margin is
+                height, width = clips_of(name)[0].shape[1:]
+                preprocessor = preprocessor | {
+                    "do_resize": True,
+                    "size": {"height": height, "width": width},
+                    "resample": 3,
+                }
+            write_json(folder / "preprocessor_config.json", preprocessor)
             made[name] = model, folder
         return made[name]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 import mmssl
 from mmssl.convert.folder import convert, find, open_encoder
 from mmssl.convert.pictures import steps_of
+from mmssl.modalities.image.augment import resize_extent
 
 transformers = pytest.importorskip("transformers")
 
@@ -240,9 +241,46 @@ def test_every_way_of_saying_a_size_is_read() -> None:
         ({"size": edge, "do_resize": False, "do_center_crop": True, "crop_size": 6}, [crop]),
     ):
         assert steps_of({"resample": 3, **said}) == steps
-    for wrong, message in (({"resample": 1}, "resample=1"), ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.00784")):
+    for wrong, message in (
+        ({"resample": 1}, "resample=1"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.00784"),
+        ({"do_rescale": False}, "do_rescale=False, and here it is always True"),
+        ({"do_pad": True}, "do_pad=True, and here it is always False"),
+    ):
         with pytest.raises(ValueError, match=message):
             steps_of({"resample": 3, "size": 8, **wrong})
+
+
+@pytest.mark.parametrize("size", [(31, 50), (50, 31), (48, 64), (33, 33)])
+def test_a_shorter_side_leaves_as_many_pixels_as_theirs(saved: Any, tmp_path: Path, size: tuple[int, int]) -> None:
+    folder = copied(saved, "clip", tmp_path / "clip")
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, do_center_crop=False)
+    processor.save_pretrained(folder)
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    theirs = processor(picture, return_tensors="pt").pixel_values[0]
+    assert resize_extent(np.array([size]), size=16)[0].tolist() == list(theirs.shape[1:])
+
+
+@pytest.mark.parametrize(
+    "said", [{"size": {"longest_edge": 16}}, {"size": "16"}, {"size": {"max_height": 8}}, {"image_mean": "a"}]
+)
+def test_a_preprocessor_that_says_something_else_is_one_sentence(
+    saved: Any, tmp_path: Path, said: dict[str, Any]
+) -> None:
+    folder = copied(saved, "vit", tmp_path / "vit")
+    write_json(folder / "preprocessor_config.json", {"do_resize": True, "size": 16, "resample": 3, **said})
+    with pytest.raises(ValueError, match=r"preprocessor_config.json: (a size|image_mean)") as raised:
+        mmssl.load(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_a_preprocessor_leaves_empty_is_as_if_it_said_nothing(saved: Any, tmp_path: Path) -> None:
+    folder = copied(saved, "vit", tmp_path / "vit")
+    empty = dict.fromkeys(("size", "crop_size", "rescale_factor", "image_mean", "image_std", "resample"))
+    write_json(folder / "preprocessor_config.json", empty)
+    whole = copied(saved, "vit", tmp_path / "whole")
+    write_json(whole / "preprocessor_config.json", {})
+    assert open_encoder(folder).config == open_encoder(whole).config
 
 
 def test_frames_and_rate_are_those_of_the_files(saved: Any) -> None:

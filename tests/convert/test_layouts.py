@@ -298,12 +298,17 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_larger_picture_stretches_the_positions_as_theirs(saved: Any) -> None:
-    model, folder = saved("dinov2")
-    clip = np.random.default_rng(0).random((3, 24, 32)).astype(np.float32)
-    mine = mmssl.load(folder, device="cpu").embed([clip]).tokens[0]
-    assert mine.shape == (48, 24)
-    assert torch.allclose(mine, run(model, clip, "image")[-1][1:], atol=1e-5)
+@pytest.mark.parametrize("name", ["dinov2", "dinov2 with registers"])
+@pytest.mark.parametrize("size", [(24, 32), (8, 8), (12, 20)])
+def test_a_picture_of_another_size_stretches_the_positions_as_theirs(
+    saved: Any, name: str, size: tuple[int, int]
+) -> None:
+    model, folder = saved(name)
+    clip = np.random.default_rng(0).random((3, *size)).astype(np.float32)
+    embedder = mmssl.load(folder, device="cpu")
+    mine = embedder.embed([clip]).tokens[0]
+    assert mine.shape == (size[0] * size[1] // 16, 24)
+    assert torch.allclose(mine, run(model, clip, "image")[-1][embedder.encoder.n_prefix :], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

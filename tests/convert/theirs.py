@@ -77,6 +77,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dinov2 with registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", _DINO),
     "clip": ("CLIPVisionModel", "CLIPVisionConfig", _IMAGE),
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", _IMAGE | {"vision_use_head": False}),
+    # pictures that are no whole number of patches, as those of SigLIP so400m of patches of 14
+    "vit with a margin": ("ViTModel", "ViTConfig", _IMAGE | {"image_size": [18, 23]}),
+    "siglip with a margin": (
+        "SiglipVisionModel",
+        "SiglipVisionConfig",
+        _IMAGE | {"image_size": 19, "vision_use_head": False},
+    ),
+    "dinov2 with a ratio": ("Dinov2Model", "Dinov2Config", _DINO | {"use_swiglu_ffn": True, "mlp_ratio": 3}),
     "videomae": ("VideoMAEModel", "VideoMAEConfig", _VIDEO | {"use_mean_pooling": False}),
     "videomae for its mean": ("VideoMAEModel", "VideoMAEConfig", _VIDEO),
     "ast": ("ASTModel", "ASTConfig", _AUDIO),
@@ -125,6 +133,8 @@ def clips_of(name: str) -> list[np.ndarray]:
     if modality == "audio":
         return [rng.standard_normal(n).astype(np.float32) / 10 for n in (4_000, 16_000)]
     size = [16, 24] if "not square" in name else [16, 16]
+    if "margin" in name:
+        size = [18, 23] if name.startswith("vit") else [19, 19]
     return [rng.random((3, *([4] if modality == "video" else []), *size)).astype(np.float32) for _ in range(2)]
 
 

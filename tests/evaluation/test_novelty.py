@@ -20,6 +20,14 @@ def test_the_area_is_scikit_learns_with_ties_too() -> None:
     assert auroc(np.zeros(3), np.zeros(2)) == 0.5
 
 
+def test_clips_that_lie_alike_are_ties_whatever_rounding_makes_of_them() -> None:
+    bank = torch.randn(60, 24, generator=torch.Generator().manual_seed(0))
+    copies = measure_novelty(bank, bank[:30].clone(), bank[30:] * 3.7, k=1)["auroc"]
+    assert copies.value == 0.5
+    one_way = torch.rand(60, 1, generator=torch.Generator().manual_seed(1)) * bank[:1]
+    assert measure_novelty(one_way[:20], one_way[20:40], one_way[40:], k=5)["auroc"].value == 0.5
+
+
 def test_the_interval_holds_its_own_equation_and_is_no_point_at_the_end() -> None:
     low, high = newcombe(0.8, 30, 20)
     assert 0 < low < 0.8 < high < 1

@@ -41,6 +41,7 @@ def test_draws_of_silence_have_no_rate_and_no_error_is_no_proof() -> None:
     # the highest rate that a draw can have: two wrong clips and the shorter of the others
     assert high <= 2 / 2
     assert bootstrap_rate([0] * 5, [3] * 5) == (0.0, wilson(0, 5)[1])
+    assert bootstrap_rate([3] * 5, [3] * 5) == (wilson(5, 5)[0], 1.0)
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:

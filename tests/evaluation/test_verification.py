@@ -129,7 +129,7 @@ def test_trials_are_read_by_ids_and_by_the_ends_of_paths(tmp_path: Path) -> None
         ("1 a.wav\n", "trials.txt:1: expected 1 or 0 and two names of clips, got '1 a.wav'"),
         ("yes s1/a.wav s2/a.wav\n", "trials.txt:1: expected 1 or 0"),
         ("1 s1/a.wav s2/a.wav\n1 s1/a.wav c.wav", "trials.txt:2: 'c.wav': there is no such clip"),
-        ("1 a.wav s2/a.wav", "trials.txt:1: 'a.wav': several clips end so"),
+        ("1 a.wav s2/a.wav", "trials.txt:1: 'a.wav': several clips are called or end so"),
         ("\n", "no trial in it"),
     ],
 )
@@ -137,6 +137,12 @@ def test_trials_that_are_none_are_named_with_their_line(tmp_path: Path, text: st
     (tmp_path / "trials.txt").write_text(text)
     with pytest.raises(ValueError, match=words):
         read_trials(tmp_path / "trials.txt", ["/data/s1/a.wav", "/data/s2/a.wav"])
+
+
+def test_a_trial_of_a_name_that_two_clips_have_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trials.txt").write_text("1 a b\n0 a c\n")
+    with pytest.raises(ValueError, match="trials.txt:1: 'a': several clips are called or end so"):
+        read_trials(tmp_path / "trials.txt", ["a", "b", "c", "a"])
 
 
 def test_what_cannot_be_told_apart_is_refused() -> None:

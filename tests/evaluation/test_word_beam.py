@@ -88,6 +88,12 @@ def test_what_is_no_language_model_is_refused(arpa: Path, tmp_path: Path, monkey
         listed_words(tmp_path / "other.arpa")
     with pytest.raises(ValueError, match=r"missing\.arpa: no such file"):
         listed_words(tmp_path / "missing.arpa")
+    (tmp_path / "half.arpa").write_text("\\data\\\nngram 1=2\n\n\\1-grams:\n-1\n")
+    (tmp_path / "cut.arpa.gz").write_bytes(gzip.compress(arpa.read_bytes())[:40])
+    (tmp_path / "none.arpa.gz").write_text("hello")
+    for name in ("half.arpa", "cut.arpa.gz", "none.arpa.gz"):
+        with pytest.raises(ValueError, match=f"lm=.*{name}: is damaged or no ARPA file"):
+            listed_words(tmp_path / name)
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "flashlight.lib.text", None)
         with pytest.raises(ValueError, match=r"pip install mmssl\[lm\]; or leave lm out"):
