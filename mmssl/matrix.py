@@ -59,7 +59,12 @@ def refusal(objective: str, source: str) -> str | None:
         "modality": modality,
         "tokenizer": {"name": "byte_bpe"} if kind.tokenizers else None,
         # without its rate of dropout, which some teachers want to be 0
-        "frontend": {k: v for k, v in _recipe_of("frontend", frontend)["frontend"].items() if k != "dropout"},
+        # without what is left to chance while it trains, from which no target may come
+        "frontend": {
+            key: value
+            for key, value in _recipe_of("frontend", frontend)["frontend"].items()
+            if key not in ("dropout", "dither", "stripes")
+        },
         "positions": {"name": positions},
         "transformer": {**own["transformer"], "dim": 16, "heads": 2},
         "encoder": own.get("encoder"),
