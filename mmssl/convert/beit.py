@@ -11,13 +11,14 @@ table for each other: such a model is read as its authors meant it, and none is 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from mmssl.convert.layout import Config, Head, Layout, Pair, Settings, linear, row, same
-from mmssl.convert.pictures import HALF, patches, picture_grid
+from mmssl.convert.pictures import HALF, patches, picture_grid, sides
 from mmssl.convert.videomae import keyless_blocks
 from mmssl.convert.vit import (
     CLASS,
@@ -33,6 +34,8 @@ from mmssl.convert.vit import (
     read_vit,
     write_vit,
 )
+
+log = logging.getLogger(__name__)
 
 _TABLE = "relative_position_bias.relative_position_bias_table"
 _NAMES = NAMES | {"scale1": "lambda_1", "scale2": "lambda_2"}
@@ -55,6 +58,14 @@ def _read(theirs: Settings, preprocessor: Settings, names: Collection[str]) -> C
     }
     if not theirs["use_absolute_position_embeddings"]:
         ours["positions"] = {"name": "none"}
+    down, across = ours["frontend"]["size"]
+    height, width = sides(theirs["image_size"])
+    if ours["transformer"]["bias"] is not None and height // down != width // across:
+        log.warning(
+            "image_size=%s: of pictures that are not square transformers takes the axes of the bias for each other; it "
+            "is read as its authors meant it, so vectors differ from theirs",
+            [height, width],
+        )
     return ours
 
 

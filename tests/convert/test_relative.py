@@ -155,5 +155,18 @@ def test_a_table_that_transformers_would_misread_is_not_written(tmp_path: Path) 
         convert(folder, tmp_path / "theirs", to="beit")
 
 
+@pytest.mark.parametrize(("size", "said"), [(16, 0), ([16, 24], 1)])
+def test_a_table_that_transformers_misreads_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, size: Any, said: int
+) -> None:
+    kind, config, settings = RELATIVE["beit, one table"]
+    model = getattr(transformers, kind)(getattr(transformers, config)(**settings | {"image_size": size}))
+    model.save_pretrained(tmp_path)
+    mmssl.load(tmp_path, device="cpu")
+    told = "image_size=[16, 24]: of pictures that are not square transformers takes the axes of the bias for each other"
+    found = [record.getMessage() for record in caplog.records if "square" in record.getMessage()]
+    assert [message.startswith(told) for message in found] == [True] * said
+
+
 def test_the_layouts_are_registered_by_their_own_names() -> None:
     assert {"wavlm", "beit", "data2vec-vision"} <= LAYOUTS.keys()
