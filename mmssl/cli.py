@@ -65,6 +65,9 @@ def command(example: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
             keep_freed_memory()
             try:
                 function(*args, **kwargs)
+            except BrokenPipeError:  # who reads it has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(1) from None
             except (ValueError, OSError, RuntimeError) as error:
                 if os.environ.get("MMSSL_TRACEBACK") == "1" or not _is_for_the_user(error):
                     raise
@@ -459,7 +462,7 @@ def manifest(
     a manifest already, nothing is written.
     """
     from mmssl.data.manifest import check_shares, split_rows, write_manifest
-    from mmssl.data.scan import NoClips, pair, scan
+    from mmssl.data.scan import NoClips, pair, read_table, scan
     from mmssl.modalities import MODALITIES
 
     tars = folders if folders[0].suffix == ".tar" else []
@@ -492,26 +495,37 @@ def manifest(
         )
     if len(filed) > 1 and tsv is not None:
         raise ValueError(f"--tsv {tsv}: names files of one kind, and --modality {modality} pairs files by their names")
+    each = {}
     try:
-        each = {
-            media: scan(
-                folder,
-                media=media,
-                probe=kind.probe,  # type: ignore[arg-type]  # these have one
-                suffixes=kind.suffixes,
-                label_from=label_from,
-                split_from=split_from,
-                text_from=text_from,
-                keys_from=keys_from,
-                tsv=tsv,
-                columns=columns,
-                tars=tars,
-                workers=workers,
-            )
-            for media, kind in filed.items()
-        }
+        for media, kind in filed.items():
+            try:
+                each[media] = scan(
+                    folder,
+                    media=media,
+                    probe=kind.probe,  # type: ignore[arg-type]  # these have one
+                    suffixes=kind.suffixes,
+                    label_from=label_from,
+                    split_from=split_from,
+                    text_from=text_from,
+                    keys_from=keys_from,
+                    tsv=tsv,
+                    columns=columns,
+                    tars=tars,
+                    workers=workers,
+                )
+            except NoClips:
+                if media != "audio" or "video" not in filed:
+                    raise
+        if len(each) < len(filed):  # a video with sound is a pair by itself
+            found = each["video"]
+            silent = [(row["id"], "there is no sound in it") for row in found.rows if not row.get("sound")]
+            rows = [row for row in found.rows if row.get("sound")]
+            each["video"] = replace(found, rows=rows, bad=found.bad + silent)
         found = next(iter(each.values()))
-        if len(names) > 1:
+        if len(each) + ("text" in kinds) > 1:
+            if "text" in kinds and tsv is not None and found.rows and not any("text" in row for row in found.rows):
+                heads = ", ".join(read_table(tsv)[0][1])
+                raise ValueError(f"{tsv}: no column for the text; it has {heads}; say which, --column text=COLUMN")
             found = pair(each, {media: kind.hints for media, kind in filed.items()}, text="text" in kinds)
     except NoClips as error:
         fitting = {name for suffix in error.ignored for name in _looking_for(suffix)}
@@ -755,12 +769,19 @@ def recipes(
         return
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    listed = Table("recipe", "what", "result", box=box.SIMPLE_HEAD)
+    # names whole, to be copied
+    listed = Table(Column("recipe", no_wrap=True, overflow="ignore"), "what", "result", box=box.SIMPLE_HEAD)
     for short, path in shipped().items():
         said = header(path.read_text(encoding="utf-8"))
-        listed.add_row(short, said["title"].partition(". ")[0], said.get("result", "not yet run"))
+        what, result = said["title"].partition(". ")[0], said.get("result", "not yet run")
+        if sys.stdout.isatty():
+            listed.add_row(short, what, result)
+        else:
+            print(short, what, result, sep="\t")
+    if not sys.stdout.isatty():
+        return
     console = Console()
     console.print(listed)
     console.print("Run one: mmssl pretrain RECIPE data.train=FILE   See one: mmssl recipes RECIPE", highlight=False)

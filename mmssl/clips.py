@@ -144,7 +144,8 @@ def find_clips(
         elif hasattr(item, "read"):
             clips.add((str(getattr(item, "name", f"input {place}")), partial(ready, read, item)))
         else:
-            raise ValueError(f"input {place}: {type(item).__name__} is none of {KINDS}")
+            way = "; give torchvision.transforms.functional.to_tensor of it" if hasattr(item, "getbands") else ""
+            raise ValueError(f"input {place}: {type(item).__name__} is none of {KINDS}{way}")
     if not len(clips):
         raise ValueError("nothing to embed: the inputs are empty")
     return clips

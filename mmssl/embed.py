@@ -801,7 +801,7 @@ class Embedder:
             if not self._head:
                 raise ValueError(
                     f"{self.name}: holds an encoder without the objective that trained it; those of fine-tuned runs, "
-                    "of mae, cae, denoise, tera and vq_wav2vec and of several modalities are exported"
+                    "of mae, cae, denoise, tera and vq_wav2vec and of pairs are exported, and none of omni"
                 )
             objective = build_objective(self.config, self.encoder)
             # all but the encoder, which is loaded already

@@ -202,6 +202,13 @@ def build_dataset(
             "data.cache",
             f"data.cache=true would keep one span of each clip, and augment.{side} draws another each time",
         )
+    same = config["objective"].get("same")
+    if same is not None and len(manifest) and same not in (first := manifest[0]):
+        raise recipe.error(
+            "objective.same",
+            f"objective.same={same}: {manifest.place(0)} has no {same!r}, only {', '.join(sorted(first))}; name a key "
+            "that rows of the same kind agree in, such as text, or null where every other row is another",
+        )
     # copies without weights: what is sent to loader workers must not lie on a GPU
     bare = {name: copy.deepcopy(frontend).to("meta") for name, frontend in frontends.items()}
     fits = {name: partial(_fits, frontend, _view_check(config["objective"], name)) for name, frontend in bare.items()}

@@ -237,6 +237,12 @@ def _data_by_modality(recipe: Recipe) -> dict[str, Any]:
     """The section `data` in which any setting may be by modality, checked."""
     names = list(recipe.get("modality"))
     written = recipe.get("data") or {}
+    for key, value in written.items():
+        unknown = [name for name in value if name not in names] if isinstance(value, dict) else []
+        if unknown:
+            raise recipe.error(
+                f"data.{key}", f"data.{key}: {unknown[0]!r} is none of this recipe's modalities {', '.join(names)}"
+            )
     each = {}
     for name in names:
         section = settings_of(written, name, names)

@@ -233,7 +233,7 @@ class Encoded:
         return self.x[:, self.n_prefix :]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Embeddings:
     """What a user gets.
 
@@ -252,6 +252,10 @@ class Embeddings:
     time_ms: Tensor | None = None
     ids: list[str] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Shapes, and no numbers: they would fill pages."""
+        return f"Embeddings(scene={tuple(self.scene.shape)}, tokens={tuple(self.tokens.shape)}, bad={len(self.bad)})"
 
 
 @dataclass

@@ -116,6 +116,8 @@ def test_a_resolved_recipe_has_the_objective_of_each_modality_and_is_resolved_to
         ("objective.weight={image: 1}", "unknown key 'objective.weight'. Did you mean 'objective.weights'"),
         ("data.train={image: a.jsonl}", "data.train: there is none of audio; write it as data.train.audio=FILE"),
         ("data.batch_size.image=0", "data.batch_size=0: must be at least 1"),
+        ("data.batch_size.imagee=3", "data.batch_size: 'imagee' is none of this recipe's modalities image, audio"),
+        ("data.train.vidoe=v.jsonl", "data.train: 'vidoe' is none of this recipe's modalities"),
         ("modality={image: {}}", "modality: needs two or more"),
         ("modality=image", "omni brings several modalities together; write them as modality: {image"),
         ("optimizer.layer_decay=0.5", "goes by the depth of one encoder"),

@@ -332,6 +332,19 @@ def test_of_several_captions_training_draws_one_an_epoch_and_evaluation_takes_th
     assert torch.allclose(embedder.embed([several[0]], modality="text").scene[0], first, atol=1e-6)
 
 
+def test_what_pairs_agree_in_must_stand_in_the_rows(folder: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"objective.same=name: .*train.jsonl:1 has no 'name', only id, image, text; name"
+    ):
+        train("toy.yaml", "run", ["objective.same=name"])
+
+
+def test_an_empty_one_of_several_captions_is_never_read(folder: Path) -> None:
+    write_manifest("train.jsonl", [{"image": "0.png", "text": ["", "one", " "]}, {"image": "1.png", "text": "two"}])
+    seen, *_ = dataset()
+    assert len({tuple(seen.read(0, epoch).inputs["text"].tolist()) for epoch in range(9)}) == 1
+
+
 def test_an_empty_list_of_captions_is_a_bad_clip(folder: Path) -> None:
     write_manifest("train.jsonl", [{"image": "0.png", "text": []}, {"image": "1.png", "text": "one"}])
     with pytest.raises(BadClip, match=r"the caption \[\] is no text"):
@@ -471,8 +484,9 @@ def test_pairs_that_agree_in_a_key_are_known_in_the_batch(folder: Path) -> None:
         [0, 0, 0, 1, 1],
         [0, 0, 0, 1, 1],
     ]
+    write_manifest("train.jsonl", [rows[0] | {"concept": "box"}, *rows[1:]])
     with pytest.raises(BadClip, match="the row has no 'concept'"):
-        dataset(["objective.same=concept"])[0].read(0, 0)
+        dataset(["objective.same=concept"])[0].read(1, 0)
 
 
 def test_the_ids_of_a_batch_are_put_together_from_what_each_modality_has() -> None:

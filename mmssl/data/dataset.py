@@ -249,9 +249,11 @@ class ManifestDataset(Dataset[Sample]):
 
     def _caption(self, value: Any, seed: int) -> Any:
         """Of a text that is a list the one that is read."""
-        if isinstance(value, list) and value:
-            return value[_hash(seed, "text") % len(value) if self.draws else 0]
-        return value
+        if not isinstance(value, list):
+            return value
+        # those in which something stands, where there are any
+        value = [text for text in value if not isinstance(text, str) or text.strip()] or value
+        return value[_hash(seed, "text") % len(value) if self.draws else 0] if value else value
 
     def _read_text(self, name: str, id: str, value: Any) -> Tensor:
         try:

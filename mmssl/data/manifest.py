@@ -129,9 +129,10 @@ class Manifest(Sequence[Row]):
         lacking = np.flatnonzero(self._index["read"] & (1 << READ.index(media)) == 0)
         if len(lacking):
             row = self[int(lacking[0])]
-            raise ValueError(
-                f"{self.place(lacking[0])}: no {media!r}, which {reader} reads; the row has {', '.join(sorted(row))}"
-            )
+            why = f"the row has {', '.join(sorted(row))}"
+            if media == "audio" and row.get("sound") is False:
+                why = "there is no sound in its video; `mmssl manifest --modality video,audio` leaves such videos out"
+            raise ValueError(f"{self.place(lacking[0])}: no {media!r}, which {reader} reads; {why}")
 
     def having(self, keys: Sequence[str]) -> Manifest:
         """The rows that have all of these keys of `READ`."""

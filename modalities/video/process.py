@@ -22,6 +22,7 @@ import numpy as np
 
 from mmssl.modalities.video import decoders
 
+PATIENCE = 10
 CLIPS = 1000  # files that one process reads before another takes its place: decord's readers leave memory behind
 
 
@@ -30,7 +31,11 @@ class Died(Exception):
 
 
 class _Watch:
-    """Kills a process that nothing is heard of for `limit` seconds."""
+    """Kills a process that nothing is heard of for `limit` seconds.
+
+    On Linux these are seconds in which it waits for something, or computes: one that others leave no core to is given
+    more, `PATIENCE` times as many at most.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], limit: float) -> None:
         self._process, self._limit = process, limit
@@ -40,7 +45,8 @@ class _Watch:
         threading.Thread(target=self._run, daemon=True).start()
 
     def restart(self) -> None:
-        self._deadline = time.monotonic() + self._limit
+        self._begun, self._had = time.monotonic(), _computed(self._process.pid)[0]
+        self._deadline = self._begun + self._limit
 
     def end(self) -> None:
         self._ended.set()
@@ -48,9 +54,25 @@ class _Watch:
     def _run(self) -> None:
         while not self._ended.wait(max(self._deadline - time.monotonic(), 0.0)):
             if time.monotonic() >= self._deadline:
+                computed, wants_more = _computed(self._process.pid)
+                left = self._limit - (computed - self._had)
+                if wants_more and left > 0.1 * self._limit and time.monotonic() < self._begun + PATIENCE * self._limit:
+                    self._deadline = time.monotonic() + left
+                    continue
                 self.late = True
                 self._process.kill()
                 return
+
+
+def _computed(pid: int) -> tuple[float, bool]:
+    """Seconds that a process has computed, and whether it would go on if it had a core, or the disk answered."""
+    try:
+        # behind the name and its bracket: the state is the first field, times are the 12th and the 13th
+        each = [path.read_text().rpartition(")")[2].split() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        seconds = sum(int(fields[11]) + int(fields[12]) for fields in each) / os.sysconf("SC_CLK_TCK")
+        return seconds, any(fields[0] in "RD" for fields in each)
+    except (OSError, IndexError, ValueError):
+        return 0.0, False  # it has ended, or this is no Linux
 
 
 class Decoder:

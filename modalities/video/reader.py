@@ -67,7 +67,8 @@ def read(
         span: seconds of that part -> (start, duration) in it of what to read: where a clip is drawn from a long file.
         decoder: "auto" takes decord where it is installed and right, and PyAV elsewhere; "decord" asks no question.
             Where decord fails, hangs or crashes, PyAV is tried.
-        limit: seconds without a further frame after which a decoder is given up, however long all of them take.
+        limit: seconds without a further frame after which a decoder is given up, however long all of them take, and
+            more of them where the machine leaves it no core.
 
     Returns:
         (C, T, H, W) float32 in [0, 1], T >= 1.

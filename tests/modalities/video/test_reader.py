@@ -483,6 +483,38 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_more_try(
     assert running() <= before
 
 
+@linux
+@pytest.mark.parametrize(("wants_core", "least"), [(True, 0.8), (False, 0.2)])
+def test_a_decoder_that_gets_no_core_is_given_more_time(
+    monkeypatch: pytest.MonkeyPatch, wants_core: bool, least: float
+) -> None:
+    monkeypatch.setattr(process, "_computed", lambda pid: (0.0, wants_core))
+    monkeypatch.setattr(process, "PATIENCE", 4)
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    begun = time.monotonic()
+    watch = process._Watch(sleeper, 0.2)
+    sleeper.wait(30)
+    assert watch.late
+    assert time.monotonic() - begun >= least
+    watch.end()
+
+
+@linux
+def test_it_is_told_who_computes_from_who_waits() -> None:
+    for program, computes in (("while True: pass", True), ("import time; time.sleep(60)", False)):
+        one = subprocess.Popen([sys.executable, "-c", program])
+        try:
+            time.sleep(1.5)
+            before, wants_core = process._computed(one.pid)
+            assert wants_core == computes
+            time.sleep(0.5)
+            assert (process._computed(one.pid)[0] > before) == computes
+        finally:
+            one.kill()
+            one.wait()
+    assert process._computed(one.pid) == (0.0, False)
+
+
 # what a decode process finds in the place of decord: each 0.06 s a frame
 SLOW = {
     "pyav": """

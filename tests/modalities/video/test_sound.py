@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from mmssl.build import build_frontend
+from mmssl.cli import app
 from mmssl.data.dataset import ManifestDataset
 from mmssl.data.manifest import Manifest, write_manifest
 from mmssl.loading import clips_of
@@ -58,8 +60,22 @@ def test_the_sound_of_a_video_is_its_audio_unless_the_row_says_otherwise(folder:
     assert len(rows(folder, "a", "mute").having(["video", "audio"])) == 1
     [other] = rows(folder, "a", audio=str(folder / "b.wav"))
     assert other["audio"] == str(folder / "b.wav")
-    with pytest.raises(ValueError, match=r"a.jsonl:2: no 'audio', which audio reads"):
+    with pytest.raises(
+        ValueError, match=r"a.jsonl:2: no 'audio', which audio reads; there is no sound in its video; `mmss"
+    ):
         dataset(rows(folder, "a", "mute"), {"video": [], "audio": []})
+
+
+def test_a_folder_of_videos_gives_those_with_sound_as_pairs(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in ("a.mp4", "mute.mp4"):
+        (tmp_path / "videos" / name).write_bytes((folder / name).read_bytes())
+    given = ["manifest", str(tmp_path / "videos"), "--modality", "video,audio", "--out", str(tmp_path / "m.jsonl")]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    assert "left out: mute.mp4: there is no sound in it" in done.output
+    [row] = Manifest(tmp_path / "m.jsonl").having(["video", "audio"])
+    assert row["id"] == "a.mp4"
 
 
 @pytest.mark.parametrize(
