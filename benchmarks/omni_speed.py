@@ -31,9 +31,9 @@ TINY = ["transformer.dim=48", "transformer.depth=2", "objective.of.decoder_dim=4
 # modality -> clips of a batch as small/omni has them, shape of one, units a second
 CLIPS: dict[str, tuple[int, tuple[int, ...], float | None]] = {
     "image": (128, (1, 28, 28), None),
-    "audio": (16, (5 * 16_000,), 16_000.0),
+    "audio": (32, (16_000,), 16_000.0),
     "speech": (64, (8_000,), 8_000.0),
-    "video": (32, (1, 16, 32, 32), 8.0),
+    "video": (64, (1, 16, 32, 32), 8.0),
 }
 
 
