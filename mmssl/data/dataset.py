@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmssl.data.manifest import MEDIA, Manifest, read_slice
+from mmssl.data.manifest import MEDIA, Manifest, read_slice, with_content
 from mmssl.data.units import cut_units, read_units
 from mmssl.types import BadClip, Raw, Units
 
@@ -251,8 +251,7 @@ class ManifestDataset(Dataset[Sample]):
         """Of a text that is a list the one that is read."""
         if not isinstance(value, list):
             return value
-        # those in which something stands, where there are any
-        value = [text for text in value if not isinstance(text, str) or text.strip()] or value
+        value = with_content(value) or value
         return value[_hash(seed, "text") % len(value) if self.draws else 0] if value else value
 
     def _read_text(self, name: str, id: str, value: Any) -> Tensor:

@@ -197,6 +197,11 @@ def captions_of(row: Mapping[str, Any]) -> list[Any]:
     return text if isinstance(text, list) else [text]
 
 
+def with_content(text: Any) -> list[Any]:
+    """Of a text, or of a list of them, those in which something stands; the first is what is read without a draw."""
+    return [one for one in (text if isinstance(text, list) else [text]) if str(one).strip()]
+
+
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows, all or nothing, and say how many.
 

@@ -19,7 +19,7 @@ from operator import and_
 from pathlib import Path
 from typing import Any
 
-from mmssl.data.manifest import MEDIA, PLACES, Row, read_slice, segment
+from mmssl.data.manifest import MEDIA, PLACES, Row, read_slice, segment, with_content
 from mmssl.files import open_clip
 from mmssl.progress import bar
 from mmssl.types import BadClip
@@ -232,8 +232,7 @@ def pair(found: Mapping[str, ScanResult], hints: Mapping[str, Collection[str]], 
 
 def _with_texts(row: Row) -> Row:
     """A row without those of its texts in which nothing stands: no pair is made with them."""
-    texts = row["text"] if isinstance(row.get("text"), list) else [row.get("text", "")]
-    said = [text for text in texts if str(text).strip()]
+    said = with_content(row.get("text", ""))
     if not said:
         return {key: value for key, value in row.items() if key != "text"}
     return row | {"text": said if isinstance(row["text"], list) else said[0]}

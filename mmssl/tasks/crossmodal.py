@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mmssl.data.manifest import Manifest
+from mmssl.data.manifest import Manifest, with_content
 from mmssl.embed import Embedder
 from mmssl.evaluation.retrieval import PLACES, nearest_class, partner_ranks, recall_by_chance
 from mmssl.evaluation.score import Score, wilson
@@ -187,7 +187,7 @@ def several(embedder: Embedder, task: str) -> None:
 def _numbered(rows: Manifest, key: str) -> Tensor:
     """(rows,) int64, equal for rows that agree in a key; of several texts the first counts, which is the one read."""
     known: dict[str, int] = {}
-    values = (value[0] if key == "text" and isinstance(value, list) and value else value for value in rows.values(key))
+    values = ((with_content(value) or [value])[0] if key == "text" else value for value in rows.values(key))
     return torch.tensor([known.setdefault(json.dumps(value, sort_keys=True), len(known)) for value in values])
 
 
