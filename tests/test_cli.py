@@ -323,6 +323,19 @@ def test_recipes_are_listed_and_printed() -> None:
     assert ok("recipes", "image/mae_base").startswith("# MAE")
 
 
+def test_who_has_seen_enough_and_what_is_no_text_end_no_command() -> None:
+    program = "import sys, mmssl.cli as cli; cli.app = {}; cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program.format(r"lambda: print('a\udce9.png')")], capture_output=True, check=True
+    )
+    assert done.stdout == b"a\\udce9.png\n"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run([sys.executable, "-u", "-m", "mmssl", "recipes"], stdout=closed, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "embed", "search", "evaluate", "manifest", "recipes"])
 def test_each_command_teaches_by_an_example(name: str) -> None:
     assert f"Example: mmssl {name} " in " ".join(ok(name, "--help").split())

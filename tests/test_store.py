@@ -373,6 +373,12 @@ def test_settings_that_no_clip_can_have_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_weighting_beside_other_layers_has_no_number_in_an_npz(manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"e.npz: layers=.*: an .npz names layers by numbers"):
+        write_embeddings(embedder(), manifest, tmp_path / "e.npz", layers=[-1, ((0, 0.5), (1, 0.5))])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_without_a_part_is_that_of_the_next_job(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
