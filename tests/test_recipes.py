@@ -114,7 +114,7 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
     decoder = {"objective.decoder_dim": 16, "objective.decoder_depth": 1, "objective.decoder_heads": 2}
     per_name |= dict.fromkeys(("mae", "siam_mae", "vic_mae", "cross_video_mae", "denoise", "dbot"), decoder)
     per_name["encodec_mae"] |= decoder
-    per_name |= dict.fromkeys(("av_mae", "cav_mae"), decoder | {"backbone.own_blocks": 1})
+    per_name |= dict.fromkeys(("av_mae", "cav_mae"), decoder)
     per_name["slip"] = {"objective.ssl_hidden": 8, "objective.ssl_dim": 8, "data.batch_size": 2}
     if not name.startswith("small/"):  # 16 frames of 224 x 224 are 1,568 tokens otherwise
         per_name["tubes"] = {"frontend.size.1": 56, "frontend.size.2": 56, "data.batch_size": 2}
@@ -126,6 +126,8 @@ def toy(name: str, manifests: dict[str, Path]) -> Recipe:
         sizes["schedule.warmup"] = 1
     if written.get("objective.same") is not None:
         sizes["objective.same"] = "text"
+    if isinstance(written.get("backbone"), dict):  # one block of two is shared
+        sizes["backbone.own_blocks"] = 1
     for modality, own in written.get("modality").items() if written.get("backbone") else ():
         narrow = per_name.get(own["frontend"]["name"], {}) | per_name.get(own["positions"]["name"], {})
         sizes |= {key if key.startswith("data.") else f"modality.{modality}.{key}": v for key, v in narrow.items()}
