@@ -182,7 +182,7 @@ def test_four_folders_of_files_of_any_size_train_one_trunk(tmp_path: Path, monke
             container.mux(stream.encode())
     [block] = [block for block in blocks(README) if "omni_media" in block]
     trainer = "trainer={steps: 8, eval_every: 8, device: cpu}"
-    toy = ["transformer={dim: 16, depth: 1, heads: 2}", trainer, "data.on_bad_clip=raise"]
+    toy = ["transformer={dim: 16, depth: 3, heads: 2}", trainer, "data.on_bad_clip=raise"]
     for line in block.splitlines():
         arguments = shlex.split(line)[1:]
         if arguments[0] == "pretrain":
