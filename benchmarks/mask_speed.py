@@ -1,6 +1,7 @@
 """One training step with only visible tokens encoded against the same with all of them, for each modality.
 
     python benchmarks/mask_speed.py                          # base size, float32 and bfloat16
+    python benchmarks/mask_speed.py --size large --modality image
     python benchmarks/mask_speed.py --size tiny --rounds 1 --modality audio
 
 Encoder, decoder, masks and input are the same; where all tokens are encoded, mask tokens stand for the hidden ones.
@@ -28,7 +29,11 @@ from mmssl.nn.transformer import Transformer
 from mmssl.objectives.mae import MAE
 from mmssl.types import Batch, Encoded, Hide, MaskPlan, Raw, Tokens
 
-ENCODERS = {"base": {"dim": 768, "depth": 12, "heads": 12}, "tiny": {"dim": 48, "depth": 2, "heads": 3}}
+ENCODERS = {
+    "large": {"dim": 1024, "depth": 24, "heads": 16},
+    "base": {"dim": 768, "depth": 12, "heads": 12},
+    "tiny": {"dim": 48, "depth": 2, "heads": 3},
+}
 # modality -> (frontend, clips of a batch, MAE's settings)
 TASKS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "image": ("patches", 8, {"mask_ratio": 0.75, "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16}),

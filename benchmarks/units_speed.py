@@ -5,8 +5,9 @@
 
 Clusters are found once; then the units of a set and of one ten times as large are written, each in a process of its
 own. Prints hours of sound for an hour of one core (user and system time of all threads) and for an hour by the clock,
-and the most memory that each process held, which the larger set must not raise. The sound is noise in 16-bit wav files
-of 1 to 15 s at 16 kHz; reading them is part of it.
+and the most memory that each process held, which the larger set must not raise. The smaller one is long enough to fill
+what is read ahead (mfcc), which a set of half an hour is not. The sound is noise in 16-bit wav files of 1 to 15 s at
+16 kHz; reading them is part of it.
 """
 
 from __future__ import annotations
@@ -86,14 +87,14 @@ def write(folder: Path, of: str, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--of", choices=["mfcc", "hubert"], action="append")
-    parser.add_argument("--minutes", type=float, help="of the smaller set; 30 for mfcc and 4 for hubert by default")
+    parser.add_argument("--minutes", type=float, help="of the smaller set; 90 for mfcc and 4 for hubert by default")
     parser.add_argument("--write", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write:
         write(Path(args.write[0]), args.write[1], args.write[2])
         return
     for of in args.of or ["mfcc", "hubert"]:
-        minutes = args.minutes or {"mfcc": 30.0, "hubert": 4.0}[of]
+        minutes = args.minutes or {"mfcc": 90.0, "hubert": 4.0}[of]
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             for times in SETS:

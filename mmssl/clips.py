@@ -106,6 +106,7 @@ def find_clips(
         return augment(x, np.random.default_rng(0)), start
 
     clips = Clips(modality, frontend, partial(ready, read))
+    barren: list[str] = []  # tars without a file of this modality
     for place, item in enumerate(listed):
         if isinstance(item, Manifest) or (isinstance(item, (str, Path)) and str(item).endswith(".jsonl")):
             manifest = item if isinstance(item, Manifest) else Manifest(item)
@@ -121,6 +122,7 @@ def find_clips(
                 if not path.lower().endswith(".tar"):
                     clips.add(path)
                     continue
+                before = len(clips)
                 try:
                     for name, offset, size in tar_members(path):
                         base = os.path.basename(name)
@@ -128,6 +130,8 @@ def find_clips(
                             clips.add(Member(path, name, offset, size))
                 except BadClip as error:  # it ends too early: what is missing of it is one bad clip
                     clips.add((path, partial(_refuse, error)))
+                if len(clips) == before:
+                    barren.append(path)
         elif isinstance(item, (np.ndarray, Tensor)):
             batch = _split(item, f"input {place}", kind.media, frontend.min_length)
             for i, clip in enumerate(batch):
@@ -146,6 +150,8 @@ def find_clips(
         else:
             way = "; give torchvision.transforms.functional.to_tensor of it" if hasattr(item, "getbands") else ""
             raise ValueError(f"input {place}: {type(item).__name__} is none of {KINDS}{way}")
+    if not len(clips) and barren:
+        raise ValueError(_none_of(modality, "tar", barren[0], kind.suffixes))
     if not len(clips):
         raise ValueError("nothing to embed: the inputs are empty")
     return clips
@@ -422,7 +428,8 @@ def _expand(text: str, suffixes: Collection[str], modality: str) -> tuple[list[s
         if not inside and refused:
             raise refused[0]
         if not inside:
-            raise ValueError(f"{text}: no {modality} file in this folder ({' '.join(sorted(suffixes))})")
+            way = f'; a pattern, "{os.path.join(text, "*")}", takes files of any name'
+            raise ValueError(_none_of(modality, "folder", text, suffixes) + way)
         return inside, refused
     if os.path.exists(text) or not glob.has_magic(text):
         return [text], []
@@ -430,6 +437,10 @@ def _expand(text: str, suffixes: Collection[str], modality: str) -> tuple[list[s
     if not matching:
         raise ValueError(f"{text}: no file matches this pattern")
     return matching, []
+
+
+def _none_of(modality: str, place: str, path: str, suffixes: Collection[str]) -> str:
+    return f"{path}: no {modality} file in this {place} ({' '.join(sorted(suffixes))})"
 
 
 def _split(array: np.ndarray | Tensor, name: str, media: str, shortest: int) -> list[Tensor]:

@@ -412,8 +412,18 @@ def test_a_folder_that_cannot_be_read_is_a_bad_clip(
 
 
 def test_a_folder_without_clips_is_refused(speech: Embedder, pictures: Path) -> None:
-    with pytest.raises(ValueError, match="no speech file in this folder"):
+    with pytest.raises(
+        ValueError, match=r'no speech file in this folder .*; a pattern, ".*/\*", takes files of any name'
+    ):
         speech.embed(pictures)
+
+
+def test_a_tar_without_clips_is_named(speech: Embedder, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "films.tar", "w") as shard:
+        shard.addfile(tarfile.TarInfo("one.mp4"))
+    for given in (tmp_path / "films.tar", tmp_path):
+        with pytest.raises(ValueError, match=r"films\.tar: no speech file in this tar \(\.aac "):
+            speech.embed(given)
 
 
 def test_clips_of_similar_length_go_together_within_the_bounds(
