@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from mmssl.build import Config, build_encoders, build_objective, make
 from mmssl.convert.folder import encoder_of, open_encoder
 from mmssl.data.batching import Loader, one_pass
 from mmssl.data.manifest import Manifest, captions_of
-from mmssl.data.text import CharVocabulary, Classes
+from mmssl.data.text import CharVocabulary, Classes, class_name
 from mmssl.data.turns import Turns
 from mmssl.encoder import Encoder, Encoders
 from mmssl.loading import DataSettings, build_dataset, build_plan, check_labels, cut_captions, label_of
@@ -121,7 +122,7 @@ def train(recipe: Recipe | str | Path, run: str | Path | None = None, overrides:
         evaluate = Validation(objective, batches, config, device, settings.precision, run / "pictures", texts)
     schedule = dict(recipe.values["schedule"])
     multiplier = partial(SCHEDULES[schedule.pop("name")], steps=settings.steps, **schedule)
-    recipe.placed(lambda: multiplier(1))
+    recipe.placed(lambda: _check_schedule(multiplier, settings.steps))
     export = partial(
         checkpoint.export_encoder,
         run,
@@ -175,6 +176,14 @@ def _begin(encoder: Encoder | Encoders, recipe: Recipe) -> None:
             encoder[other].transformer.load_state_dict(encoder[name].transformer.state_dict())
 
 
+def _check_schedule(multiplier: Callable[[int], float], steps: int) -> None:
+    """See that a schedule has a rate at both ends of a run, rather than when it gets there."""
+    for step in (1, steps):
+        rate = multiplier(step)
+        if isinstance(rate, complex) or not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(f"schedule: would multiply the rate by {rate} at update {step}; it must be at least 0")
+
+
 def export_config(recipe: Recipe, manifest: Manifest, run: Path | None = None) -> dict[str, Any]:
     """What config.json holds: all that is needed to build the encoder and the objective again.
 
@@ -195,7 +204,7 @@ def export_config(recipe: Recipe, manifest: Manifest, run: Path | None = None) -
         encoder = {key: values[key] for key in ("backbone", "transformer") if key in values}
         encoder["modality"] = {name: _exported(own) for name, own in values["modality"].items()}
     names: dict[str, list[str] | None] = {
-        "classes": Classes.from_labels(_flat(labels, values["objective"])).names if key == "label" else None,
+        "classes": Classes.from_labels(_flat(labels, manifest, values["objective"])).names if key == "label" else None,
         "vocabulary": CharVocabulary.from_texts(labels).symbols if key == "text" else None,
     }
     kept = {} if run is None or key is None else _by_main(partial(_began_with, run))
@@ -364,11 +373,20 @@ def _said_of(manifests: Mapping[str, Manifest]) -> dict[str, str]:
     }
 
 
-def _flat(labels: Iterable[Any], objective: Config) -> Iterator[Any]:
-    """Labels one by one, where a row may have a list of them."""
+def _flat(labels: Iterable[Any], manifest: Manifest, objective: Config) -> Iterator[Any]:
+    """Labels one by one, where a row may have a list of them.
+
+    Raises:
+        ValueError: one is no label, by the place of its row.
+    """
     several = objective.get("multi_label")
-    for label in labels:
-        yield from label if several and isinstance(label, list) else [label]
+    for place, label in enumerate(labels):
+        for one in label if several and isinstance(label, list) else [label]:
+            try:
+                class_name(one)
+            except ValueError as error:
+                raise ValueError(f"{manifest.place(place)}: {error}") from None
+            yield one
 
 
 def _texts(manifest: Manifest) -> dict[str, str]:

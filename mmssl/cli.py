@@ -549,6 +549,12 @@ def manifest(
         if place.suffix == ".jsonl":
             raise ValueError(f"--out {place}: the rows have splits, with a file for each; give a folder")
         parts = split_rows(found.rows, shares=shares, by=by)
+        empty = [name for name in shares or () if name not in parts]
+        if empty:
+            raise ValueError(
+                f"--split {split}: none of the {len(found.rows)} rows falls to {empty[0]}; give it a larger share, or "
+                "put more files there"
+            )
         files = {place / f"{name}.jsonl": rows for name, rows in sorted(parts.items())}
     else:
         files = {place if place.suffix == ".jsonl" else place / "manifest.jsonl": found.rows}

@@ -51,7 +51,7 @@ def alone(path: Path) -> Iterator[bool]:
         FileNotFoundError: there is no such file.
     """
     # a file and not its folder, and not to be read only: NFS locks only what is open for writing
-    with path.open("r+b") as file:
+    with path.open("r+b") as file, _of_this_process(file):
         free = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,3 +60,24 @@ def alone(path: Path) -> Iterator[bool]:
         except OSError:
             pass  # it knows no locks
         yield free
+
+
+_held: set[BinaryIO] = set()
+
+
+@contextmanager
+def _of_this_process(file: BinaryIO) -> Iterator[None]:
+    """Forked children close a file: a lock ends with the last of those that hold it open, and they may live longer."""
+    _held.add(file)
+    try:
+        yield
+    finally:
+        _held.discard(file)
+
+
+def _let_go() -> None:
+    while _held:
+        _held.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go)

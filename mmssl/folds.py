@@ -42,8 +42,8 @@ def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterato
 
     Raises:
         ValueError: a row without the key, fewer than two values, several processes, a value without its folder of
-            `init`, a `data.valid` with clips of `data.train` where `trainer.best` chooses by it, or folds of other rows
-            in `out`.
+            `init`, a class that only one value has, a `data.valid` with clips of `data.train` where `trainer.best`
+            chooses by it, or folds of other rows in `out`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"folds={key}: folds are trained one by one, in one process; start it without torchrun")
@@ -67,6 +67,8 @@ def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterato
                 f"folds={key}: {shared} of its clips are in data.train, and trainer.best would choose by clips that "
                 "are tested on; give clips that are not, or leave trainer.best out",
             )
+    if LABELLED[task] == "label":
+        _check_labels(manifest, values, key)
     # each before the first is trained
     recipes = [resolve(_started(given, key, name)) for name in names] if named else [recipe] * len(names)
     out = Path("runs", recipe.name) if out is None else out
@@ -94,6 +96,26 @@ def cross_validate(recipe: Recipe, key: str, out: Path | None = None) -> Iterato
 def _names(values: Iterable[Any]) -> list[str]:
     """The values of a key, in the order of numbers where they are some."""
     return Classes.from_labels([str(value) for value in values]).names
+
+
+def _check_labels(manifest: Manifest, values: np.ndarray, key: str) -> None:
+    """See that each class is learned by the run that is tested on it.
+
+    Raises:
+        ValueError: only rows of one value of the key have it.
+    """
+    first: dict[str, int] = {}  # class -> the place of its first row
+    several = set()
+    for place, label in enumerate(manifest.values("label")):
+        for one in map(str, label if isinstance(label, list) else [label]):
+            if values[first.setdefault(one, place)] != values[place]:
+                several.add(one)
+    for name, place in first.items():
+        if name not in several:
+            raise ValueError(
+                f"{manifest.place(place)}: the label {name!r} is in {key}={values[place]} alone, so no run that is "
+                "tested on it has learned it; leave such rows out, or give them several folds"
+            )
 
 
 def _started(recipe: Recipe, key: str, name: str) -> Recipe:

@@ -315,6 +315,8 @@ def _override(recipe: Recipe, override: str) -> Recipe:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError:
         raise RecipeError(f"{place}: the value is not YAML; quote text that holds a colon or a bracket") from None
+    if node is not None and node.end_mark.index < len(text.rstrip()):
+        raise RecipeError(f"{place}: what stands behind ' #' would be a comment; quote text that holds a #")
     value = None if node is None else _value(node, key, place, inner, ())
     places |= dict.fromkeys([key, *inner], place)
     values = copy.deepcopy(recipe.values)

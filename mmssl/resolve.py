@@ -94,7 +94,9 @@ def resolve(recipe: Recipe) -> Recipe:
             "wait for each other at each block; leave it out for three or more modalities",
         )
     best, name = values["trainer"]["best"], values["objective"]["name"]
-    if (best in ("wer", "cer") and name != "ctc") or (best == "accuracy" and name == "omni"):
+    several = values["objective"].get("multi_label", False)
+    given = {"wer": name == "ctc", "cer": name == "ctc", "accuracy": name != "omni", "map": several}
+    if not given.get(str(best), True):
         raise recipe.error("trainer.best", f"trainer.best={best}: evaluations of {name} give none; choose loss")
     init = recipe.get("init")
     if isinstance(init, Mapping):

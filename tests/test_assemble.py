@@ -237,6 +237,18 @@ def test_labels_are_those_of_the_training_manifest(image_rows: Callable[..., Pat
     bare = image_rows("train", lambda row: {"image": row["image"]})
     with pytest.raises(ValueError, match=f"{bare}:1: the row has no 'label'"):
         train(classify(image_rows, f"data.train={bare}"), tmp_path / "other")
+    for label, way in ((None, "text or a number"), (["a", "b"], "text or a number; a list of them takes obj")):
+        none = image_rows("train", lambda row, label=label: {**row, "label": label})
+        with pytest.raises(ValueError, match=rf"{none}:1: the label .* is no class: it must be {way}"):
+            train(classify(image_rows, f"data.train={none}"), tmp_path / "other")
+
+
+def test_what_a_schedule_comes_to_is_seen_before_the_first_update(
+    image_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = classify(image_rows, "schedule={name: polynomial, final: -0.1}")
+    with pytest.raises(RecipeError, match=r"schedule: would multiply the rate by -0.1 at update \d+; it must be"):
+        train(recipe, tmp_path / "run")
 
 
 def rewrite(manifest: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:

@@ -221,6 +221,10 @@ def test_a_folder_that_gives_no_row_is_refused_with_the_way_out(
     sentence = said("manifest", pictures, "--modality", "image", "--split-from", 1, "--out", file)
     assert sentence == f"--out {file}: the rows have splits, with a file for each; give a folder"
     assert not file.exists()
+    shares = "train=0.999999,test=0.000001"
+    sentence = said("manifest", pictures, "--modality", "image", "--split", shares, "--out", tmp_path / "empty")
+    assert sentence.startswith(f"--split {shares}: none of the 16 rows falls to test; give it a larger share, or")
+    assert not (tmp_path / "empty").exists()
     sentence = said("manifest", pictures, "--modality", "image", "--label-from", 3, "--out", tmp_path)
     assert sentence == (
         f"{pictures}: none of the 16 files gives a row; the first is {pictures / 'test/checks/15.png'}: "

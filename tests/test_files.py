@@ -2,7 +2,9 @@
 
 import errno
 import fcntl
+import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,21 @@ def test_a_file_is_held_by_one_at_a_time(tmp_path: Path) -> None:
                 assert (first, second) == (True, False)
     with alone(path) as third:
         assert third
+
+
+def test_a_forked_child_that_lives_longer_holds_nothing(tmp_path: Path) -> None:
+    """As the workers of a loader do for some seconds when their parent is killed."""
+    path = tmp_path / "lock"
+    path.touch()
+    with alone(path):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        worker.start()
+    try:
+        with alone(path) as free:
+            assert free
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_where_there_are_no_locks_everyone_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,15 @@ def test_folds_that_are_none_are_said_in_a_sentence(
         next(cross_validate(recipe, "fold"))
 
 
+def test_a_class_that_one_fold_alone_has_is_refused_before_any_is_trained(manifest: Path, tmp_path: Path) -> None:
+    rows = [{**row, "label": "rare"} if row["id"] == "clip 4" else row for row in Manifest(manifest)]
+    write_manifest(tmp_path / "rare.jsonl", rows)
+    recipe = load(tmp_path / "toy.yaml", [f"data.train={tmp_path / 'rare.jsonl'}"])
+    with pytest.raises(ValueError, match=r"rare.jsonl:5: the label 'rare' is in fold=10 alone, so no run that is"):
+        next(cross_validate(recipe, "fold", tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_runs_are_never_tested_on_clips_that_they_learned_from(manifest: Path, tmp_path: Path) -> None:
     rows = [{**row, "speaker": i // 4} for i, row in enumerate(Manifest(manifest))]
     write_manifest(manifest, rows)

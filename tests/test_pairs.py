@@ -292,6 +292,11 @@ def test_what_makes_no_sense_is_one_sentence(folder: Path, settings: list[str], 
     [
         ("small/clip_digits", "trainer.sharding=full", "leave it out for three or more modalities"),
         ("small/clip_emoji", "trainer.best=wer", "trainer.best=wer: evaluations of clip give none; choose loss"),
+        (
+            "small/classify_image",
+            "trainer.best=map",
+            "trainer.best=map: evaluations of classify give none; choose loss",
+        ),
         ("small/mae_image", "trainer.best=cer", "trainer.best=cer: evaluations of mae give none; choose loss"),
     ],
 )

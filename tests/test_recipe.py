@@ -147,6 +147,7 @@ def test_overrides_are_yaml_and_reach_into_lists_and_missing_sections(page: Path
         ("transformer.dim.x=1", "command line 'transformer.dim.x=1': 'transformer.dim' is 64, which has no settings"),
         ("augment.train.3.p=1", "command line 'augment.train.3.p=1': 'augment.train.3': this is a list of 1"),
         ("transformer.dim", "command line 'transformer.dim': an override looks like trainer.steps=2000"),
+        ("data.train=my #1/a.jsonl", "command line 'data.train=my #1/a.jsonl': what stands behind ' #' would be a"),
         ("transformer.dim=[1", "command line 'transformer.dim=[1': the value is not YAML"),
     ],
 )

@@ -245,7 +245,8 @@ def split_rows(
     Args:
         shares: split name -> share of the rows; None to go by each row's own "split".
         by: with `shares`, rows that agree in this key stay together ("speaker" keeps a voice on one side); "id" keeps
-            parts of one file together. A row's side depends on that key alone, so adding files later moves no other.
+            parts of one file together, and its rows where a table names it several times. A row's side depends on that
+            key alone, so adding files later moves no other.
 
     Raises:
         ValueError: shares that do not add up to 1, or a row without the key.
@@ -254,6 +255,8 @@ def split_rows(
         check_shares(shares)
     key = "split" if shares is None else by
     found: dict[str, list[Row]] = defaultdict(list)
+    rows = list(rows)
+    ids = {row.get("id") for row in rows} if key == "id" else set()
     for row in rows:
         if key not in row:
             raise ValueError(
@@ -263,7 +266,10 @@ def split_rows(
         if shares is None:
             found[str(row["split"])].append(row)
             continue
-        value = str(row[by]).removesuffix(segment(row) if by == "id" else "")
+        value = str(row[by])
+        if by == "id":
+            first = re.sub(r"#\d+$", "", value)  # of those that `scan` numbers
+            value = (first if first in ids else value).removesuffix(segment(row))
         digest = blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         # its place in [0, 1), where the shares lie end to end
         place = np.searchsorted(np.cumsum(list(shares.values())), int.from_bytes(digest, "little") / 2.0**64, "right")

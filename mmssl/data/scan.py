@@ -341,17 +341,29 @@ def _members(path: str, inside: str, suffixes: frozenset[str], result: ScanResul
 
 
 def tar_members(path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each file in an uncompressed tar.
+    """(name, offset, size) of each file in an uncompressed tar, and of each link to one.
 
     Raises:
         BadClip: it is none, or it ends too early; what comes before is given all the same.
     """
+    places: dict[str, tuple[int, int]] = {}
+    links: list[tuple[str, str]] = []  # name, that of the file
     with open_clip(path) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as shard:
                 for member in shard:
+                    name = posixpath.normpath(member.name).lstrip("/")
                     if member.isfile():
-                        yield posixpath.normpath(member.name).lstrip("/"), member.offset_data, member.size
+                        places[name] = (member.offset_data, member.size)
+                        yield name, *places[name]
+                    elif member.islnk():
+                        links.append((name, posixpath.normpath(member.linkname).lstrip("/")))
+                    elif member.issym():
+                        target = posixpath.join(posixpath.dirname(name), member.linkname)
+                        links.append((name, posixpath.normpath(target)))
+                for name, target in links:  # a symbolic one may come before its file
+                    if target in places:
+                        yield name, *places[target]
                 # a header that was cut off, or is none, ends it for tarfile as the end of the archive does
                 end = shard.offset
             file.seek(end)

@@ -79,7 +79,7 @@ class Classes:
     @classmethod
     def from_labels(cls, labels: Iterable[object]) -> Classes:
         """The distinct labels, sorted: as numbers where all of them are whole numbers, else as text."""
-        names = {_name(label) for label in labels}
+        names = {class_name(label) for label in labels}
         numbers = all(name.isdecimal() for name in names)
         return cls(sorted(names, key=lambda name: (int(name), name) if numbers else name))
 
@@ -89,7 +89,7 @@ class Classes:
         Raises:
             ValueError: there is no such class.
         """
-        id = self._ids.get(_name(label))
+        id = self._ids.get(class_name(label))
         if id is None:
             shown = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
             raise ValueError(f"the label {label!r} is not among the {len(self.names)} classes ({shown})")
@@ -107,12 +107,15 @@ class Classes:
         return len(self.names)
 
 
-def _name(label: object) -> str:
+def class_name(label: object) -> str:
+    """What a label calls its class.
+
+    Raises:
+        ValueError: it is neither text nor a number.
+    """
     if not isinstance(label, (str, int, float)):
-        raise ValueError(
-            f"the label {label!r} is no class: it must be text or a number (a list of them takes "
-            "objective.multi_label=true)"
-        )
+        way = "; a list of them takes objective.multi_label=true" if isinstance(label, list) else ""
+        raise ValueError(f"the label {label!r} is no class: it must be text or a number{way}")
     return str(label)
 
 

@@ -77,7 +77,8 @@ def train(
     """Train an objective to the last update, and save it there.
 
     With `resume` a run goes on from its latest checkpoint, to the bit as if it had never stopped (with as many
-    processes, micro-batches and threads), or starts where there is none yet. The first SIGTERM or SIGINT saves and
+    processes, micro-batches and threads), or starts where there is none yet; the next line of its log tells of the
+    updates since then only. The first SIGTERM or SIGINT saves and
     exits, with status 0 for SIGTERM and, as shells have it, 130 for SIGINT; the second does what it always does.
 
     Args:
@@ -370,8 +371,10 @@ class _Run:
     def compare(self, name: str, scores: Mapping[str, float | None]) -> None:
         """Export the weights where they are the best so far. The main process judges, so that all agree."""
         place = self.place
-        if name not in scores:
-            self.log.say(f"trainer.best={name}: this evaluation has none, but {', '.join(scores)}")
+        if distributed.broadcast_text("" if name in scores else "none"):
+            raise ValueError(
+                f"trainer.best={name}: evaluations of this run give none, but {', '.join(scores)}; choose one of them"
+            )
         value = json.loads(distributed.broadcast_text(json.dumps(scores.get(name))))
         sign = 1 if name in ("accuracy", "map") else -1
         if value is not None and (place.best is None or sign * value > sign * place.best):

@@ -42,6 +42,10 @@ def build_optimizer(
     """
     if lr <= 0:
         raise ValueError(f"optimizer.lr={lr}: must be above 0")
+    if weight_decay < 0:
+        raise ValueError(f"optimizer.weight_decay={weight_decay}: must be at least 0")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optimizer.betas={list(betas)}: two numbers are wanted, each from 0 to below 1")
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"optimizer.layer_decay={layer_decay}: must be above 0 and at most 1; leave it out for none")
     named = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad]

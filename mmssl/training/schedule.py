@@ -41,6 +41,8 @@ def polynomial(step: int, *, steps: int, warmup: float = 0, power: float = 1.0, 
         warmup: updates; a share of all of them where it is below 1.
         final: multiplier of the last update.
     """
+    if power <= 0:
+        raise ValueError(f"schedule.power={power:g}: must be above 0")
     first = _updates(warmup, steps)
     if step <= first:
         return _warm(step, first)
@@ -71,6 +73,8 @@ def tri_stage(
     """
     if len(phases) != 3 or not math.isclose(sum(phases), 1.0, abs_tol=1e-6) or min(phases) < 0:
         raise ValueError(f"schedule.phases={list(phases)}: three shares of the updates that sum to 1 are wanted")
+    if final <= 0:
+        raise ValueError(f"schedule.final={final:g}: must be above 0, which an exponential never reaches")
     up = round(phases[0] * steps)
     level = up + round(phases[1] * steps)
     if step <= up:

@@ -21,8 +21,8 @@ class TrainSettings:
             the optimizer's memory over them, for models that are too large for one device; the updates are the same.
         clip: largest norm of the gradient; longer ones are shortened to it.
         seed: of dropout, together with the rank; the caller builds the objective and the loader from it as well.
-        log_every, save_every, eval_every: updates between two lines of the log, two checkpoints, two evaluations; 0 is
-            only at the end, and for evaluation never.
+        log_every, save_every, eval_every: updates between two lines of the log, two checkpoints, two evaluations. 0
+            checkpoints are saved at the end alone, and 0 evaluates never.
         keep: checkpoints to keep.
         best: the number of an evaluation by which the run's best weights are told, the least "loss", "wer" or "cer" or
             the greatest "accuracy" or "map" (mean average precision, where a clip has several classes): those are
@@ -59,6 +59,8 @@ class TrainSettings:
         for name in ("save_every", "eval_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)}: must be at least 0")
+        if self.seed >= 2**63:
+            raise ValueError(f"trainer.seed={self.seed}: must be below 2^63")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"trainer.precision={self.precision}: must be float32 or bfloat16")
         if self.sharding not in ("none", "full"):

@@ -35,6 +35,7 @@ def center_crop(x: Tensor, rng: np.random.Generator, *, seconds: float, rate: in
 
 def center_part(length: int, *, seconds: float, rate: float, at: float = 0.5) -> slice:
     """Which of so many samples `center_crop` leaves."""
+    _check_place("center_crop", at)
     size = _samples(seconds, rate)
     start = max(0, int((length - size) * at))
     return slice(start, min(start + size, length))
@@ -67,6 +68,7 @@ def center_span(whole: float, rng: np.random.Generator, *, seconds: float, at: f
     """
     if seconds <= 0:
         raise ValueError(f"center_span: seconds must be above 0, got {seconds}")
+    _check_place("center_span", at)
     duration = min(seconds, whole)
     return (whole - duration) * at, duration
 
@@ -113,6 +115,11 @@ def _slowest(factors: Sequence[float]) -> float:
     if not factors or min(factors) <= 0:
         raise ValueError(f"speed: factors must be above 0, got {factors}")
     return min(factors)
+
+
+def _check_place(name: str, at: float) -> None:
+    if not 0 <= at <= 1:
+        raise ValueError(f"{name}: at must be from 0, the beginning, to 1, the end, got {at:g}")
 
 
 def _samples(seconds: float, rate: float) -> int:

@@ -96,9 +96,10 @@ def probe(source: str | Path | BinaryIO) -> dict[str, Any]:
 
     with _opened(source) as (file, name):
         try:
+            chained = _is_chained(file)
             with _sound(file) as sound:
                 frames, rate, channels = sound.frames, sound.samplerate, sound.channels
-                honest = _ends_there(sound)
+                honest = not chained and _ends_there(sound)
         except soundfile.LibsndfileError:
             honest = False
         if not honest:
@@ -173,6 +174,19 @@ def _sound(file: BinaryIO | io.FileIO) -> Any:
     return soundfile.SoundFile(file.fileno() if isinstance(file, io.FileIO) else file, closefd=False)
 
 
+def _is_chained(file: BinaryIO | io.FileIO) -> bool:
+    """Whether the last page of an Ogg file is of another stream than the first. Leaves the file at its start."""
+    head = file.read(18)
+    end = b""
+    if head[:4] == b"OggS":
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - (1 << 16)))  # a page is no longer
+        end = file.read(1 << 16)
+    file.seek(0)
+    last = end.rfind(b"OggS")
+    return 0 <= last <= len(end) - 18 and end[last + 14 : last + 18] != head[14:]
+
+
 def _ends_there(sound: Any) -> bool:
     """Whether the last frame that the header states can be read, and nothing follows it."""
     sound.seek(sound.frames - 1)
@@ -192,6 +206,7 @@ def _decode(
     def chosen(wave: np.ndarray, rate: int) -> np.ndarray:
         return wave if span is None or not len(wave) else wave[samples_of(span, len(wave), rate)].copy()
 
+    chained = _is_chained(file)
     try:
         sound = _sound(file)
     except soundfile.LibsndfileError as error:
@@ -199,9 +214,10 @@ def _decode(
         wave, rate, channels = _decode_by_pyav(file, name, start, duration, error.error_string)
         return chosen(wave, rate), rate, channels
     open_end = sound.frames > _UNKNOWN or (sound.format.startswith("WAV") and not sound.frames)
-    if sound.format == "MP3" or sound.subtype == "GSM610" or open_end:
+    if sound.format == "MP3" or sound.subtype == "GSM610" or open_end or chained:
         # soundfile seeks after every read, which libsndfile does wrongly in MP3 (the second block starts with rubbish)
-        # and not at all in GSM and in FLAC of unknown length; a wav whose header says 0 it takes for empty
+        # and not at all in GSM and in FLAC of unknown length; a wav whose header says 0 it takes for empty, and of Ogg
+        # files one after the other, as radio on the web writes them, it sees the first
         sound.close()
         file.seek(0)
         wave, rate, channels = _decode_by_pyav(file, name, start, duration, f"{sound.format} is left to PyAV")
@@ -276,9 +292,9 @@ def _decode_by_pyav(
             rate, channels = stream.rate, stream.channels
             first, count = round(start * rate), _frames(duration, rate)
             plain = av.AudioResampler(format="fltp", rate=rate)
-            seen = _first_picture(container)
+            seen = _first_picture(file, container)
             origin: float | None = None  # the time of the first sample
-            for frame in container.decode(stream):
+            for frame in _whole_frames(container, stream):
                 if seen is not None and frame.time is not None:
                     if origin is None:
                         origin = min(seen, frame.time)
@@ -311,12 +327,62 @@ def _decode_by_pyav(
     return wave, rate, channels
 
 
-def _first_picture(container: Any) -> float | None:
-    """Seconds at which a video's first frame appears, from where its sound is counted too; None for sound alone."""
-    for stream in container.streams.video:
-        if not int(stream.disposition) & 0x400 and stream.start_time is not None:  # a cover picture has no time
-            return float(stream.start_time * stream.time_base)
-    return None
+def _whole_frames(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream, up to its end or its first packet that is damaged.
+
+    Behind the last frame of an mp3 file tags and rubbish may stand, which count as packets: they are left alone.
+
+    Raises:
+        InvalidDataError: sound goes on behind a damaged packet, or it is no mp3 file.
+    """
+    import av
+
+    damaged: Exception | None = None
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.InvalidDataError as error:
+            if container.format.name != "mp3":
+                raise
+            damaged = damaged or error
+            continue
+        if damaged is not None and frames:
+            raise damaged
+        yield from frames
+
+
+def _first_picture(file: BinaryIO | io.FileIO, container: Any) -> float | None:
+    """Seconds at which the first frame of a video appears that can be decoded, from where its sound is counted too.
+
+    None for sound alone. What was cut out of a longer recording may start with frames that need others before them.
+    """
+    import av
+
+    # a cover picture has no time
+    seen = [
+        n
+        for n, one in enumerate(container.streams.video)
+        if not int(one.disposition) & 0x400 and one.start_time is not None
+    ]
+    if not seen:
+        return None
+    place = None if isinstance(file, io.FileIO) else file.tell()
+    file.seek(0)
+    with av.open(_nameless(file)) as again:  # whose packets may be gone through
+        stream = again.streams.video[seen[0]]
+        begin = stream.start_time
+        for number, packet in enumerate(again.demux(stream)):
+            if packet.is_discard:
+                break  # an edit list has said where it starts
+            if packet.is_keyframe and packet.pts is not None:
+                # in H.264 and HEVC what is shown before the first key needs others, elsewhere it may do without
+                if number or stream.codec_context.name in ("h264", "hevc"):
+                    begin = max(begin, packet.pts)
+                break
+        seconds = float(begin * stream.time_base)
+    if place is not None:
+        file.seek(place)
+    return seconds
 
 
 def _pyav_reason(error: Exception, decoded: int, tried: str) -> str:

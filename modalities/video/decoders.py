@@ -18,6 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -76,8 +77,9 @@ class Timeline:
 def read_timeline(file: BinaryIO, alive: Callable[[], None]) -> Timeline:
     """The frames of a file, from its packets: none is decoded where every packet says when its frame is shown.
 
-    It ends before a broken packet that no key comes after. What a broken packet holds in the middle of a file, and what
-    follows it up to the next key, has its place and cannot be decoded.
+    It begins with the first frame that can be decoded, which in what was cut out of a longer recording is its first
+    key, and ends before a broken packet that no key comes after. What a broken packet holds in the middle of a file,
+    and what follows it up to the next key, has its place and cannot be decoded.
 
     Args:
         alive: called after each packet and each frame.
@@ -121,6 +123,11 @@ def read_timeline(file: BinaryIO, alive: Callable[[], None]) -> Timeline:
         stamps = [stamp for stamp, _, _ in shown]
         if not complete or len(set(stamps)) < len(stamps):
             shown = _decode_timeline(container, stream, alive)
+            stamps = [stamp for stamp, _, _ in shown]
+        first_key = next((stamp for stamp, _, key in shown if key), None)
+        if first_key is not None and stamps[0] < first_key:
+            front = {one[0] for one in _decode_timeline(container, stream, alive, until=first_key)}
+            shown = [one for one in shown if one[0] >= first_key or one[0] in front]
             stamps = [stamp for stamp, _, _ in shown]
         if not stamps:
             raise Unreadable("it is cut off within its first frames" if broken else "there is no frame in it")
@@ -242,8 +249,8 @@ class _opened:
         self.file = file
         file.seek(0)
         try:
-            # an object, not a name: neither a suffix decides what it is, nor can its content name other files
-            self.container = av.open(file)
+            # an object without a name: neither does a suffix decide what it is, nor can its content name other files
+            self.container = av.open(SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell))
         except (av.FFmpegError, ValueError, OSError, IndexError) as error:
             raise Unreadable(f"not a video that can be read ({getattr(error, 'strerror', None) or error})") from None
 
@@ -291,8 +298,13 @@ def _groups(stamps: Sequence[int], keys: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _decode_timeline(container: Any, stream: Any, alive: Callable[[], None]) -> list[tuple[int, int, bool]]:
-    """For files whose packets do not say when they are shown (AVI with B-frames): what decoding all of it says."""
+def _decode_timeline(
+    container: Any, stream: Any, alive: Callable[[], None], *, until: int | None = None
+) -> list[tuple[int, int, bool]]:
+    """For files whose packets do not say when they are shown (AVI with B-frames): what decoding all of it says.
+
+    Of others, whose packets do not say what can be decoded of their front: what decoding them up to a stamp says.
+    """
     import av
 
     container.seek(0, stream=stream)
@@ -300,8 +312,10 @@ def _decode_timeline(container: Any, stream: Any, alive: Callable[[], None]) -> 
     try:
         for frame in _whole_frames(container, stream):
             alive()
-            if frame.pts is not None:
+            if frame.pts is not None and not (until is not None and frame.is_corrupt):
                 shown.append((frame.pts, frame.duration or 0, False))
+                if until is not None and frame.pts >= until:
+                    break
     except av.FFmpegError:
         pass  # a file that was cut off: what is there
     return sorted({stamp: (stamp, duration, key) for stamp, duration, key in shown}.values())
@@ -327,6 +341,21 @@ def _whole_frames(container: Any, stream: Any) -> Iterator[Any]:
 def _upright(frame: Any) -> np.ndarray:
     pixels: np.ndarray = frame.to_ndarray(format="rgb24")
     return np.rot90(pixels, round(frame.rotation / 90) % 4)
+
+
+def _in_one_size(frames: list[np.ndarray]) -> list[np.ndarray]:
+    """All as large as the first of them: joined files and recordings of calls change their size on the way.
+
+    decord does so by itself.
+    """
+    import av
+
+    height, width = frames[0].shape[:2]
+    for place, frame in enumerate(frames):
+        if frame.shape != frames[0].shape:
+            whole = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            frames[place] = whole.reformat(width, height).to_ndarray(format="rgb24")
+    return frames
 
 
 def _upright_size(frame: Any) -> tuple[int, int]:
@@ -442,6 +471,7 @@ class _Session:
             if len(found) < len(unique):
                 lost = (line.stamps[unique[len(found)]] - line.stamps[0]) * line.base
                 raise Unreadable(f"damaged or cut off: the frame at {lost:.2f} s cannot be decoded")
+            found = _in_one_size(found)
         places = {number: place for place, number in enumerate(unique)}
         said = {"decoder": used, "reason": reason, "distinct": len(unique)}
         return said, [found[places[number]] for number in numbers]
@@ -467,8 +497,8 @@ class _Session:
 class _Life:
     """Says now and then, when called, that something is being done: the time limit counts from there."""
 
-    def __init__(self, limit: float, answers: BinaryIO) -> None:
-        self.limit, self.answers = limit, answers
+    def __init__(self, limit: float, alarm: float, answers: BinaryIO) -> None:
+        self.limit, self.alarm, self.answers = limit, alarm, answers
         self._begin()
 
     def __call__(self) -> None:
@@ -481,14 +511,15 @@ class _Life:
         self.said = time.monotonic()
         if hasattr(signal, "alarm"):
             # not handled, so that it ends this process whatever holds Python's lock, also where nobody is left to do so
-            signal.setitimer(signal.ITIMER_REAL, self.limit + 1.0)
+            signal.setitimer(signal.ITIMER_REAL, self.alarm)
 
 
 def serve() -> None:
     """Answer requests, a line of JSON each (and as many bytes as its "size" says), until the input ends.
 
     An answer is a line of JSON, and as many bytes as its "size" says. Before it come lines of JSON {"alive": true}: a
-    request may take for ever, but no more than the seconds of its "limit" from one of them to the next.
+    request may take for ever, but no more than the seconds of its "limit" from one of them to the next: whoever asked
+    sees to that, and knows whether the machine was busy. The seconds of its "alarm" are for when nobody is there to.
     """
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries that print would garble the answers
@@ -496,7 +527,7 @@ def serve() -> None:
     while line := requests.readline():
         request = json.loads(line)
         content = requests.read(request.get("size", 0))
-        alive = _Life(request["limit"], answers)
+        alive = _Life(request["limit"], request["alarm"], answers)
         frames: list[np.ndarray] = []
         try:
             if request["do"] == "open":

@@ -100,7 +100,8 @@ class Decoder:
         self.answering = True
         try:
             requests, answers = self._pipes()
-            requests.write(json.dumps(request | {"size": len(content), "limit": limit}).encode() + b"\n" + content)
+            said = request | {"size": len(content), "limit": limit, "alarm": PATIENCE * limit + 1}
+            requests.write(json.dumps(said).encode() + b"\n" + content)
             requests.flush()
             while "alive" in (answer := json.loads(answers.readline())):
                 watch.restart()

@@ -25,6 +25,8 @@ def center_span(
 
     The same every time: for evaluation.
     """
+    if not 0 <= at <= 1:
+        raise ValueError(f"center_span: at must be from 0, the beginning, to 1, the end, got {at:g}")
     duration = min(_duration(frames, rate), whole)
     return (whole - duration) * at, duration
 

@@ -317,6 +317,16 @@ def test_parts_of_a_file_stay_on_one_side_where_the_file_would_be() -> None:
         assert len(found) == 3 * len(files[name])
 
 
+def test_the_captions_of_a_picture_stay_on_one_side() -> None:
+    rows = [{"id": f"{n}.png" + (f"#{k}" if k > 1 else ""), "text": str(k)} for n in range(40) for k in (1, 2, 3)]
+    rows.append({"id": "a.wav#512"})  # of a file that is no other's
+    found = split_rows(rows, shares={"train": 0.5, "test": 0.5})
+    sides = [{row["id"].partition("#")[0] for row in part} for part in found.values()]
+    assert len(sides) == 2
+    assert not sides[0] & sides[1]
+    assert sum(map(len, found.values())) == 121
+
+
 def test_splits_that_cannot_be_made_are_refused() -> None:
     with pytest.raises(ValueError, match="add up to 0.9, not to 1"):
         split_rows([{"id": "a"}], shares={"train": 0.9})

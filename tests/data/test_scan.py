@@ -122,6 +122,20 @@ def test_a_tar_is_read_in_place(tmp_path: Path) -> None:
     assert result.ignored == {".txt": 1}
 
 
+def test_links_in_a_tar_are_the_files_that_they_name(tmp_path: Path) -> None:
+    make(tmp_path, {"in/1.wav": "1", "in/sub/4.wav": "4"})
+    os.link(tmp_path / "in/1.wav", tmp_path / "in/2.wav")
+    (tmp_path / "in/0.wav").symlink_to("sub/4.wav")
+    (tmp_path / "in/gone.wav").symlink_to("nowhere.wav")
+    (tmp_path / "out").mkdir()
+    with tarfile.open(tmp_path / "out" / "a.tar", "w") as shard:
+        shard.add(tmp_path / "in", arcname=".")
+    said = {
+        row["id"]: read_slice(row["audio"], row["offset"], row["size"]).read() for row in look(tmp_path / "out").rows
+    }
+    assert said == {"1.wav": b"1", "2.wav": b"1", "0.wav": b"4", "sub/4.wav": b"4"}
+
+
 def test_a_table_says_what_is_known_and_what_is_missing(tmp_path: Path) -> None:
     make(tmp_path, {"x/1.wav": "1", "x/2.wav": "2", "x/3.wav": "x", "y/4.wav": "4", "y/dup.wav": "1", "x/dup.wav": "1"})
     tsv = write(

@@ -514,15 +514,14 @@ def test_weights_that_could_not_be_exported_are_not_the_best(tmp_path: Path) -> 
     assert "could not be exported (No space left on device); no checkpoint yet" in notes(tmp_path)
 
 
-def test_the_least_loss_is_the_best_and_one_that_is_not_evaluated_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_least_loss_is_the_best_and_one_that_is_not_evaluated_is_refused(tmp_path: Path) -> None:
     losses = [0.5, 0.2, 0.3]
     final = run(tmp_path / "a", built(), steps=3, eval_every=1, best="loss",
                 evaluate=lambda step: {"loss": losses[step - 1]})  # fmt: skip
     assert (final["best/loss"], final["best/step"]) == (0.2, 2)
-    run(tmp_path / "b", built(), steps=3, eval_every=1, best="wer", evaluate=lambda step: {"loss": 1.0})
-    assert "trainer.best=wer: this evaluation has none, but loss" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"trainer.best=wer: evaluations of this run give none, but loss; choose one"):
+        run(tmp_path / "b", built(), steps=3, eval_every=1, best="wer", evaluate=lambda step: {"loss": 1.0})
+    assert (tmp_path / "b" / "checkpoints" / "step_1").is_dir()
     with pytest.raises(ValueError, match=r"trainer.best=wer: is told by evaluations, and there are none"):
         run(tmp_path / "c", built(), steps=3, eval_every=1, best="wer")
 

@@ -178,10 +178,12 @@ def test_a_matrix_of_one_row_decays_and_a_token_of_that_shape_does_not() -> None
     ("settings", "message"),
     [
         ({"lr": 0.0}, r"optimizer.lr=0.0: must be above 0"),
+        ({"lr": 1.0, "weight_decay": -1.0}, r"optimizer.weight_decay=-1.0: must be at least 0"),
+        ({"lr": 1.0, "betas": [0.9]}, r"optimizer.betas=\[0.9\]: two numbers are wanted, each from 0 to below 1"),
         ({"lr": 1.0, "layer_decay": 1.5}, r"optimizer.layer_decay=1.5: must be above 0 and at most 1"),
     ],
 )
-def test_settings_outside_their_range_are_refused(settings: dict[str, float], message: str) -> None:
+def test_settings_outside_their_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_optimizer(objective(), **settings)
 

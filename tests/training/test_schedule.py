@@ -57,3 +57,10 @@ def test_a_warmup_longer_than_the_run_is_refused() -> None:
 def test_phases_that_are_not_shares_are_refused() -> None:
     with pytest.raises(ValueError, match=r"schedule.phases=\[0.5, 0.6, 0.1\]"):
         tri_stage(1, steps=10, phases=[0.5, 0.6, 0.1])
+
+
+def test_a_final_rate_that_an_exponential_never_reaches_and_a_power_below_0_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"schedule.final=0: must be above 0"):
+        tri_stage(1, steps=10, final=0.0)
+    with pytest.raises(ValueError, match=r"schedule.power=-1: must be above 0"):
+        polynomial(1, steps=10, power=-1.0)

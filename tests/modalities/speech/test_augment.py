@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmssl.modalities.speech import SPEECH
-from mmssl.modalities.speech.augment import center_crop, gain, noise, random_crop, speed
+from mmssl.modalities.speech.augment import center_crop, center_span, gain, noise, random_crop, speed
 
 RATE = 1000
 RAMP = torch.linspace(-1, 1, 1000)
@@ -67,6 +67,10 @@ def test_center_crop_is_the_middle() -> None:
     for at, first in ((0.0, 0), (0.25, 125), (1.0, 500)):
         assert torch.equal(center_crop(RAMP, rng(), seconds=0.5, rate=RATE, at=at), RAMP[first : first + 500])
     assert torch.equal(center_crop(RAMP, rng(), seconds=5.0, rate=RATE, at=1.0), RAMP)
+    with pytest.raises(ValueError, match="center_crop: at must be from 0, the beginning, to 1, the end, got 50"):
+        center_crop(RAMP, rng(), seconds=0.5, rate=RATE, at=50)
+    with pytest.raises(ValueError, match="center_span: at must be from 0, the beginning, to 1, the end, got -1"):
+        center_span(5.0, rng(), seconds=0.5, at=-1)
 
 
 def test_gain_stays_within_its_decibels() -> None:

@@ -267,6 +267,39 @@ def test_what_was_cut_off_gives_what_is_there_or_one_sentence(write: Callable[..
                 function(path)
 
 
+@pytest.mark.parametrize("behind", [bytes(5000), b"LYRICSBEGIN" + b"la " * 9 + b"000038LYRICS200TAG".ljust(143, b"\0")])
+def test_what_stands_behind_the_last_frame_of_an_mp3_is_no_damage(write: Callable[..., Path], behind: bytes) -> None:
+    path = write("a.mp3", tone(2.0))
+    whole = read(path, rate=RATE)
+    path.write_bytes(path.read_bytes() + behind)
+    assert torch.equal(read(path, rate=RATE)[: len(whole)], whole)
+    assert probe(path)["seconds"] == pytest.approx(len(whole) / RATE, abs=0.05)
+
+
+def test_an_mp3_with_a_hole_is_refused(write: Callable[..., Path]) -> None:
+    path = write("a.mp3", tone(4.0))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 800] = bytes(800)
+    path.write_bytes(content)
+    with pytest.raises(BadClip, match="damaged or cut off: Invalid data"):
+        read(path, rate=RATE)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_files_one_after_the_other_are_read_to_their_end(write: Callable[..., Path], subtype: str) -> None:
+    first = write("a.ogg", tone(1.0, hertz=440.0), subtype=subtype)
+    second = write("b.ogg", tone(2.0, hertz=880.0), subtype=subtype)
+    joined = first.with_name("joined.ogg")
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    wave = read(joined, rate=RATE)
+    assert len(wave) == pytest.approx(3 * RATE, abs=0.05 * RATE)
+    assert probe(joined)["seconds"] == pytest.approx(len(wave) / RATE)
+    for start, hertz in ((0.2, 440), (2.0, 880)):
+        part = read(joined, rate=RATE, start=start, duration=0.5).numpy()
+        assert np.abs(np.fft.rfft(part)).argmax() * 2 == hertz
+
+
 def test_a_header_is_not_believed(write: Callable[..., Path]) -> None:
     path = write("a.flac", tone(0.1))
     content = bytearray(path.read_bytes())

@@ -134,3 +134,6 @@ def test_a_center_span_lies_in_the_middle_or_where_it_is_told_to() -> None:
         (8.0, 2.0),
     ]
     assert center_span(1.5, rng, frames=16, rate=8, at=1.0) == (0.0, 1.5)
+    for at in (-1, 1.5, 50):
+        with pytest.raises(ValueError, match=f"center_span: at must be from 0, the beginning, to 1, the end, got {at}"):
+            center_span(10.0, rng, frames=16, rate=8, at=at)

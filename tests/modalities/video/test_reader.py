@@ -325,6 +325,66 @@ def test_nothing_is_made_up_behind_bytes_that_were_lost_up_to_the_next_key(paint
     assert lost[-1] % 8 == 7  # a key comes every 8 frames
 
 
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.ts"])
+def test_what_was_cut_out_in_the_middle_of_a_group_begins_with_the_first_frame_that_can_be_decoded(
+    painted: Any, tmp_path: Path, name: str, decoder: Any
+) -> None:
+    whole = painted.write(tmp_path / f"whole{name}", "libx264", frames=24, options={"bf": "0"})  # a key every 8
+    path = painted.remux(whole, tmp_path / name, lambda packets: packets[3:])
+    assert painted.numbers(read(path, rate=10, decoder=decoder)) == list(range(8, 24))
+    assert painted.numbers(read(path, rate=10, start=1.0, duration=0.5, decoder=decoder)) == list(range(18, 23))
+    found = probe(path)
+    assert found["frames"] == 16
+    assert found["seconds"] == pytest.approx(1.6)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_frames_that_need_a_group_which_was_cut_off_are_not_there(painted: Any, tmp_path: Path, name: str) -> None:
+    keys: list[int] = []
+
+    def from_the_second_key(packets: list[Any]) -> list[Any]:
+        keys.extend(place for place, packet in enumerate(packets) if packet.is_keyframe)
+        return packets[keys[1] :]
+
+    whole = painted.write(tmp_path / f"whole{name}", "libx265", frames=40, options=HEVC_OPEN | {"bf": "3"})
+    path = painted.remux(whole, tmp_path / name, from_the_second_key)
+    got = painted.numbers(read(path, rate=10))
+    assert got == list(range(got[0], 40))
+    assert got[0] >= keys[1]
+    assert probe(path)["frames"] == len(got)
+
+
+def test_frames_that_change_their_size_come_in_that_of_the_first(painted: Any, tmp_path: Path) -> None:
+    import av
+
+    for first, second in ((64, 128), (128, 64)):
+        path = tmp_path / f"{first}.webm"
+        with av.open(str(path), "w") as joined:
+            for place, size in enumerate((first, second)):
+                part = painted.write(tmp_path / f"part{size}.webm", "libvpx", frames=10, size=(size, size))
+                with av.open(str(part)) as old:
+                    own = old.streams.video[0]
+                    stream = stream if place else joined.add_stream_from_template(own)  # noqa: F821 of the first turn
+                    for packet in old.demux(own):
+                        if packet.size:
+                            later = round(place / own.time_base)
+                            packet.pts, packet.dts, packet.stream = packet.pts + later, packet.dts + later, stream
+                            joined.mux(packet)
+        for decoder in ("pyav", "decord"):
+            clip = read(path, rate=10, decoder=decoder)  # type: ignore[arg-type]
+            assert clip.shape[2:] == (first, first)
+            assert painted.numbers(clip) == [*range(10), *range(10)]
+
+
+def test_the_content_of_a_file_opens_no_other(painted: Any, tmp_path: Path) -> None:
+    painted.write(tmp_path / "inner.ts", "libx264")
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2.0,\ninner.ts\n#EXT-X-ENDLIST\n"
+    (tmp_path / "a.m3u8").write_text(playlist)
+    with pytest.raises(BadClip, match="not a video that can be read"):
+        read(tmp_path / "a.m3u8", rate=10)
+
+
 def test_holes_are_not_filled_with_other_frames(files: Path, tmp_path: Path) -> None:
     content = bytearray((files / "vp9.webm").read_bytes())
     content[len(content) // 3 :] = bytes(len(content) - len(content) // 3)
@@ -500,6 +560,23 @@ def test_a_decoder_that_gets_no_core_is_given_more_time(
 
 
 @linux
+def test_a_process_that_gets_no_core_is_not_ended_by_its_own_alarm(
+    files: Path, painted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_computed", lambda pid: (0.0, True))  # as if others left it none
+    (tmp_path / "decord.py").write_text("import time\ntime.sleep(3)\nraise ImportError")
+    process.stop()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    try:
+        with process.borrowed() as decoder:
+            decoder.ask({"do": "open", "path": str(files / "h264.mp4")}, limit=1.5)
+            asked = {"do": "frames", "times": [0.0], "decoder": "auto"}
+            assert decoder.ask(asked, limit=1.5)[0]["decoder"] == "pyav"
+    finally:
+        process.stop()
+
+
+@linux
 def test_it_is_told_who_computes_from_who_waits() -> None:
     for program, computes in (("while True: pass", True), ("import time; time.sleep(60)", False)):
         one = subprocess.Popen([sys.executable, "-c", program])
@@ -657,6 +734,26 @@ def test_sound_is_in_time_with_the_frames(
     part = read_sound(path, rate=16_000, start=0.9, duration=0.5)
     assert float((part.abs() > 0.3).nonzero()[0]) / 16_000 == pytest.approx(0.1, abs=0.005)
     assert painted.numbers(read(path, rate=10, start=1.0, duration=0.1)) == [10]
+
+
+@pytest.mark.parametrize(("name", "sound"), [("a.mp4", "aac"), ("a.mkv", "aac"), ("a.ts", "aac")])
+def test_sound_of_what_was_cut_out_starts_with_the_first_frame_that_can_be_decoded(
+    painted: Any, tmp_path: Path, name: str, sound: str
+) -> None:
+    import av
+
+    whole = painted.write(tmp_path / f"whole{name}", "libx264", frames=24, options={"bf": "0"}, sound=sound)
+    path = tmp_path / name
+    with av.open(str(whole)) as old, av.open(str(path), "w") as new:
+        streams = {one.index: new.add_stream_from_template(one) for one in old.streams}
+        for packet in old.demux():
+            if packet.size and packet.pts * packet.time_base >= 0.3:  # a key comes after .8 s
+                packet.stream = streams[packet.stream.index]
+                new.mux(packet)
+    assert painted.numbers(read(path, rate=10))[0] == 8
+    for source in (path, io.BytesIO(path.read_bytes())):
+        wave = read_sound(source, rate=16_000)
+        assert float((wave.abs() > 0.3).nonzero()[0]) / 16_000 == pytest.approx(0.2, abs=0.005)
 
 
 @pytest.mark.parametrize(("name", "sound"), [("a.mp4", "aac"), ("a.mkv", "aac"), ("a.mkv", "pcm_s16le")])
