@@ -95,8 +95,8 @@ def resolve(recipe: Recipe) -> Recipe:
         )
     best, name = values["trainer"]["best"], values["objective"]["name"]
     several = values["objective"].get("multi_label", False)
-    given = {"wer": name == "ctc", "cer": name == "ctc", "accuracy": name != "omni", "map": several}
-    if not given.get(str(best), True):
+    told = {"wer": name == "ctc", "cer": name == "ctc", "accuracy": name != "omni", "map": several}
+    if not told.get(str(best), True):
         raise recipe.error("trainer.best", f"trainer.best={best}: evaluations of {name} give none; choose loss")
     init = recipe.get("init")
     if isinstance(init, Mapping):
