@@ -133,20 +133,28 @@ def theirs(modality: str, model: Path, files: list[str], precision: str) -> Ways
 
 
 def products(modality: str, model: Path, files: list[str], precision: str) -> Ways:
-    """The linear maps and the two products of attention of 12 blocks, on numbers that are there already."""
+    """The linear maps and the two products of attention of 12 blocks, on numbers and weights that lie ready."""
+    from mmssl.nn.linear import Linear
+
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     shapes = [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
-    blocks = [[torch.randn(shape).mul_(shape[0] ** -0.5).to(dtype) for shape in shapes] for _ in range(12)]
+    with torch.inference_mode(False):
+        blocks = [
+            [Linear(*shape, bias=False, dtype=dtype).requires_grad_(False) for shape in shapes] for _ in range(12)
+        ]
+    for block in blocks:
+        for linear in block:
+            linear.pack()
 
     def run(size: int) -> Tensor:
         for first in range(0, len(files), size):
             clips = min(size, len(files) - first)
             x = torch.randn(clips * 197, 768).to(dtype)
             for qkv, out, up, down in blocks:
-                q, k, v = (x @ qkv).view(clips, 197, 3, 12, 64).permute(2, 0, 3, 1, 4).contiguous()
+                q, k, v = qkv(x).view(clips, 197, 3, 12, 64).permute(2, 0, 3, 1, 4).contiguous()
                 mixed = q @ k.transpose(-1, -2) @ v
-                y = mixed.view(clips * 197, 768) @ out @ up @ down  # each block reads x: no number grows or dies away
-        return y
+                y = down(up(out(mixed.view(clips * 197, 768))))  # each block reads x: no number grows or dies away
+        return y.float()
 
     return {f"products, batch_size={size}": lambda size=size: run(size) for size in SIZES}  # type: ignore[misc]
 

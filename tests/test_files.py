@@ -84,9 +84,17 @@ def test_a_forked_child_that_lives_longer_holds_nothing(tmp_path: Path) -> None:
     """As the workers of a loader do for some seconds when their parent is killed."""
     path = tmp_path / "lock"
     path.touch()
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+
+    def work() -> None:
+        begun.set()
+        time.sleep(30)
+
     with alone(path):
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        worker = fork.Process(target=work)
         worker.start()
+        assert begun.wait(20)
     try:
         with alone(path) as free:
             assert free
