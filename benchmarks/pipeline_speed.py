@@ -8,7 +8,7 @@ not counted. Pictures: JPEG files of 500 x 375 through ViT-B/16 at 224, in pictu
 transformers at random weights and saved; we open that folder as a user would, and the vectors of both are compared.
 `mmssl embed` keeps freed memory, and that is a setting of a whole process: so each side has its own, and theirs is
 measured as it comes and with the same help. For pictures there is a third side, the products of matrices of ViT-B and
-nothing else (no files, norms, softmax, activations), which no program on this library can pass. The pipeline for
+nothing else (no files, norms, softmax, activations): what there is to be had. The pipeline for
 pictures is "image-feature-extraction"; transformers has none for sound ("feature-extraction" takes text), so ours of a
 few lines stands in, with its `Pipeline` behind it.
 """

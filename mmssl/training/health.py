@@ -72,8 +72,6 @@ _SHARE = 0.5
 # ten times as large, or less where the gradient dies before. Over thousands of updates healthy ones may grow as well.
 _GROWTH = 3.0
 _GROWTH_UPDATES = 200
-# no verdict looks further back than 500 updates, which are so many lines at most
-_JUDGED = 502
 
 
 def dead_codebook(history: Sequence[Line]) -> str | None:
@@ -232,9 +230,7 @@ NAMES = (*VERDICTS, "not_finite")
 
 
 def diagnose(history: Sequence[Line]) -> dict[str, str]:
-    """Name -> sentence of every verdict on a run's log so far: on its first line and the last ones."""
-    if len(history) > _JUDGED:
-        history = [history[0], *history[1 - _JUDGED :]]
+    """Name -> sentence of every verdict on a run's log so far."""
     said = {name: verdict(history) for name, verdict in VERDICTS.items()}
     found = {name: sentence for name, sentence in said.items() if sentence is not None}
     for part in dict.fromkeys(
