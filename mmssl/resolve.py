@@ -145,6 +145,9 @@ def _several(recipe: Recipe) -> dict[str, Any]:
     objective = recipe.get("objective.name")
     recipe.choice("objective.name", OBJECTIVES)
     if objective not in SEVERAL:
+        if len(names) == 1:
+            one = f"{objective} learns from {names[0]} alone; write modality: {names[0]}, and its sections at the top"
+            raise recipe.error("modality", one)
         what = f"{objective} learns from one modality, and these are {' and '.join(names)}"
         raise recipe.error("objective.name", f"{what}; choose {' or '.join(SEVERAL)}")
     media = [MODALITIES[name].media for name in names]

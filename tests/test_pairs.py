@@ -273,6 +273,10 @@ def test_a_modality_takes_the_recipes_transformer_where_it_writes_none(folder: P
             "classify learns from one modality, and these are image and text; choose clip",
         ),
         (
+            ["objective={name: classify}", "modality={image: {}}"],
+            "classify learns from image alone; write modality: image, and its sections at the top",
+        ),
+        (
             ["trainer.accumulate=2"],
             "trainer.accumulate=2: clip tells the pairs .* or higher with objective.chunk, or use",
         ),
